@@ -1,0 +1,33 @@
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+
+.PHONY: demo test check bench install clean
+
+demo: install  ## train a small GPT-2 on real text with the tracker on (about 4 minutes)
+	$(PYTHON) training/run.py --tracker=fast
+
+test: install  ## the whole suite
+	$(PYTHON) -m pytest
+
+check: test  ## what a change must pass: lint, tests, README code, benchmark smoke
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pytest -q bench --benchmark-disable
+	$(PYTHON) -m bench.svd_overhead --steps 3
+
+bench: install  ## the headline table, and one benchmark a kernel
+	$(PYTHON) -m bench.svd_overhead
+	$(PYTHON) -m pytest -q bench --benchmark-only
+
+install: $(VENV)/installed
+
+$(VENV)/installed: requirements.txt pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/cpu/*)
+	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sosd_fast needs Python 3.11 or newer")'
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet -r requirements.txt
+	$(PYTHON) -m pip install --quiet --no-deps -e .
+	$(PYTHON) -m sosd_fast doctor
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info sosd_fast/_C*.so

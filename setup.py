@@ -1,0 +1,46 @@
+"""Packages and the optional CMake build of ``sosd_fast._C``. Metadata lives in pyproject.toml."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+
+class CMakeBuild(build_ext):
+    """Builds sosd_fast._C; without a compiler the install goes on, and the library runs on torch alone."""
+
+    def build_extension(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        try:
+            import pybind11
+
+            configure = [
+                "cmake",
+                "-S", str(Path(__file__).parent.resolve()),
+                "-B", str(build),
+                "-G", "Ninja",
+                "-DCMAKE_BUILD_TYPE=Release",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            ]  # fmt: skip
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", str(build)], check=True)
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
+            print(
+                f"warning: sosd_fast._C was not built ({error}). sosd_fast runs on torch alone, more slowly; "
+                "install a C++17 compiler and reinstall for the C++ kernels.",
+                file=sys.stderr,
+            )
+
+
+setup(
+    packages=["sosd_fast", "sosd_fast.kernels"],
+    package_dir={"sosd_fast": "sosd_fast", "sosd_fast.kernels": "kernels"},
+    ext_modules=[Extension("sosd_fast._C", sources=[], optional=True)],
+    cmdclass={"build_ext": CMakeBuild},
+)
