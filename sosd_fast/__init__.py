@@ -1,0 +1,24 @@
+"""The singular values of every weight matrix of a language model, at every training step."""
+
+from sosd_fast.kernels.distribution import Distribution, singular_distribution
+from sosd_fast.kernels.newton_schulz import newton_schulz
+from sosd_fast.muon import Muon
+from sosd_fast.records import Record, Run, load
+from sosd_fast.svdvals import svdvals
+from sosd_fast.topk import TopK, topk_svdvals
+from sosd_fast.track import Probe, track
+
+__all__ = [
+    "Distribution",
+    "Muon",
+    "Probe",
+    "Record",
+    "Run",
+    "TopK",
+    "load",
+    "newton_schulz",
+    "singular_distribution",
+    "svdvals",
+    "topk_svdvals",
+    "track",
+]

@@ -92,7 +92,9 @@ def _check_length(who: str, tokens: Tensor, context: int) -> None:
         )
 
 
-def batches(tokens: Tensor, batch_size: int, context: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    tokens: Tensor, batch_size: int, context: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Random windows of the text without end: inputs and next tokens, each (batch_size, context), int64.
 
     Each batch takes one draw from ``generator`` and nothing from the global one, so a run continues exactly where it

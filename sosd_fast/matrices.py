@@ -1,0 +1,120 @@
+"""A model's matrices: what counts as one, its name, and the view of its parameter that is measured."""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+DEFAULT_SPLIT = {"*.c_attn.weight": 3}
+
+_KINDS = (  # the first pattern found in a name decides
+    ("attention", r"attn|attention|(^|[._])(q|k|v|o|qkv|wq|wk|wv|wo)(_proj)?[._]"),
+    ("mlp", r"mlp|ffn|feed_?forward|expert|moe|(^|[._])(c_fc|fc\d?|w\d|linear\d|(up|gate|down)_proj)[._]"),
+    ("embedding", r"emb|(^|[._])w[tp]e[._]"),
+    ("head", r"head|(^|[._])(output|classifier|score|fc_out)[._]"),
+)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix inside a parameter; `tensor()` views it as it is now."""
+
+    name: str
+    parameter: Tensor
+    index: tuple[int, ...] = ()  # into the leading dimensions, for stacks of matrices
+    part: tuple[int, int, int] | None = None  # (dim, start, length), for fused matrices
+    flatten: bool = False  # a convolution's (out, in, *kernel) as (out, rest)
+
+    def tensor(self) -> Tensor:
+        """Returns a detached (m, n) view."""
+        W = self.parameter.detach()
+        W = W.flatten(1) if self.flatten else W[self.index] if self.index else W
+        return W.narrow(*self.part) if self.part else W
+
+
+def find_matrices(
+    model: nn.Module,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    split: Mapping[str, int | Sequence[int]] = DEFAULT_SPLIT,
+) -> list[Matrix]:
+    """Lists the matrices of a model: every floating-point parameter of two or more dimensions, tied ones once.
+
+    Args:
+        model: compiled and DistributedDataParallel models are looked through.
+        include: shell patterns of parameter names to keep.
+        exclude: shell patterns of parameter names to leave out.
+        split: shell pattern -> number of equal parts, or the parts' sizes, of a fused matrix, cut along its larger
+            dimension (dimension 0 of a square). Three parts are called [q], [k], [v]; others [0], [1], ...
+
+    Returns:
+        Matrices in the model's order. Dimensions before the last two are a stack of matrices, named [i];
+        a convolution kernel counts as one matrix (out, rest).
+
+    Raises:
+        ValueError: no matrix, an include pattern without a match, or parts that do not fit.
+    """
+    include, exclude = ((p,) if isinstance(p, str) else tuple(p) for p in (include, exclude))
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
+    candidates = {
+        name.replace("_orig_mod.", ""): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim >= 2 and parameter.numel() and parameter.is_floating_point()
+    }
+    if not candidates:
+        raise ValueError(
+            f"track: expected a model with at least one parameter of two dimensions, got model={type(model).__name__} "
+            "without any. Pass the nn.Module that holds the weights."
+        )
+    for pattern in include:
+        if not any(fnmatchcase(name, pattern) for name in candidates):
+            raise ValueError(
+                f"track: expected include patterns that match a parameter, got include={pattern!r}. "
+                f"The model has {', '.join(list(candidates)[:8])}{', ...' if len(candidates) > 8 else ''}."
+            )
+    found = []
+    for name, parameter in candidates.items():
+        if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude):
+            parts = next((parts for pattern, parts in split.items() if fnmatchcase(name, pattern)), None)
+            found += _matrices(name, parameter, parts, flatten=id(parameter) in kernels)
+    if not found:
+        raise ValueError(
+            f"track: expected at least one matrix to be left, got include={include}, exclude={exclude}. "
+            "Exclude fewer parameters."
+        )
+    return found
+
+
+def kind(name: str) -> str:
+    """Returns the module kind that a matrix's name tells: attention, mlp, embedding, head or other."""
+    return next((kind for kind, pattern in _KINDS if re.search(pattern, name.lower())), "other")
+
+
+def _matrices(name, parameter, parts, flatten):
+    if flatten and parameter.ndim > 2:
+        return [Matrix(name, parameter, flatten=True)]
+    if parameter.ndim > 2:
+        indices = itertools.product(*map(range, parameter.shape[:-2]))
+        return [Matrix(f"{name}[{','.join(map(str, index))}]", parameter, index=index) for index in indices]
+    if parts is None:
+        return [Matrix(name, parameter)]
+    dim = 0 if parameter.shape[0] >= parameter.shape[1] else 1
+    size = parameter.shape[dim]
+    sizes = [size // parts] * parts if isinstance(parts, int) else list(parts)
+    if sum(sizes) != size or min(sizes) < 1:
+        raise ValueError(
+            f"track: expected parts that add up to {size}, dimension {dim} of {name}, got split={parts}. "
+            "Give the parts' sizes, or exclude the parameter."
+        )
+    labels = "qkv" if len(sizes) == 3 else range(len(sizes))
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [
+        Matrix(f"{name}[{label}]", parameter, part=(dim, start, length))
+        for label, start, length in zip(labels, starts, sizes, strict=True)
+    ]

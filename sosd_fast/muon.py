@@ -1,0 +1,99 @@
+"""The Muon optimizer, with the arguments and the update rule of `torch.optim.Muon`."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sosd_fast.kernels.newton_schulz import newton_schulz
+
+
+class Muon(torch.optim.Optimizer):
+    r"""Momentum, orthogonalised by Newton-Schulz, for the matrices of a model's body.
+
+        M <- momentum M + (1 - momentum) g;   u = g + momentum (M - g) if nesterov else M
+        W <- W (1 - lr weight_decay) - lr adjust(m, n) newton_schulz(u)
+
+    Args:
+        params: parameters or groups; each a matrix. Embeddings, heads and gains belong to another optimizer.
+        lr: learning rate.
+        weight_decay: decoupled, as in AdamW.
+        momentum: of the running mean of gradients.
+        nesterov: look ahead by one gradient.
+        ns_coefficients: (a, b, c) of each iteration.
+        eps: the smallest gradient norm that is divided by.
+        ns_steps: iterations.
+        adjust_lr_fn: "original" or None: sqrt(max(1, m / n)); "match_rms_adamw": 0.2 sqrt(max(m, n)).
+
+    The iteration runs in the dtype of the parameter; torch's runs in bfloat16.
+
+    Raises:
+        ValueError: a parameter that is no matrix, or an unknown adjust_lr_fn.
+
+    Source: Jordan et al., Muon (2024); Liu et al., Muon is Scalable (arXiv 2502.16982) for match_rms_adamw.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+    ):
+        if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
+            raise ValueError(
+                f"Muon: expected lr >= 0, weight_decay >= 0, 0 <= momentum < 1, got lr={lr}, "
+                f"weight_decay={weight_decay}, momentum={momentum}. Start from lr=0.02, momentum=0.95."
+            )
+        if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
+            raise ValueError(
+                f"Muon: expected original or match_rms_adamw, got adjust_lr_fn={adjust_lr_fn!r}. Leave it at None."
+            )
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+        }
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim != 2:
+                    raise ValueError(
+                        f"Muon: expected matrices, got a parameter of shape {tuple(p.shape)}. "
+                        "Give gains, biases and kernels to AdamW."
+                    )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Performs one step; `closure` reevaluates the loss and returns it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group)
+        return loss
+
+    def _update(self, p: Tensor, group: dict):
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p.grad)
+        momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+        update = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        update = newton_schulz(update, steps=group["ns_steps"], coefficients=group["ns_coefficients"], eps=group["eps"])
+        m, n = p.shape
+        ratio = 0.2 * math.sqrt(max(m, n)) if group["adjust_lr_fn"] == "match_rms_adamw" else math.sqrt(max(1, m / n))
+        p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.add_(update, alpha=-group["lr"] * ratio)

@@ -1,0 +1,199 @@
+r"""All singular values of a matrix, by the Gram matrix of its short side.
+
+    G = W W^T (r x r)  ->  eigenvalues lambda of G  ->  sigma = sqrt(max(lambda, 0))
+
+Squaring costs accuracy in the small values, so the precision is chosen per matrix: float32 stands when the bound on
+its singular distribution is at most `SD_TOLERANCE`, otherwise the matrix is redone in float64, and where that is not
+enough either (a matrix of deficient rank) by a float64 SVD.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sosd_fast import kernels
+
+METHODS = ("auto", "gram32", "gram64", "exact")
+SD_TOLERANCE = 1e-6  # on |SD - SD_true|_2; published variations settle near 1e-5
+
+_NEXT = {"gram32": "gram64", "gram64": "exact64"}
+
+
+class Spectra(NamedTuple):
+    """Spectra of a list of B matrices of one shape (m, n), r = min(m, n)."""
+
+    S: Tensor  # (B, r) float64, descending
+    bound: Tensor  # (B, r) float64, |S - S_true| is at most this
+    sd_error: Tensor  # (B,) float64, |SD - SD_true|_2 is at most this
+    methods: tuple[str, ...]  # what was computed: gram32, gram64, exact, or exact64 (the SVD of W.double())
+
+
+def svdvals(W: Tensor, *, method: str = "auto", return_bound: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    """Computes all singular values of a matrix or a batch of matrices.
+
+    Args:
+        W: (..., m, n), float64, float32, bfloat16 or float16, any strides. Not modified.
+        method: "auto" (the cheapest precision that meets the bound), "gram32", "gram64", or "exact"
+            (`torch.linalg.svdvals` in the dtype of W, at least float32).
+        return_bound: also return an upper bound on the error of each value.
+
+    Returns:
+        S, (..., min(m, n)), descending; float64 for float64 input, else float32. With `return_bound` the pair
+        (S, bound), both of that shape. A matrix that holds NaN or Inf gives NaN, and leaves the others as they are.
+
+    Accuracy:
+        "auto": |SD - SD_true|_2 <= 1e-6 for SD = S / sum(S). "gram32" and "gram64": with
+        d = c(r) * eps * S[0]**2, c(r) = 16 + 8 sqrt(r), a value s errs by at most d / (s + sqrt(max(s**2 - d, 0))),
+        so values below about sqrt(eps) * S[0] are lost. "exact": c(r) * eps * S[0]. The constant was calibrated
+        against float64 (LOG.md) and is tested to hold.
+
+    Raises:
+        ValueError: fewer than two dimensions, an integer or complex dtype, an empty matrix, an unknown method.
+
+    Source: Weyl's inequality; Golub & Van Loan, Matrix Computations, 8.6.
+    """
+    check_matrix("svdvals", W)
+    if method not in METHODS:
+        raise ValueError(
+            f"svdvals: expected one of {', '.join(METHODS)}, got method={method!r}. Use 'auto' unless comparing."
+        )
+    *batch, m, n = W.shape
+    dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
+    matrices = W.detach().reshape(-1, m, n).unbind(0)
+    if not matrices:
+        empty = torch.empty(*batch, min(m, n), dtype=dtype, device=W.device)
+        return (empty, empty.clone()) if return_bound else empty
+    found = spectra(matrices, method)
+    S = found.S.to(dtype).reshape(*batch, -1)
+    if not return_bound:
+        return S
+    rounding = torch.finfo(dtype).eps / 2 * found.S  # of the conversion to dtype
+    return S, (found.bound + rounding).to(dtype).reshape(S.shape)
+
+
+def spectra(matrices: Sequence[Tensor], method: str = "auto", start: Sequence[str] | None = None) -> Spectra:
+    """Computes the spectra of B matrices of one shape, dtype and device, read in place.
+
+    Args:
+        matrices: B tensors (m, n). Not modified.
+        method: as in `svdvals`.
+        start: with "auto", the methods to try first, one a matrix: pass `Spectra.methods` of the step before.
+
+    Returns:
+        A `Spectra`. With "auto" on CUDA nothing is redone here, for that would wait for the device: pass the methods
+        that `escalate` names to the next call.
+    """
+    first = "gram64" if matrices[0].dtype == torch.float64 else "gram32"
+    methods = list(start or [first] * len(matrices)) if method == "auto" else [method] * len(matrices)
+    m, n = matrices[0].shape
+    S = torch.empty(len(matrices), min(m, n), dtype=torch.float64, device=matrices[0].device)
+    bound, sd_error = torch.empty_like(S), torch.empty_like(S[:, 0])
+    todo = range(len(matrices))
+    while todo:
+        for name in sorted({methods[i] for i in todo}):
+            at = [i for i in todo if methods[i] == name]
+            S[at], bound[at], sd_error[at] = _spectra([matrices[i] for i in at], name)
+        todo = []
+        if method == "auto" and S.device.type == "cpu":
+            wanted = escalate(methods, sd_error.tolist())
+            todo = [i for i in range(len(matrices)) if wanted[i] != methods[i]]
+            methods = wanted
+    return Spectra(S, bound, sd_error, tuple(methods))
+
+
+def escalate(methods: Sequence[str], sd_error: Sequence[float]) -> list[str]:
+    """Returns the methods to use instead: the next more accurate one where the bound exceeds `SD_TOLERANCE`."""
+    return [
+        _NEXT.get(method, method) if error > SD_TOLERANCE else method
+        for method, error in zip(methods, sd_error, strict=True)
+    ]
+
+
+def check_matrix(function: str, W):
+    """Raises ValueError unless W is a floating-point tensor of non-empty matrices."""
+    if not isinstance(W, Tensor):
+        raise ValueError(
+            f"{function}: expected a tensor, got W={type(W).__name__}. Convert it with torch.as_tensor(W)."
+        )
+    if W.ndim < 2:
+        raise ValueError(
+            f"{function}: expected a matrix (..., m, n), got W.shape={tuple(W.shape)}. "
+            "A vector has no spectrum; reshape it if it holds a matrix."
+        )
+    if not W.is_floating_point() or W.dtype.itemsize < 2:
+        raise ValueError(
+            f"{function}: expected float64, float32, bfloat16 or float16, got W.dtype={W.dtype}. "
+            "Convert it with .float()."
+        )
+    if 0 in W.shape[-2:]:
+        raise ValueError(
+            f"{function}: expected at least one row and one column, got W.shape={tuple(W.shape)}. "
+            "Leave empty matrices out."
+        )
+
+
+def _spectra(matrices: Sequence[Tensor], method: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs one method; see `Spectra` for what it returns."""
+    given = matrices[0].dtype
+    dtype = {"gram32": torch.float32, "gram64": torch.float64, "exact64": torch.float64}.get(method)
+    dtype = dtype or (given if given.itemsize >= 4 else torch.float32)
+    m, n = matrices[0].shape
+    r = min(m, n)
+    # Powers of two bring entries of any size to where their squares neither overflow nor vanish, without rounding.
+    largest = torch.stack([torch.linalg.vector_norm(W, torch.inf) for W in matrices]).to(torch.float64)
+    finite = torch.isfinite(largest)
+    limit = 126 if dtype == torch.float32 else 1022
+    exponent = torch.frexp(torch.where(finite & (largest > 0), largest, 1.0)).exponent.clamp(-limit, limit)
+    scale = torch.ldexp(torch.ones_like(largest), -exponent)
+    if matrices[0].device.type == "cpu":
+        plain = [bool(p) for p in finite & (largest > 2.0**-30) & (largest < 2.0**30)]
+        scale = torch.where(torch.tensor(plain), 1.0, scale)
+    else:
+        plain = [False] * len(matrices)
+
+    def ready(i):  # matrix i, in dtype, finite, scaled
+        W = matrices[i].to(dtype)
+        if not plain[i]:
+            W = torch.where(finite[i], W * scale[i].to(dtype), 0.0)
+        return W
+
+    with kernels.full_precision(matrices[0].device.type):
+        if method.startswith("exact"):
+            upright = [W if m >= n else W.mT for W in map(ready, range(len(matrices)))]  # the faster orientation
+            S = torch.stack([torch.linalg.svdvals(W) for W in upright]).double()
+        else:
+            G = torch.empty(len(matrices), r, r, dtype=dtype, device=matrices[0].device)
+            for i in range(len(matrices)):
+                W = ready(i)
+                torch.mm(W, W.mT, out=G[i]) if m <= n else torch.mm(W.mT, W, out=G[i])
+            S = torch.linalg.eigvalsh(G).flip(-1).double().clamp(min=0).sqrt()
+
+    bound, sd_error = _bounds(S, torch.finfo(dtype).eps, max(m, n), squared=not method.startswith("exact"))
+    S, bound = S / scale[:, None], bound / scale[:, None]
+    return tuple(torch.where(finite if t.ndim == 1 else finite[:, None], t, torch.nan) for t in (S, bound, sd_error))
+
+
+def _bounds(S: Tensor, eps: float, inner: int, squared: bool) -> tuple[Tensor, Tensor]:
+    """Bounds on the values of S (B, r) and on |SD - SD_true|_2; constants calibrated in LOG.md, 2026-11-22."""
+    top = S[:, :1]
+
+    def value_error(constant):
+        if not squared:
+            return (constant * eps * top).expand_as(S)
+        d = constant * eps * top.square()  # error of an eigenvalue of the Gram matrix
+        upwards = d / ((S.square() + d).sqrt() + S)
+        downwards = torch.minimum(S.square(), d) / (S + (S.square() - d).clamp(min=0).sqrt())
+        return torch.maximum(upwards.nan_to_num(0.0), downwards.nan_to_num(0.0))  # 0/0 where the value is zero
+
+    bound = value_error(16 + 8 * S.shape[1] ** 0.5)
+    typical_constant = 0.5 * (1 + inner**0.5 / 32) ** 2
+    typical = value_error(typical_constant)
+    noise = top * (typical_constant * eps) ** (0.5 if squared else 1.0)
+    total = S.sum(-1)
+    sd_norm = S.norm(dim=-1) / total
+    # Values at the noise floor err upwards only, so their errors add up in the sum instead of averaging out.
+    floor = (bound * (S < 4 * noise)).sum(-1)
+    sd_error = 3 * (typical.norm(dim=-1) + sd_norm * floor) / total + 16 * eps * sd_norm
+    return bound, sd_error

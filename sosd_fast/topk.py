@@ -1,0 +1,313 @@
+r"""The leading singular values, from a subspace carried from step to step.
+
+With V (n, b) orthonormal, b = k + oversamples, kept from the last call, one step is
+
+    Y = W V,  Z = W^T Y,  R = Z - V (V^T Z)
+
+and Rayleigh-Ritz of W^T W on span[V, D]; P is the change of V at the last step, rho the Rayleigh quotients:
+
+    "b"  D = R                     block Krylov
+    "m"  D = 4 R / rho + P         with momentum: the accuracy of "c" at the cost of "b"
+    "c"  D = [R, P]                LOBPCG
+
+("a" takes the quotient on span[Y] and needs no third product.) A cold start repeats steps until the residuals stand
+still.
+
+Source: Knyazev, LOBPCG (SISC 2001); Musco & Musco, block Krylov (NeurIPS 2015); Stathopoulos & Wu, whitening by
+Cholesky (SISC 2002); Fukaya et al., the shift (SISC 2020).
+"""
+
+import contextlib
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from sosd_fast import kernels
+
+VARIANTS = ("a", "b", "m", "c")
+_PACE = 4.0  # of the residual against the last change in "m": 2 to 8 work, 4 is best with AdamW and Muon (LOG.md)
+_COLD_STEPS = 12  # at most; enough for spectra that decay, and Gaussian ones gain little from more
+
+
+class State(NamedTuple):
+    """What is carried between calls: n is the short side, b = k + oversamples."""
+
+    V: Any  # (..., b, n) orthonormal rows, leading directions first
+    P: Any | None  # (..., b, n) the last change of V; variants "m" and "c"
+
+
+class TopK(NamedTuple):
+    """Leading singular values, in the array type of W."""
+
+    S: Any  # (..., k) descending, each at most the true one
+    residual: Any  # (..., k), |W^T u - s v|_2 for the triplets of the subspace that the call started from
+    state: State
+
+
+def topk_svdvals(W, k: int, *, n_oversamples: int = 8, state: State | None = None, variant: str = "m") -> TopK:
+    """Estimates the k leading singular values of a matrix or a batch of matrices of one shape.
+
+    Args:
+        W: (..., m, n), a torch, CuPy or NumPy array of floating point, or a list of (m, n) arrays, which are read in
+            place as a batch. Not modified.
+        k: how many values, at most min(m, n).
+        n_oversamples: more columns than k in the subspace; they speed up the k-th value.
+        state: the `state` of the call for the last step, or None to start cold.
+        variant: "a" (two thin products), "b", "m" (three) or "c" (four); see the formulas above.
+
+    Returns:
+        `TopK`: S and residual (..., k) in float32 (float64 for float64 input), and the state for the next call.
+        A matrix that holds NaN or Inf gives NaN and keeps its state.
+
+    Accuracy:
+        Ritz values are lower bounds, up to rounding, which squaring makes sqrt(eps) * S[0] for small values. Some singular value lies within residual[i] of S[i], and
+        once the values are separated the error is about residual[i]**2 / gap. On real training runs, warm, the worst
+        of 32 values errs by 1e-5 to 1e-3 of itself (LOG.md).
+
+    Raises:
+        ValueError: no matrix, an integer dtype, k out of range, an unknown variant, or a state of another shape.
+    """
+    matrices = list(W) if isinstance(W, list | tuple) else None
+    first = matrices[0] if matrices else W
+    xp = _namespace(first)
+    _check(first, k, n_oversamples, variant)
+    n = min(first.shape[-2:])
+    b = min(k + n_oversamples, n)
+    batch = (len(matrices),) if matrices else tuple(first.shape[:-2])
+    if state is not None and tuple(state.V.shape) != (*batch, b, n):
+        raise ValueError(
+            f"topk_svdvals: expected a state of shape {(*batch, b, n)}, got state.V.shape={tuple(state.V.shape)}. "
+            "Pass state=None when the shape, k or n_oversamples changes."
+        )
+    with kernels.full_precision(first.device.type) if xp is torch else contextlib.nullcontext():
+        like = _cast(xp, first[..., :1, :1], xp.float64 if first.dtype == xp.float64 else xp.float32)
+        V, P = state or (_start(xp, batch, n, b, like), None)
+        operator = _Operator(xp, matrices or W)
+        S, residual, V, P = _step(xp, operator, V, P, k, variant)
+        before = math.inf
+        for _ in range(_COLD_STEPS if state is None else 0):
+            worst = _worst(xp, S, residual)
+            if worst is not None and not worst < 0.7 * before:
+                break
+            before = worst
+            S, residual, V, P = _step(xp, operator, V, P, k, variant)
+    return TopK(S, residual, State(V, P))
+
+
+def _step(xp, operator, V, P, k, variant):
+    """One Rayleigh-Ritz on the span that the variant names. Rows are directions."""
+    b = V.shape[-2]
+    Y = operator.mul(V)
+    Z = operator.tmul(Y)
+    H = Z @ _t(xp, V)
+    rayleigh = (Z * V).sum(-1)[..., None]  # of each carried direction; they are the Ritz vectors of the last step
+    residual = xp.sqrt(((Z - rayleigh * V) ** 2).sum(-1) / _positive(xp, rayleigh)[..., 0])
+
+    if variant == "a":
+        values, C = _rayleigh_ritz(xp, Y @ _t(xp, Y), Z @ _t(xp, Z), b)  # of W W^T on span[Y], whose image is Z
+        new, P = (C / xp.sqrt(_positive(xp, values))[..., None]) @ Z, None
+    else:
+        R = Z - H @ V
+        if variant == "m" and P is not None:
+            R = _PACE * R / _positive(xp, rayleigh) + P
+        D = xp.concatenate([R, P], -2) if variant == "c" and P is not None else R
+        D = _unit(xp, D[..., : V.shape[-1] - b, :])  # no more directions than there is room for
+        if P is not None and variant != "b":
+            D = D - (D @ _t(xp, V)) @ V
+        WD = operator.mul(D)
+        cross = D @ _t(xp, V)
+        M = _symmetric(xp, V @ _t(xp, V), cross, D @ _t(xp, D))
+        H = _symmetric(xp, H, D @ _t(xp, Z), WD @ _t(xp, WD))
+        values, C = _rayleigh_ritz(xp, M, H, b)
+        P = C[..., b:] @ D
+        new = C[..., :b] @ V + P
+
+    S = _descending(xp, xp.sqrt(xp.where(values > 0, values, xp.zeros_like(values))))
+    if not operator.plain:
+        nan = xp.full_like(S, math.nan)
+        S = xp.where(operator.finite[..., None], S / operator.scale[..., None], nan)
+        residual = xp.where(operator.finite[..., None], residual / operator.scale[..., None], nan)
+        new = xp.where(operator.finite[..., None, None], new, V)
+    return S[..., :k], residual[..., :k], new, P if variant in "cm" else None
+
+
+def _rayleigh_ritz(xp, M, H, b):
+    """Solves H c = value M c for the b largest values, rows of C; the basis need not be orthonormal nor independent.
+
+    M, the basis' Gram matrix, is whitened by a Cholesky factor with a shift, which makes dependent directions
+    harmless: they come out short and low. The shift's effect on the others is divided out again.
+    """
+    eye = _like(xp, M, np.eye(M.shape[-1]))
+    norm = xp.sqrt(_positive(xp, (M * eye).sum(-1)))
+    norms = norm[..., :, None] * norm[..., None, :]
+    M, H = M / norms, H / norms
+    shift = 4 * M.shape[-1] * float(xp.finfo(M.dtype).eps)
+    L = _cholesky(xp, M + shift * eye)
+    whiten = _inverse(xp, L, eye)
+    H = whiten @ H @ _t(xp, whiten)
+    norm = norm[..., None, :]
+    if _on_host(xp, M) and bool(((L * L * eye).sum(-1) > 100 * shift).all()):  # independent, as in training
+        values, C = _eigh_descending(xp, H, b)
+        C = C @ whiten
+        square = 1 - shift * (C * C).sum(-1)  # the length without the shift
+        return values / square, C / (xp.sqrt(square)[..., None] * norm)
+    # N is 1 on true directions and nearly 0 on those that the shift made up, where H is amplified rounding: damp it.
+    # Where H tells nothing apart (a zero matrix), true directions go first.
+    N = whiten @ M @ _t(xp, whiten)
+    damp = N @ N @ N @ N
+    weight = float(xp.finfo(M.dtype).eps) * (xp.abs(H) * eye).sum((-2, -1)) + float(xp.finfo(M.dtype).tiny)
+    damped = damp @ H @ _t(xp, damp)
+    C = _eigh_descending(xp, damped + weight[..., None, None] * N, b)[1]
+    square = (C * (C @ N)).sum(-1)
+    true = square > 0.5
+    square = xp.where(true, square, xp.ones_like(square))
+    values = xp.where(true, (C * (C @ H)).sum(-1) / square, (C * (C @ damped)).sum(-1))
+    return values, C @ whiten / (xp.sqrt(square)[..., None] * norm)
+
+
+class _Operator:
+    """Products of rows with W, taken upright (m >= n), scaled by the power of two that brings W V near 1.
+
+    Matrices that hold NaN or Inf act as zero.
+    """
+
+    def __init__(self, xp, W):
+        self.xp = xp
+        self.is_list = isinstance(W, list)
+        matrices = W if self.is_list else [W]
+        dtype = xp.float64 if matrices[0].dtype == xp.float64 else xp.float32
+        matrices = [_cast(xp, A, dtype) for A in matrices]
+        self.matrices = [A if A.shape[-2] >= A.shape[-1] else _t(xp, A) for A in matrices]
+        self.upside_down = [_t(xp, A) for A in self.matrices]
+        self.scale = None
+
+    def mul(self, V):
+        """Returns (W V^T)^T."""
+        Y = self._product(V, self.upside_down)
+        if self.scale is None:
+            xp = self.xp
+            largest = xp.amax(xp.abs(Y), (-2, -1))
+            self.finite = xp.isfinite(largest)
+            largest = xp.where(self.finite & (largest > 0), largest, xp.ones_like(largest))
+            self.scale = xp.ldexp(xp.ones_like(largest), -xp.frexp(largest)[1])
+            tame = self.finite & (largest > 2.0**-30) & (largest < 2.0**30)
+            self.plain = _on_host(xp, Y) and bool(tame.all())  # then nothing needs cleaning
+        return self._clean(Y)
+
+    def tmul(self, Y):
+        """Returns (W^T Y^T)^T."""
+        return self._clean(self._product(Y, self.matrices))
+
+    def _product(self, X, matrices):
+        return self.xp.stack([x @ A for x, A in zip(X, matrices, strict=True)]) if self.is_list else X @ matrices[0]
+
+    def _clean(self, Y):
+        if self.plain:
+            return Y
+        return self.xp.where(self.finite[..., None, None], Y * self.scale[..., None, None], self.xp.zeros_like(Y))
+
+
+def _t(xp, A):
+    return xp.swapaxes(A, -1, -2)
+
+
+def _positive(xp, x):
+    """X where it is positive, else 1: a divisor."""
+    return xp.where(x > 0, x, xp.ones_like(x))
+
+
+def _unit(xp, K):
+    """Rows scaled to norm 1, zero rows left."""
+    return K / xp.sqrt(_positive(xp, (K * K).sum(-1)))[..., None]
+
+
+def _symmetric(xp, A, B, C):
+    """[[A, B^T], [B, C]]."""
+    return xp.concatenate([xp.concatenate([A, _t(xp, B)], -1), xp.concatenate([B, C], -1)], -2)
+
+
+def _eigh_descending(xp, H, b):
+    """The b largest eigenvalues of a symmetric matrix, descending, and their vectors as rows."""
+    values, C = xp.linalg.eigh((H + _t(xp, H)) / 2)
+    return xp.flip(values[..., -b:], (-1,)), xp.flip(_t(xp, C[..., -b:]), (-2,))
+
+
+def _descending(xp, S):
+    return xp.sort(S, descending=True).values if xp is torch else xp.flip(xp.sort(S, -1), -1)
+
+
+def _cholesky(xp, M):
+    return xp.linalg.cholesky_ex(M).L if xp is torch else xp.linalg.cholesky(M)
+
+
+def _inverse(xp, L, eye):
+    return xp.linalg.solve_triangular(L, eye.expand(L.shape), upper=False) if xp is torch else xp.linalg.inv(L)
+
+
+def _namespace(array):
+    """The module of an array's own operations; all three name those used here alike."""
+    if isinstance(array, torch.Tensor):
+        return torch
+    if isinstance(array, np.ndarray):
+        return np
+    if type(array).__module__.split(".")[0] == "cupy":
+        import cupy
+
+        return cupy
+    raise ValueError(
+        f"topk_svdvals: expected a torch, NumPy or CuPy array, got W={type(array).__name__}. Use torch.as_tensor(W)."
+    )
+
+
+def _like(xp, array, values):
+    """NumPy values as an array of the type, dtype and place of another."""
+    if xp is torch:
+        return torch.as_tensor(values, dtype=array.dtype, device=array.device)
+    return xp.asarray(values, dtype=array.dtype)
+
+
+def _cast(xp, array, dtype):
+    return array.detach().to(dtype) if xp is torch else array.astype(dtype, copy=False)
+
+
+def _start(xp, batch, n, b, like):
+    """The same random orthonormal columns each time, from a generator of their own: training's is not touched."""
+    V = np.linalg.qr(np.random.default_rng(0).standard_normal((n, b)))[0].T
+    return _like(xp, like, np.tile(V, (*batch, 1, 1)))
+
+
+def _on_host(xp, array):
+    return xp is np or (xp is torch and array.device.type == "cpu")
+
+
+def _worst(xp, S, residual):
+    """The largest relative residual, or None where reading it would wait for a device."""
+    if _on_host(xp, S):
+        relative = residual / _positive(xp, S)
+        return float(relative[xp.isfinite(relative)].max()) if xp.isfinite(relative).any() else 0.0
+    return None
+
+
+def _check(W, k, n_oversamples, variant):
+    shape = tuple(getattr(W, "shape", ()))
+    if len(shape) < 2 or 0 in shape[-2:]:
+        raise ValueError(
+            f"topk_svdvals: expected non-empty matrices (..., m, n), got W.shape={shape}. "
+            "Leave vectors and empty matrices out."
+        )
+    floating = W.is_floating_point() if isinstance(W, torch.Tensor) else W.dtype.kind == "f"
+    if not floating:
+        raise ValueError(
+            f"topk_svdvals: expected a floating-point dtype, got W.dtype={W.dtype}. Convert it to float32."
+        )
+    if not 1 <= k <= min(shape[-2:]):
+        raise ValueError(
+            f"topk_svdvals: expected 1 <= k <= min(m, n) = {min(shape[-2:])}, got k={k}. "
+            "Use svdvals for all singular values."
+        )
+    if n_oversamples < 0:
+        raise ValueError(f"topk_svdvals: expected no negative number, got n_oversamples={n_oversamples}. Use 8.")
+    if variant not in VARIANTS:
+        raise ValueError(f"topk_svdvals: expected one of {', '.join(VARIANTS)}, got variant={variant!r}. Use 'm'.")

@@ -1,0 +1,131 @@
+import math
+
+import pytest
+import torch
+
+import sosd_fast
+from sosd_fast import kernels
+from sosd_fast.kernels.distribution import singular_distribution, singular_distribution_ref
+
+
+@pytest.fixture(params=["extension", "torch"])
+def path(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "_C", None)
+    else:
+        assert kernels._C is not None, "the C++ extension is not built"
+    return request.param
+
+
+def spectra(*shape, dtype=torch.float64, seed=0):
+    S = torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return S.sort(-1, descending=True).values.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (5,), (3, 127), (2, 4, 64), (0, 8)], ids=str)
+def test_against_the_reference(path, dtype, shape):
+    S, previous, reference = (spectra(*shape, dtype=dtype, seed=i) for i in range(3))
+    copies = [t.clone() for t in (S, previous, reference)]
+    d = singular_distribution(S, previous, reference)
+    expected = singular_distribution_ref(S.double(), previous.double(), reference.double())
+    assert d.sd.dtype == dtype
+    torch.testing.assert_close(d.sd, expected.sd.to(dtype))
+    for name in d._fields[1:]:
+        value = getattr(d, name)
+        assert value.dtype == torch.float64 and value.shape == shape[:-1]
+        torch.testing.assert_close(value, getattr(expected, name), rtol=1e-12, atol=1e-15)
+    assert all(torch.equal(a, b) for a, b in zip((S, previous, reference), copies, strict=True))
+
+
+def test_by_hand(path):
+    d = sosd_fast.singular_distribution(
+        torch.tensor([3.0, 1.0], dtype=torch.float64), previous=torch.tensor([1.0, 1.0], dtype=torch.float64),
+        reference=torch.tensor([4.0, 3.0], dtype=torch.float64),
+    )  # fmt: skip
+    assert d.sd.tolist() == [0.75, 0.25]
+    assert d.variation_l2.item() == pytest.approx(math.sqrt(0.125))
+    assert d.variation_l1.item() == pytest.approx(0.5)
+    assert d.variation_linf.item() == pytest.approx(0.25)
+    assert d.cosine.item() == pytest.approx(15 / (math.sqrt(10) * 5))
+    assert d.nuclear_norm.item() == 4
+    assert d.frobenius_norm.item() == pytest.approx(math.sqrt(10))
+    assert (d.sigma_max.item(), d.sigma_min.item()) == (3, 1)
+    assert d.stable_rank.item() == pytest.approx(10 / 9)
+    assert d.spectral_entropy.item() == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
+    assert d.effective_rank.item() == pytest.approx(math.exp(d.spectral_entropy.item()))
+    assert d.participation_ratio.item() == pytest.approx(100 / 82)
+
+
+def test_each_row_is_compared_with_its_own(path):
+    S = spectra(4, 50)
+    d = singular_distribution(S, S * 7, S)
+    assert d.variation_l2.max() < 1e-16 and (d.cosine - 1).abs().max() < 1e-15
+
+
+def test_small_variations_survive(path):
+    S = spectra(1, 256)
+    other = S.clone()
+    other[0, 0] += 1e-8 * S.sum()
+    d = singular_distribution(S, other)
+    assert d.variation_linf.item() == pytest.approx(1e-8, rel=1e-2)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_scale(path, scale):
+    S = spectra(2, 40)
+    plain, scaled = singular_distribution(S), singular_distribution((S * scale).float())
+    for name in ("stable_rank", "effective_rank", "spectral_entropy", "participation_ratio"):
+        torch.testing.assert_close(getattr(scaled, name), getattr(plain, name), rtol=1e-6, atol=0)
+    torch.testing.assert_close(scaled.frobenius_norm / scale, plain.frobenius_norm, rtol=1e-6, atol=0)
+
+
+def test_zero_and_nan_spectra_give_nan_and_leave_the_others_alone(path):
+    S = spectra(4, 10)
+    whole = singular_distribution(S, S.flip(-1), S)
+    S[1] = 0
+    S[2, 3] = math.nan
+    d = singular_distribution(S, S.flip(-1), S)
+    for name in d._fields:
+        value, expected = getattr(d, name), getattr(whole, name)
+        if name not in ("nuclear_norm", "frobenius_norm", "sigma_max", "sigma_min"):
+            assert value[1].isnan().all(), name
+        assert value[2].isnan().all(), name
+        assert torch.equal(value[[0, 3]], expected[[0, 3]]), name
+    assert d.nuclear_norm[1] == d.frobenius_norm[1] == d.sigma_max[1] == 0
+
+
+def test_views(path):
+    S = spectra(6, 40)
+    d, expected = singular_distribution(S[::2, ::2], S[1::2, ::2]), singular_distribution_ref(S[::2, ::2], S[1::2, ::2])
+    torch.testing.assert_close(d.variation_l2, expected.variation_l2)
+    torch.testing.assert_close(d.sd, expected.sd)
+
+
+def test_without_previous_and_reference(path):
+    d = singular_distribution(spectra(3))
+    assert d.variation_l2 is d.variation_l1 is d.variation_linf is d.cosine is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(3, dtype=torch.int64),), "got S=torch.int64"),
+        ((torch.ones(3, dtype=torch.bfloat16),), "got S=torch.bfloat16"),
+        (([1.0],), "got S=list"),
+        ((torch.ones(2, 0),), r"got S.shape=\(2, 0\)"),
+        ((torch.ones(3), torch.ones(4)), r"expected previous shaped .* got previous.shape=\(4,\)"),
+        ((torch.ones(3), None, torch.ones(4)), r"got reference.shape=\(4,\)"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match="singular_distribution: .*" + message):
+        singular_distribution(*arguments)
+
+
+def test_a_missing_extension_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "_C", None)
+    kernels.warn_no_extension.cache_clear()
+    singular_distribution(spectra(3))
+    singular_distribution(spectra(3))
+    assert sum("sosd_fast._C is not built" in message for message in caplog.messages) == 1

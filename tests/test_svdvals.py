@@ -1,0 +1,190 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sosd_fast
+from sosd_fast.svdvals import SD_TOLERANCE, spectra
+from sosd_fast.testing import SPECTRA, assert_svdvals_close, matrix, sd_distance
+
+SHAPES = [
+    (1, 7),  # a row
+    (7, 1),  # a column
+    (1, 1),
+    (2, 3),
+    (64, 64),
+    (127, 509),  # primes: no tile fits
+    (300, 40),  # tall
+    (40, 300),  # wide
+    (256, 256),
+]
+TABLE = ["gaussian", "power", "log4", "spikes"]  # the spectra of the published error table
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def truth(W):
+    return torch.linalg.svdvals(W.double())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_auto_meets_the_tolerance_and_its_bound(name, shape, dtype):
+    W = matrix(name, *shape, dtype=dtype)
+    before = W.clone()
+    S, bound = sosd_fast.svdvals(W, return_bound=True)
+    assert S.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    S_ref = truth(W)
+    eps = torch.finfo(torch.float32).eps
+    assert_svdvals_close(S, S_ref, eps=eps, size=max(shape), limit=bound)
+    if S_ref[0] > 0:
+        assert sd_distance(S, S_ref) <= SD_TOLERANCE
+    assert torch.equal(W, before)
+
+
+@pytest.mark.parametrize("method", ["gram32", "gram64", "exact"])
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("shape", [(64, 64), (127, 509), (40, 2000)], ids=str)
+def test_every_method_keeps_its_bounds(method, name, shape):
+    W = matrix(name, *shape)
+    result = spectra([W], method)
+    S_ref = truth(W)
+    eps = torch.finfo(torch.float64 if method == "gram64" else torch.float32).eps
+    loss = 1.0 if method == "exact" else eps**-0.5  # squaring loses half the digits of small values
+    assert_svdvals_close(result.S[0], S_ref, eps=eps * loss, size=max(shape), limit=result.bound[0])
+    if S_ref[0] > 0:
+        assert sd_distance(result.S[0], S_ref) <= result.sd_error[0] + 1e-15
+
+
+@pytest.mark.parametrize("size", [(512, 512), (512, 2048)], ids=str)
+@pytest.mark.parametrize("name", TABLE)
+def test_full_size_spectra(name, size):
+    W = matrix(name, *size)
+    result = spectra([W])
+    S_ref = truth(W)
+    assert sd_distance(result.S[0], S_ref) <= min(SD_TOLERANCE, result.sd_error[0])
+
+
+def test_the_safety_test_chooses_the_precision():
+    chosen = {name: spectra([matrix(name, 96, 384)]).methods[0] for name in ("gaussian", "log4", "rank_one")}
+    assert chosen == {"gaussian": "gram32", "log4": "gram64", "rank_one": "exact64"}
+    assert sd_distance(spectra([matrix("log4", 96, 384)], "gram32").S[0], truth(matrix("log4", 96, 384))) > SD_TOLERANCE
+
+
+def test_a_batch_mixes_precisions():
+    W = torch.stack([matrix(name, 96, 384) for name in ("gaussian", "log4", "rank_one", "zero")])
+    result = spectra(list(W))
+    assert result.methods == ("gram32", "gram64", "exact64", "gram32")
+    for S, matrix_ in zip(sosd_fast.svdvals(W.reshape(2, 2, 96, 384)).reshape(4, -1), W, strict=True):
+        assert torch.equal(S, sosd_fast.svdvals(matrix_))
+
+
+def test_the_start_is_kept_where_it_suffices():
+    assert spectra([matrix("gaussian", 96, 384)], "auto", ["gram64"]).methods == ("gram64",)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("method", ["auto", "gram32", "exact"])
+def test_scale(scale, method):
+    W = matrix("gaussian", 40, 160)
+    S = sosd_fast.svdvals(W * scale, method=method)
+    torch.testing.assert_close(S / scale, sosd_fast.svdvals(W, method=method), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_scale_in_float64(scale):
+    W = matrix("gaussian", 20, 30, dtype=torch.float64)
+    torch.testing.assert_close(sosd_fast.svdvals(W * scale) / scale, truth(W), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("method", ["auto", "gram32", "gram64", "exact"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_broken_matrix_leaves_the_others_alone(method, value):
+    W = torch.stack([matrix("gaussian", 30, 50, seed=i) for i in range(3)])
+    whole = sosd_fast.svdvals(W, method=method)
+    W[1, 3, 4] = value
+    S, bound = sosd_fast.svdvals(W, method=method, return_bound=True)
+    assert S[1].isnan().all() and bound[1].isnan().all()
+    assert torch.equal(S[[0, 2]], whole[[0, 2]])
+
+
+def test_hilbert():
+    i = torch.arange(1, 65, dtype=torch.float64)
+    W = 1 / (i[:, None] + i[None, :] - 1)
+    assert sd_distance(sosd_fast.svdvals(W), truth(W)) <= SD_TOLERANCE
+    assert sd_distance(sosd_fast.svdvals(W.float()), truth(W.float())) <= SD_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda W: W.mT, lambda W: W[::2, 1::3], lambda W: W.flip(0), lambda W: W[:, :1].expand(-1, 20)],
+    ids=["transposed", "strided", "flipped", "expanded"],
+)
+def test_views(view):
+    W = matrix("gaussian", 90, 120)
+    assert_svdvals_close(sosd_fast.svdvals(view(W)), truth(view(W)), eps=1.2e-7, size=120)
+
+
+def test_gradients_autocast_and_matmul_precision_do_not_reach_in():
+    W = matrix("gaussian", 96, 384)
+    plain = sosd_fast.svdvals(W)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            S = sosd_fast.svdvals(torch.nn.Parameter(W))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(S, plain) and not S.requires_grad
+
+
+def test_empty_batch():
+    S, bound = sosd_fast.svdvals(torch.empty(3, 0, 5, 4), return_bound=True)
+    assert S.shape == bound.shape == (3, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("W", "message"),
+    [
+        (torch.ones(3), r"svdvals: expected a matrix .*got W.shape=\(3,\)"),
+        (torch.ones(3, 3, dtype=torch.int32), r"got W.dtype=torch.int32. Convert it"),
+        (torch.ones(3, 3, dtype=torch.complex64), r"got W.dtype=torch.complex64"),
+        (torch.ones(0, 5), r"expected at least one row and one column, got W.shape=\(0, 5\)"),
+        ([[1.0]], r"expected a tensor, got W=list"),
+    ],
+)
+def test_bad_input(W, message):
+    with pytest.raises(ValueError, match=message):
+        sosd_fast.svdvals(W)
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match=r"expected one of auto, gram32, gram64, exact, got method='qr'"):
+        sosd_fast.svdvals(torch.ones(2, 2), method="qr")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 40),
+    seed=st.integers(0, 2**31),
+    decay=st.floats(0, 12),
+    zeros=st.floats(0, 1),
+    scale=st.floats(-20, 20),
+    dtype=st.sampled_from(DTYPES[:3]),
+)
+def test_random_spectra(m, n, seed, decay, zeros, scale, dtype):
+    r = min(m, n)
+    generator = torch.Generator().manual_seed(seed)
+    S = 10 ** (-decay * torch.rand(r, dtype=torch.float64, generator=generator))
+    S = torch.where(torch.rand(r, generator=generator) < zeros, 0.0, S).double()
+    U, V = (torch.linalg.qr(torch.randn(size, r, dtype=torch.float64, generator=generator)).Q for size in (m, n))
+    W = (U * S @ V.mT * 10**scale).to(dtype)
+    result = spectra([W])
+    S_ref = truth(W)
+    assert_svdvals_close(result.S[0], S_ref, eps=1.2e-7, size=max(m, n), limit=result.bound[0])
+    if S_ref[0] > 0:
+        assert sd_distance(result.S[0], S_ref) <= min(SD_TOLERANCE, result.sd_error[0] + 1e-15)

@@ -1,0 +1,186 @@
+import math
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import sosd_fast
+from sosd_fast.testing import matrix
+from sosd_fast.topk import VARIANTS, topk_svdvals
+
+SHAPES = [(1, 7), (7, 1), (1, 1), (2, 3), (64, 64), (127, 509), (300, 40), (40, 300)]
+
+
+def truth(W, k):
+    return torch.linalg.svdvals(W.double())[..., :k]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", ["power", "log4", "rank_one", "half_zeros", "repeated"])
+def test_cold_start(name, shape, variant):
+    W = matrix(name, *shape)
+    k = min(8, *shape)
+    before = W.clone()
+    S, residual, state = topk_svdvals(W, k, variant=variant)
+    S_ref = truth(W, k)
+    assert S.shape == residual.shape == (k,) and S.dtype == torch.float32
+    assert state.V.shape == (min(k + 8, *shape), min(shape))
+    assert (S[:-1] >= S[1:]).all()
+    noise = (S_ref.square() + 1e-5 * S_ref[0].square()).sqrt() - S_ref  # of the squares
+    assert (S <= S_ref + noise).all(), "Ritz values are lower bounds"
+    assert (S_ref - S <= residual + noise).all()
+    assert (S_ref - S <= 2e-2 * S_ref[0]).all()
+    assert torch.equal(W, before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_converges_on_a_matrix_that_stands_still(variant):
+    W = matrix("gaussian", 96, 128)
+    S_ref = truth(W, 10)
+    state = None
+    for _ in range(40):
+        S, residual, state = topk_svdvals(W, 10, state=state, variant=variant)
+    assert (S / S_ref - 1).abs().max() < {"a": 1e-3}.get(variant, 2e-6)
+    torch.testing.assert_close(state.V @ state.V.mT, torch.eye(18), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("variant", ["b", "m", "c"])
+def test_a_moving_matrix_is_followed(variant):
+    generator = torch.Generator().manual_seed(0)
+    W = matrix("gaussian", 128, 128)
+    direction = torch.randn(128, 128, generator=generator)
+    state, worst = None, 0.0
+    for step in range(60):
+        W = W + 0.01 * direction
+        direction = 0.9 * direction + 0.44 * torch.randn(128, 128, generator=generator)
+        S, _, state = topk_svdvals(W, 16, state=state, variant=variant)
+        if step >= 20:
+            worst = max(worst, float((S / truth(W, 16) - 1).abs().max()))
+    assert worst < {"b": 2e-2, "m": 2e-3, "c": 2e-3}[variant]
+
+
+def test_momentum_beats_plain_krylov_at_the_same_cost():
+    errors = {}
+    for variant in ("b", "m"):
+        generator = torch.Generator().manual_seed(0)
+        W, state, errors[variant] = matrix("gaussian", 128, 128), None, []
+        drift = torch.randn(128, 128, generator=generator)  # updates of training keep their direction for a while
+        for _ in range(60):
+            W = W + 0.03 * drift
+            drift = 0.95 * drift + 0.3 * torch.randn(128, 128, generator=generator)
+            S, _, state = topk_svdvals(W, 16, state=state, variant=variant)
+            errors[variant].append(float((S / truth(W, 16) - 1).abs().max()))
+    assert max(errors["m"][20:]) < 0.5 * max(errors["b"][20:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype):
+    W = matrix("power", 60, 90, dtype=dtype)
+    S, _, _ = topk_svdvals(W, 5)
+    assert S.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(S.double(), truth(W, 5), rtol=1e-5, atol=0)
+
+
+def test_batches_lists_and_single_matrices_agree():
+    W = torch.stack([matrix("power", 60, 90, seed=i) for i in range(6)]).reshape(2, 3, 60, 90)
+    S, residual, state = topk_svdvals(W, 5)
+    assert S.shape == residual.shape == (2, 3, 5) and state.V.shape == (2, 3, 13, 60)
+    listed, _, _ = topk_svdvals(list(W.reshape(6, 60, 90)), 5)
+    torch.testing.assert_close(listed, S.reshape(6, 5), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(topk_svdvals(W.mT, 5).S, S, rtol=1e-6, atol=1e-6)
+
+
+def test_numpy_and_torch_give_the_same():
+    W = matrix("power", 60, 90)
+    S, residual, state = topk_svdvals(W, 5)
+    other = topk_svdvals(W.numpy(), 5)
+    assert isinstance(other.S, np.ndarray) and other.S.dtype == np.float32
+    np.testing.assert_allclose(other.S, S.numpy(), rtol=1e-5)
+    S, _, _ = topk_svdvals(W * 1.001, 5, state=state)
+    again = topk_svdvals((W * 1.001).numpy(), 5, state=other.state)
+    np.testing.assert_allclose(again.S, S.numpy(), rtol=1e-5)
+    assert topk_svdvals(W.double().numpy(), 5).S.dtype == np.float64
+
+
+def test_cupy_arrays_take_cupys_functions(monkeypatch):
+    """CuPy names everything used here as NumPy does, so a NumPy in its clothes shows that no torch call sneaks in."""
+
+    class ndarray(np.ndarray):  # noqa: N801
+        pass
+
+    ndarray.__module__ = "cupy"
+    cupy = types.ModuleType("cupy")
+    cupy.__getattr__ = lambda name: getattr(np, name)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    W = matrix("power", 40, 60)
+    S, _, state = topk_svdvals(W.numpy().view(ndarray), 5)
+    np.testing.assert_allclose(np.asarray(S), truth(W, 5), rtol=1e-5)
+    assert topk_svdvals(W.numpy().view(ndarray), 5, state=state).S.shape == (5,)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_scale(scale):
+    W = matrix("power", 40, 160)
+    torch.testing.assert_close(topk_svdvals(W * scale, 8).S / scale, topk_svdvals(W, 8).S, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_broken_matrix_leaves_the_others_alone(value):
+    W = torch.stack([matrix("power", 30, 50, seed=i) for i in range(3)])
+    first = topk_svdvals(W, 4)
+    whole = topk_svdvals(W, 4, state=first.state)
+    broken = W.clone()
+    broken[1, 3, 4] = value
+    S, residual, state = topk_svdvals(broken, 4, state=first.state)
+    assert S[1].isnan().all() and residual[1].isnan().all()
+    torch.testing.assert_close(S[[0, 2]], whole.S[[0, 2]])
+    assert torch.equal(state.V[1], first.state.V[1]) and state.P.isfinite().all()
+    torch.testing.assert_close(topk_svdvals(W, 4, state=state).S, whole.S, rtol=1e-4, atol=0)
+
+
+def test_a_matrix_that_was_zero_is_found_when_it_grows():
+    state = topk_svdvals(torch.zeros(40, 60), 4).state
+    W = matrix("power", 40, 60)
+    for _ in range(6):
+        S, _, state = topk_svdvals(W, 4, state=state)
+    torch.testing.assert_close(S.double(), truth(W, 4), rtol=1e-4, atol=0)
+
+
+def test_the_global_generators_are_not_touched():
+    torch.manual_seed(3)
+    np.random.seed(3)
+    topk_svdvals(matrix("power", 30, 40), 4)
+    after = torch.rand(1), np.random.rand()
+    torch.manual_seed(3)
+    np.random.seed(3)
+    assert (torch.rand(1), np.random.rand()) == after
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(5, 6), 7), "expected 1 <= k <= min.* = 5, got k=7"),
+        ((torch.ones(5, 6), 0), "got k=0"),
+        ((torch.ones(5), 1), r"got W.shape=\(5,\)"),
+        ((torch.ones(0, 5), 1), r"got W.shape=\(0, 5\)"),
+        ((torch.ones(5, 5, dtype=torch.int32), 1), "got W.dtype=torch.int32"),
+        ((np.ones((5, 5), dtype=np.int32), 1), "got W.dtype=int32"),
+        (("weights", 1), "got W=str"),
+    ],
+)
+def test_bad_input(arguments, message):
+    with pytest.raises(ValueError, match="topk_svdvals: .*" + message):
+        sosd_fast.topk_svdvals(*arguments)
+
+
+def test_bad_options():
+    W = matrix("power", 20, 30)
+    with pytest.raises(ValueError, match="got variant='z'"):
+        topk_svdvals(W, 2, variant="z")
+    with pytest.raises(ValueError, match="got n_oversamples=-1"):
+        topk_svdvals(W, 2, n_oversamples=-1)
+    with pytest.raises(ValueError, match=r"expected a state of shape \(10, 20\), got state.V.shape=\(11, 20\)"):
+        topk_svdvals(W, 2, state=topk_svdvals(W, 3).state)
