@@ -31,7 +31,7 @@ def doctor() -> list[str]:
         f"sosd_fast._C {'built' if extension else 'not built: install a C++17 compiler, then pip install -e .'}",
         "",
         "operation              CPU tensors     CUDA tensors",
-        f"svdvals                torch           {'torch' if torch.cuda.is_available() else '-'}",
+        f"svdvals                {f'C++ ({kernels._C.isa()})' if extension else 'torch':<15} {'torch' if torch.cuda.is_available() else '-'}",
         f"topk_svdvals           torch           {'torch' if torch.cuda.is_available() else '-'}"
         + (", CuPy arrays by CuPy" if has["cupy"] else ""),
         f"singular_distribution  {'C++' if extension else 'torch':<15} {'torch' if torch.cuda.is_available() else '-'}",

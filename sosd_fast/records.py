@@ -32,7 +32,7 @@ class Record:
     step: int
     name: str
     shape: tuple[int, int]
-    method: str  # topk, gram32, gram64, exact or exact64
+    method: str  # topk, gram32, gram64, direct64 or exact
     interval: int | None = None  # steps since the measurement that sd_variation compares with
     sd_variation: float | None = None  # |SD_t - SD_s|_2
     sd_variation_topk: float | None = None  # its part from the k leading values, a lower bound
@@ -134,6 +134,7 @@ class RunWriter:
                 path.unlink()
         self._spectra = open(self._chunk_path(), "ab")
         self._spectra.truncate(end)
+        self._spectra.seek(end)  # truncating leaves the position, which pointers are taken from, behind the end
         meta = {"format": "sosd_fast", "version": FORMAT_VERSION} | (meta or {})
         temporary = self.run_dir / "meta.json.tmp"
         temporary.write_text(json.dumps(meta, indent=1))

@@ -1,10 +1,12 @@
 r"""All singular values of a matrix, by the Gram matrix of its short side.
 
-    G = W W^T (r x r)  ->  eigenvalues lambda of G  ->  sigma = sqrt(max(lambda, 0))
+    G = W W^T (r x r)  ->  T = Q^T G Q tridiagonal  ->  lambda by bisection  ->  sigma = sqrt(max(lambda, 0))
 
-Squaring costs accuracy in the small values, so the precision is chosen per matrix: float32 stands when the bound on
-its singular distribution is at most `SD_TOLERANCE`, otherwise the matrix is redone in float64, and where that is not
-enough either (a matrix of deficient rank) by a float64 SVD.
+Squaring costs accuracy in the small values, so the precision is chosen per matrix: float32 stands when the predicted
+error of its singular distribution is well below `SD_TOLERANCE`, otherwise the matrix is redone in float64, and where
+that is not enough either (a matrix of deficient rank) directly from W, without the Gram matrix, in float64.
+
+CPU tensors take the C++ kernels (kernels/cpu); others, and all where those are not built, torch's operations.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,9 @@ from sosd_fast import kernels
 METHODS = ("auto", "gram32", "gram64", "exact")
 SD_TOLERANCE = 1e-6  # on |SD - SD_true|_2; published variations settle near 1e-5
 
-_NEXT = {"gram32": "gram64", "gram64": "exact64"}
+_LADDER = ("gram32", "gram64", "direct64")
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_PRECISIONS = {"gram32": 0, "gram64": 1, "auto": 2, "direct64": 3}
 
 
 class Spectra(NamedTuple):
@@ -27,7 +31,7 @@ class Spectra(NamedTuple):
     S: Tensor  # (B, r) float64, descending
     bound: Tensor  # (B, r) float64, |S - S_true| is at most this
     sd_error: Tensor  # (B,) float64, |SD - SD_true|_2 is at most this
-    methods: tuple[str, ...]  # what was computed: gram32, gram64, exact, or exact64 (the SVD of W.double())
+    methods: tuple[str, ...]  # of each matrix: gram32, gram64, direct64 (float64, without the Gram matrix) or exact
 
 
 def svdvals(W: Tensor, *, method: str = "auto", return_bound: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -73,41 +77,77 @@ def svdvals(W: Tensor, *, method: str = "auto", return_bound: bool = False) -> T
     return S, (found.bound + rounding).to(dtype).reshape(S.shape)
 
 
-def spectra(matrices: Sequence[Tensor], method: str = "auto", start: Sequence[str] | None = None) -> Spectra:
+def spectra(matrices: Sequence[Tensor], method: str = "auto", previous: Tensor | None = None) -> Spectra:
     """Computes the spectra of B matrices of one shape, dtype and device, read in place.
 
     Args:
         matrices: B tensors (m, n). Not modified.
         method: as in `svdvals`.
-        start: with "auto", the methods to try first, one a matrix: pass `Spectra.methods` of the step before.
+        previous: (B, r) float64, spectra of the same matrices a little earlier. They tell which precision to start
+            from, and where to look.
 
     Returns:
-        A `Spectra`. With "auto" on CUDA nothing is redone here, for that would wait for the device: pass the methods
-        that `escalate` names to the next call.
+        A `Spectra`. With "auto" on CUDA nothing is redone, for that would wait for the device: the precision is the
+        one that `previous` asks for, float64 without it.
     """
-    first = "gram64" if matrices[0].dtype == torch.float64 else "gram32"
-    methods = list(start or [first] * len(matrices)) if method == "auto" else [method] * len(matrices)
+    if matrices[0].device.type == "cpu" and method != "exact":
+        if kernels._C is not None:
+            return _compiled(matrices, method, previous)
+        kernels.warn_no_extension()
     m, n = matrices[0].shape
-    S = torch.empty(len(matrices), min(m, n), dtype=torch.float64, device=matrices[0].device)
+    count, r, device = len(matrices), min(m, n), matrices[0].device
+    methods = [method] * count
+    if method == "auto":
+        lowest = "gram64" if matrices[0].dtype == torch.float64 else "gram32"
+        methods = [lowest if device.type == "cpu" else "gram64"] * count
+        if previous is not None:
+            methods = _sufficient(previous, max(m, n), lowest)
+    S = torch.empty(count, r, dtype=torch.float64, device=device)
     bound, sd_error = torch.empty_like(S), torch.empty_like(S[:, 0])
-    todo = range(len(matrices))
+    todo = range(count)
     while todo:
         for name in sorted({methods[i] for i in todo}):
             at = [i for i in todo if methods[i] == name]
             S[at], bound[at], sd_error[at] = _spectra([matrices[i] for i in at], name)
         todo = []
-        if method == "auto" and S.device.type == "cpu":
-            wanted = escalate(methods, sd_error.tolist())
-            todo = [i for i in range(len(matrices)) if wanted[i] != methods[i]]
-            methods = wanted
+        if method == "auto" and device.type == "cpu":
+            errors = sd_error.tolist()
+            todo = [i for i in range(count) if errors[i] > SD_TOLERANCE and methods[i] != _LADDER[-1]]
+            methods = [_LADDER[_LADDER.index(name) + 1] if i in todo else name for i, name in enumerate(methods)]
     return Spectra(S, bound, sd_error, tuple(methods))
 
 
-def escalate(methods: Sequence[str], sd_error: Sequence[float]) -> list[str]:
-    """Returns the methods to use instead: the next more accurate one where the bound exceeds `SD_TOLERANCE`."""
+def _compiled(matrices: Sequence[Tensor], method: str, previous: Tensor | None) -> Spectra:
+    """`spectra` by the C++ kernels."""
+    m, n = matrices[0].shape
+    S = torch.empty(len(matrices), min(m, n), dtype=torch.float64)
+    bound = torch.empty_like(S)
+    found = kernels._C.svdvals(
+        layouts=[(W.data_ptr(), m, n, *W.stride()) for W in matrices],
+        dtype=_DTYPES[matrices[0].dtype],
+        precision=_PRECISIONS[method],
+        previous=None if previous is None else previous.contiguous().numpy(),
+        S=S.numpy(),
+        bound=bound.numpy(),
+        threads=torch.get_num_threads(),
+    )
+    names = list(_PRECISIONS)
+    methods = tuple(next(name for name in names if _PRECISIONS[name] == used) for used, _ in found)
+    # The prediction is a root mean square and errs by up to 2.2 times; an error common to all values, which it leaves
+    # out, was at most 2 units of |SD| (LOG.md).
+    eps = torch.tensor([2.0**-24 if name == "gram32" else 2.0**-53 for name in methods], dtype=torch.float64)
+    predicted = torch.tensor([error for _, error in found], dtype=torch.float64)
+    return Spectra(S, bound, 3 * predicted + 4 * eps * S.norm(dim=-1) / S.sum(-1), methods)
+
+
+def _sufficient(previous: Tensor, inner: int, lowest: str) -> list[str]:
+    """The cheapest methods that would have met the tolerance on earlier spectra."""
+    errors = {}
+    for name, dtype in (("gram32", torch.float32), ("gram64", torch.float64)):
+        errors[name] = _bounds(previous, torch.finfo(dtype).eps, inner, squared=True)[1].tolist()
+    ladder = _LADDER[_LADDER.index(lowest) :]
     return [
-        _NEXT.get(method, method) if error > SD_TOLERANCE else method
-        for method, error in zip(methods, sd_error, strict=True)
+        next((name for name in ladder[:-1] if errors[name][i] <= SD_TOLERANCE), ladder[-1]) for i in range(len(previous))
     ]
 
 
@@ -137,7 +177,7 @@ def check_matrix(function: str, W):
 def _spectra(matrices: Sequence[Tensor], method: str) -> tuple[Tensor, Tensor, Tensor]:
     """Runs one method; see `Spectra` for what it returns."""
     given = matrices[0].dtype
-    dtype = {"gram32": torch.float32, "gram64": torch.float64, "exact64": torch.float64}.get(method)
+    dtype = {"gram32": torch.float32, "gram64": torch.float64, "direct64": torch.float64}.get(method)
     dtype = dtype or (given if given.itemsize >= 4 else torch.float32)
     m, n = matrices[0].shape
     r = min(m, n)
@@ -160,7 +200,7 @@ def _spectra(matrices: Sequence[Tensor], method: str) -> tuple[Tensor, Tensor, T
         return W
 
     with kernels.full_precision(matrices[0].device.type):
-        if method.startswith("exact"):
+        if method in ("exact", "direct64"):
             upright = [W if m >= n else W.mT for W in map(ready, range(len(matrices)))]  # the faster orientation
             S = torch.stack([torch.linalg.svdvals(W) for W in upright]).double()
         else:
@@ -170,7 +210,7 @@ def _spectra(matrices: Sequence[Tensor], method: str) -> tuple[Tensor, Tensor, T
                 torch.mm(W, W.mT, out=G[i]) if m <= n else torch.mm(W.mT, W, out=G[i])
             S = torch.linalg.eigvalsh(G).flip(-1).double().clamp(min=0).sqrt()
 
-    bound, sd_error = _bounds(S, torch.finfo(dtype).eps, max(m, n), squared=not method.startswith("exact"))
+    bound, sd_error = _bounds(S, torch.finfo(dtype).eps, max(m, n), squared=not method in ("exact", "direct64"))
     S, bound = S / scale[:, None], bound / scale[:, None]
     return tuple(torch.where(finite if t.ndim == 1 else finite[:, None], t, torch.nan) for t in (S, bound, sd_error))
 

@@ -17,7 +17,7 @@ from sosd_fast.budget import Budget
 from sosd_fast.kernels.distribution import singular_distribution
 from sosd_fast.matrices import DEFAULT_SPLIT, Matrix, find_matrices
 from sosd_fast.records import Record, RunWriter, load
-from sosd_fast.svdvals import escalate, spectra
+from sosd_fast.svdvals import spectra
 from sosd_fast.topk import State, topk_svdvals
 
 METHODS = ("auto", "full", "topk", "exact")
@@ -97,7 +97,6 @@ class _Tracked:
         self.matrix = matrix
         self.name = matrix.name
         self.shape = tuple(matrix.tensor().shape)
-        self.precision: str | None = None  # what its last full spectrum needed
         self.S: Tensor | None = None  # last full spectrum, (r,) float64
         self.S_step: int | None = None
         self.reference: Tensor | None = None
@@ -327,16 +326,11 @@ class Probe:
 
     def _measure_full(self, group: list[_Tracked]) -> list[dict]:
         matrices = [t.matrix.tensor() for t in group]
-        if self._method == "exact":
-            result = spectra(matrices, "exact")
-        else:
-            start = [t.precision for t in group]
-            result = spectra(matrices, "auto", start if all(start) else None)
-        device = result.S.device
         before = [t.S for t in group]
-        previous = torch.stack(before).to(device) if all(S is not None for S in before) else None
+        previous = torch.stack(before).to(matrices[0].device) if all(S is not None for S in before) else None
+        result = spectra(matrices, "exact" if self._method == "exact" else "auto", previous)
         reference = [t.reference for t in group]
-        fixed = torch.stack(reference).to(device) if all(S is not None for S in reference) else None
+        fixed = torch.stack(reference).to(matrices[0].device) if all(S is not None for S in reference) else None
         d = singular_distribution(result.S, previous, fixed)
         sd_error = result.sd_error.tolist()
         columns = {f: getattr(d, f).tolist() for f in _SUMMARIES}
@@ -345,10 +339,9 @@ class Probe:
         S = result.S.cpu().numpy()
         k = min(self._k, S.shape[1])
         if previous is not None:
-            sums = S.sum(-1, keepdims=True), previous.sum(-1, keepdim=True).cpu().numpy()
-            difference = S[:, :k] / sums[0] - previous[:, :k].cpu().numpy() / sums[1]
-            leading_variation = np.sqrt((difference**2).sum(-1)).tolist()
-        wanted = escalate(result.methods, sd_error)
+            leading = slice(None, k)
+            difference = d.sd[:, leading] - (previous / previous.sum(-1, keepdim=True))[:, leading]
+            leading_variation = difference.norm(dim=-1).tolist()
         found = []
         for j, t in enumerate(group):
             values = {f: column[j] for f, column in columns.items()}
@@ -360,7 +353,7 @@ class Probe:
                 values |= {"interval": self._every, "sd_variation": variation[j]}
                 if t.state is None:  # else the leading values' own history says it
                     values["sd_variation_topk"] = leading_variation[j]
-            t.S, t.S_step, t.precision = result.S[j], self._step, wanted[j]
+            t.S, t.S_step = result.S[j], self._step
             if k < S.shape[1] and values["sigma_max"] > 0:
                 tail = S[j, k:]
                 t.tail_ratio = float(tail.sum() / math.sqrt(max(len(tail) * (tail**2).sum(), 1e-300)))

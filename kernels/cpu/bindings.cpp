@@ -2,10 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <optional>
 #include <stdexcept>
+#include <vector>
 
 #include "distribution.hpp"
+#include "svdvals.hpp"
 
 namespace py = pybind11;
 
@@ -38,6 +41,40 @@ void singular_distribution(const Array<T>& S, const std::optional<Array<T>>& pre
     sosd_fast::singular_distribution(spectra, before, fixed, rows, r, out, summary);
 }
 
+// layouts: of each matrix its address, rows, columns, row stride and column stride, in elements. S and bound hold the
+// values of all matrices end to end, as does previous. Returns (precision used, predicted SD error) of each.
+std::vector<std::pair<int, double>> svdvals(const std::vector<std::array<int64_t, 5>>& layouts, int dtype, int precision,
+                                            const std::optional<Array<double>>& previous, Array<double>& S,
+                                            Array<double>& bound, int threads) {
+    if (dtype < 0 || dtype > 3 || precision < 0 || precision > 3)
+        throw std::invalid_argument("svdvals: expected dtype and precision in 0..3");
+    std::vector<sosd_fast::SvdvalsTask> tasks(layouts.size());
+    int64_t total = 0;
+    double *values = S.mutable_data(), *bounds = bound.mutable_data();
+    const double* before = previous ? previous->data() : nullptr;
+    for (size_t i = 0; i < layouts.size(); ++i) {
+        const auto& [address, m, n, row_stride, col_stride] = layouts[i];
+        sosd_fast::SvdvalsTask& t = tasks[i];
+        t.data = reinterpret_cast<const void*>(address);
+        t.dtype = static_cast<sosd_fast::DType>(dtype);
+        t.m = m, t.n = n, t.row_stride = row_stride, t.col_stride = col_stride;
+        t.precision = static_cast<sosd_fast::Precision>(precision);
+        t.S = values + total;
+        t.bound = bounds + total;
+        t.previous = before ? before + total : nullptr;
+        total += std::min(m, n);
+    }
+    if (S.size() != total || bound.size() != total || (previous && previous->size() != total))
+        throw std::invalid_argument("svdvals: outputs or previous have the wrong size");
+    {
+        py::gil_scoped_release release;
+        sosd_fast::svdvals(tasks.data(), static_cast<int64_t>(tasks.size()), threads);
+    }
+    std::vector<std::pair<int, double>> used;
+    for (const auto& t : tasks) used.emplace_back(static_cast<int>(t.used), t.predicted_sd_error);
+    return used;
+}
+
 template <class T>
 void define(py::module_& m) {
     m.def("singular_distribution", &singular_distribution<T>, py::arg("S").noconvert(),
@@ -49,6 +86,9 @@ void define(py::module_& m) {
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "C++ kernels of sosd_fast for CPU arrays; call them through sosd_fast.kernels.";
+    m.def("isa", [] { return sosd_fast::kernels().isa; });
+    m.def("svdvals", &svdvals, py::arg("layouts"), py::arg("dtype"), py::arg("precision"),
+          py::arg("previous").noconvert(), py::arg("S").noconvert(), py::arg("bound").noconvert(), py::arg("threads"));
     define<float>(m);
     define<double>(m);
 }

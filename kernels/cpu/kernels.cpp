@@ -1,0 +1,24 @@
+// Compiled once per instruction set: -DSOSD_ISA=baseline, and on x86-64 avx2 (-march=x86-64-v3) and avx512 (-v4).
+#include "kernels.hpp"
+
+#include "bidiagonal.hpp"
+#include "sturm.hpp"
+#include "tridiagonal.hpp"
+
+#define SOSD_STRING_(x) #x
+#define SOSD_STRING(x) SOSD_STRING_(x)
+
+namespace sosd_fast {
+namespace SOSD_ISA {
+
+template <class T> constexpr Stages<T> stages() {
+    return {gram<T>,        gram_work_size<T>, tridiagonal<T>, tridiagonal_work_size<T>, sturm<T>,
+            sturm_work_size<T>};
+}
+
+extern const Kernels table;
+const Kernels table = {SOSD_STRING(SOSD_ISA), max_abs,           stages<float>(),
+                       stages<double>(),      svdvals_one_sided, bidiagonal_work_size};
+
+}  // namespace SOSD_ISA
+}  // namespace sosd_fast
