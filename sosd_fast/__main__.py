@@ -24,18 +24,18 @@ def doctor() -> list[str]:
     has = {name: _version(name) for name in ("numpy", "triton", "cupy", "matplotlib", "rich")}
     lines = [f"python      {platform.python_version()} on {platform.machine()}", f"torch       {torch.__version__}"]
     lines += [f"{name:<11} {version or 'missing'}" for name, version in has.items()]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    extension = kernels._C is not None
+    cuda = torch.cuda.is_available()
+    compiled = kernels._C is not None
+    on_cuda = "torch" if cuda else "-"
     lines += [
-        f"CUDA GPU    {device}",
-        f"sosd_fast._C {'built' if extension else 'not built: install a C++17 compiler, then pip install -e .'}",
+        f"CUDA GPU    {torch.cuda.get_device_name() if cuda else 'none'}",
+        f"extension   {'built' if compiled else 'not built: install a C++17 compiler, then pip install -e .'}",
         "",
-        "operation              CPU tensors     CUDA tensors",
-        f"svdvals                {f'C++ ({kernels._C.isa()})' if extension else 'torch':<15} {'torch' if torch.cuda.is_available() else '-'}",
-        f"topk_svdvals           torch           {'torch' if torch.cuda.is_available() else '-'}"
-        + (", CuPy arrays by CuPy" if has["cupy"] else ""),
-        f"singular_distribution  {'C++' if extension else 'torch':<15} {'torch' if torch.cuda.is_available() else '-'}",
-        f"newton_schulz          torch           {'torch' if torch.cuda.is_available() else '-'}",
+        f"{'operation':<22} {'CPU tensors':<14} CUDA tensors",
+        f"{'svdvals':<22} {f'C++ ({kernels._C.isa()})' if compiled else 'torch':<14} {on_cuda}",
+        f"{'topk_svdvals':<22} {'torch':<14} {'CuPy arrays: CuPy, ' if has['cupy'] else ''}{on_cuda}",
+        f"{'singular_distribution':<22} {'C++' if compiled else 'torch':<14} {on_cuda}",
+        f"{'newton_schulz':<22} {'torch':<14} {on_cuda}",
     ]
     return lines
 

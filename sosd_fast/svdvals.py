@@ -84,7 +84,7 @@ def spectra(matrices: Sequence[Tensor], method: str = "auto", previous: Tensor |
         matrices: B tensors (m, n). Not modified.
         method: as in `svdvals`.
         previous: (B, r) float64, spectra of the same matrices a little earlier. They tell which precision to start
-            from, and where to look.
+            from.
 
     Returns:
         A `Spectra`. With "auto" on CUDA nothing is redone, for that would wait for the device: the precision is the
@@ -147,7 +147,8 @@ def _sufficient(previous: Tensor, inner: int, lowest: str) -> list[str]:
         errors[name] = _bounds(previous, torch.finfo(dtype).eps, inner, squared=True)[1].tolist()
     ladder = _LADDER[_LADDER.index(lowest) :]
     return [
-        next((name for name in ladder[:-1] if errors[name][i] <= SD_TOLERANCE), ladder[-1]) for i in range(len(previous))
+        next((name for name in ladder[:-1] if errors[name][i] <= SD_TOLERANCE), ladder[-1])
+        for i in range(len(previous))
     ]
 
 
@@ -210,7 +211,7 @@ def _spectra(matrices: Sequence[Tensor], method: str) -> tuple[Tensor, Tensor, T
                 torch.mm(W, W.mT, out=G[i]) if m <= n else torch.mm(W.mT, W, out=G[i])
             S = torch.linalg.eigvalsh(G).flip(-1).double().clamp(min=0).sqrt()
 
-    bound, sd_error = _bounds(S, torch.finfo(dtype).eps, max(m, n), squared=not method in ("exact", "direct64"))
+    bound, sd_error = _bounds(S, torch.finfo(dtype).eps, max(m, n), squared=method not in ("exact", "direct64"))
     S, bound = S / scale[:, None], bound / scale[:, None]
     return tuple(torch.where(finite if t.ndim == 1 else finite[:, None], t, torch.nan) for t in (S, bound, sd_error))
 

@@ -62,9 +62,10 @@ def topk_svdvals(W, k: int, *, n_oversamples: int = 8, state: State | None = Non
         A matrix that holds NaN or Inf gives NaN and keeps its state.
 
     Accuracy:
-        Ritz values are lower bounds, up to rounding, which squaring makes sqrt(eps) * S[0] for small values. Some singular value lies within residual[i] of S[i], and
-        once the values are separated the error is about residual[i]**2 / gap. On real training runs, warm, the worst
-        of 32 values errs by 1e-5 to 1e-3 of itself (LOG.md).
+        Ritz values are lower bounds, up to rounding, which squaring makes sqrt(eps) * S[0] for small values. Some
+        singular value lies within residual[i] of S[i], and once the values are separated the error is about
+        residual[i]**2 / gap. On real training runs, warm, the worst of 32 values errs by 1e-5 to 1e-3 of itself
+        (LOG.md).
 
     Raises:
         ValueError: no matrix, an integer dtype, k out of range, an unknown variant, or a state of another shape.

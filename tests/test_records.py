@@ -27,7 +27,9 @@ def test_round_trip(tmp_path):
     writer = RunWriter(tmp_path / "run", {"settings": {"k": 2}})
     for step in range(4):
         writer.append(records(step))
-    odd = Record(step=4, name="a", shape=(5, 7), method="topk", cosine=math.nan, topk=(math.nan,) * 2, residual=(0.1, 0.2))
+    odd = Record(
+        step=4, name="a", shape=(5, 7), method="topk", cosine=math.nan, topk=(math.nan,) * 2, residual=(0.1, 0.2)
+    )
     writer.append([odd, *records(4, ("b",))])
     writer.close()
     run = sosd_fast.load(tmp_path / "run")
@@ -147,7 +149,11 @@ def test_json_lines_trims_and_refuses_a_second_writer(tmp_path):
     log.write({"step": 2, "x": 1})
     log.flush()
     log.close()
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 0}, {"step": 1}, {"step": 2, "x": 1}]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 0},
+        {"step": 1},
+        {"step": 2, "x": 1},
+    ]
 
 
 def test_bad_directories(tmp_path):

@@ -49,7 +49,9 @@ def test_every_value_of_every_matrix_every_step(method):
     weights = [[p.detach().clone() for p in net.parameters() if p.ndim == 2]]
     train(net, [adamw(net)], 3, lambda: weights.append([p.detach().clone() for p in net.parameters() if p.ndim == 2]))
     records = probe.records()
-    assert [(r.step, r.name) for r in records] == [(s, n) for s in range(4) for n in ("0.weight", "2.weight", "4.weight")]
+    assert [(r.step, r.name) for r in records] == [
+        (s, n) for s in range(4) for n in ("0.weight", "2.weight", "4.weight")
+    ]
     for r in records:
         W = weights[r.step][("0.weight", "2.weight", "4.weight").index(r.name)]
         S = torch.linalg.svdvals(W.double())

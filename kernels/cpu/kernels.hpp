@@ -10,8 +10,7 @@ template <class T> struct Stages {
     int64_t (*gram_work_size)(int64_t r);
     void (*tridiagonal)(T* G, int64_t r, T* d, T* e, T* work);
     int64_t (*tridiagonal_work_size)(int64_t r);
-    void (*sturm)(const T* d, const T* e, int64_t n, const double* previous, double tolerance, double* values, T* work,
-                  const Parallel&);
+    void (*sturm)(const T* d, const T* e, int64_t n, double tolerance, double* values, T* work, const Parallel&);
     int64_t (*sturm_work_size)(int64_t n);
 };
 

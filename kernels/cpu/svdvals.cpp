@@ -150,8 +150,7 @@ double predicted_error(const double* S, int64_t r, double eps) {
 constexpr double kAllowedSdError = 3e-7;
 
 template <class T>
-void gram_values(const Stages<T>& stages, const Source& w, const double* previous, double* ascending, Workspace& memory,
-                 const Parallel& parallel) {
+void gram_values(const Stages<T>& stages, const Source& w, double* ascending, Workspace& memory, const Parallel& parallel) {
     const int64_t r = w.r, matrix = tiles_of(r).size();
     const int64_t work =
         std::max({stages.gram_work_size(r), stages.tridiagonal_work_size(r), stages.sturm_work_size(r)});
@@ -160,7 +159,7 @@ void gram_values(const Stages<T>& stages, const Source& w, const double* previou
     T *d = G + matrix, *e = d + vector, *rest = e + vector;
     stages.gram(w, G, rest, parallel);
     stages.tridiagonal(G, r, d, e, rest);
-    stages.sturm(d, e, r, previous, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, ascending, rest, parallel);
+    stages.sturm(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, ascending, rest, parallel);
 }
 
 void solve(SvdvalsTask& t, Workspace& memory, const Parallel& parallel) {
@@ -186,17 +185,8 @@ void solve(SvdvalsTask& t, Workspace& memory, const Parallel& parallel) {
     const int exponent = std::clamp(-std::ilogb(largest), -limit, limit);
     w.scale = std::ldexp(1.0, exponent);
 
-    std::vector<double> ascending(r), warm;
-    if (t.previous) {
-        warm.resize(r);
-        for (int64_t i = 0; i < r; ++i) {
-            const double s = t.previous[r - 1 - i] * w.scale;
-            warm[i] = s * s;
-        }
-        if (!std::all_of(warm.begin(), warm.end(), [](double x) { return std::isfinite(x); })) warm.clear();
-    }
-    const double* previous = warm.empty() ? nullptr : warm.data();
-    if (t.precision == Precision::automatic && previous && t.previous[0] > 0) {
+    std::vector<double> ascending(r);
+    if (t.precision == Precision::automatic && t.previous && t.previous[0] > 0) {
         while (t.used != Precision::one_sided && predicted_error(t.previous, r, eps_of(t.used)) >= kAllowedSdError)
             t.used = t.used == Precision::f32 ? Precision::f64 : Precision::one_sided;
     }
@@ -208,9 +198,9 @@ void solve(SvdvalsTask& t, Workspace& memory, const Parallel& parallel) {
             break;
         }
         if (t.used == Precision::f32)
-            gram_values(k.f32, w, previous, ascending.data(), memory, parallel);
+            gram_values(k.f32, w, ascending.data(), memory, parallel);
         else
-            gram_values(k.f64, w, previous, ascending.data(), memory, parallel);
+            gram_values(k.f64, w, ascending.data(), memory, parallel);
         for (int64_t i = 0; i < r; ++i) t.S[i] = std::sqrt(ascending[r - 1 - i]);
         t.predicted_sd_error = t.S[0] > 0 ? predicted_error(t.S, r, eps_of(t.used)) : 0;
         if (t.precision != Precision::automatic || t.predicted_sd_error < kAllowedSdError) break;

@@ -17,7 +17,7 @@ struct SvdvalsTask {
     double* S = nullptr;      // out: min(m, n) values, descending
     double* bound = nullptr;  // out, may be null: |S[i] - sigma_i| <= bound[i]
     Precision precision = Precision::automatic;
-    const double* previous = nullptr;  // a recent spectrum of W, descending, or null
+    const double* previous = nullptr;  // a recent spectrum of W, descending, or null: it tells the precision to start with
     // out: the method that produced S (f32 and f64: by the Gram matrix), and its predicted ||error of S / sum(S)||_2.
     Precision used = Precision::f32;
     double predicted_sd_error = 0;

@@ -1,0 +1,87 @@
+"""What all benchmarks share: the card, interleaved timing, the table, the JSON line."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def card() -> dict:
+    """Names the machine, the versions and the commit."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        cpu = names[0] if names else cpu
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def interleaved(variants: dict[str, Callable], repeats: int, warmup: int = 2) -> dict[str, dict[str, float]]:
+    """Times variants in turn, A B C A B C ..., so that a drifting machine hits all alike.
+
+    Returns:
+        name -> {"ms": median, "low": 20 % quantile, "high": 80 % quantile}.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(warmup + repeats):
+        for name, run in variants.items():
+            began = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if i >= warmup:
+                seconds[name].append(time.perf_counter() - began)
+    return {name: quantiles(times) for name, times in seconds.items()}
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    """Median and 20 and 80 % quantiles, in ms."""
+    fifths = statistics.quantiles(seconds, n=5) if len(seconds) > 1 else [seconds[0]] * 4
+    return {"ms": 1e3 * statistics.median(seconds), "low": 1e3 * fifths[0], "high": 1e3 * fifths[3]}
+
+
+def show(title: str, columns: list[str], rows: list[list]):
+    """Prints a table."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console(width=max(100, Console().width)).print(table)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """An argument parser with the options of every benchmark."""
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--json", metavar="FILE", help="also write the result to bench/results/<machine>/FILE")
+    return p
+
+
+def finish(result: dict, file: str | None):
+    """Prints the result as the last line, in JSON, and keeps it where asked."""
+    result = {"card": card()} | result
+    if file:
+        machine = (result["card"]["gpu"] or result["card"]["cpu"]).lower().replace(" ", "-").replace("/", "-")
+        path = ROOT / "bench" / "results" / machine / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))

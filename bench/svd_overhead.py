@@ -1,0 +1,225 @@
+"""What tracking costs, and how well it measures: the training step without a tracker and with each kind.
+
+Five copies of one model train in turn in one process, from one seed on the same batches, so that the steps differ in
+nothing but the tracker; their losses must agree bit for bit. With --model gpt2-small only the trackers run, on that
+model's matrices at their seeded initial values, each moved a little at every step.
+"""
+
+import random
+import time
+
+import torch
+
+import sosd_fast
+from bench.harness import card, finish, parser, quantiles, show
+from sosd_fast.testing import sd_distance
+from training.data import batches, load_text
+from training.model import PRESETS, Transformer
+from training.run import DEFAULT_LR, build_optimizers
+
+METHODS = {"fast": "auto", "full": "full", "topk": "topk", "exact": "exact"}
+ERROR_GATE = 1e-6  # on the singular distribution of a full measurement
+TOPK_GATE = {"adamw": 1e-3, "muon": 5e-3}  # on the leading values, relative, after step 20
+
+
+class Errors:
+    """Compares records with a float64 SVD of the same weights."""
+
+    def __init__(self):
+        self.sd, self.bound_ratio, self.topk, self.variation = 0.0, 0.0, 0.0, 0.0
+        self._before = {}
+
+    def truth(self, probe, step):
+        """SVDs of all matrices now, and those of the step before where there are some."""
+        now = {}
+        for t in probe._tracked:
+            W = t.matrix.tensor().double()
+            now[t.name] = torch.linalg.svdvals(W if W.shape[0] >= W.shape[1] else W.mT)
+        before = self._before.get(step - 1, {})
+        self._before = {step: now}
+        return now, before
+
+    def add(self, records, now, before, warm):
+        """Takes the worst over the records of one step."""
+        for r in records:
+            S = now[r.name]
+            p = S / S.sum()
+            if r.spectrum is not None:
+                error = sd_distance(torch.as_tensor(r.spectrum), S)
+                self.sd = max(self.sd, error)
+                self.bound_ratio = max(self.bound_ratio, error / r.sd_error)
+            elif warm:
+                leading = torch.tensor(r.topk, dtype=torch.float64)
+                self.topk = max(self.topk, float((leading / S[: len(leading)] - 1).abs().max()))
+            if warm and r.name in before:
+                q = before[r.name] / before[r.name].sum()
+                for measured, k in ((r.sd_variation, len(p)), (r.sd_variation_topk, len(r.topk))):
+                    if measured is not None:
+                        true = float((p - q)[:k].norm())
+                        self.variation = max(self.variation, abs(measured - true) / true)
+
+
+def train(args):
+    """Trains the copies in turn; returns seconds per step and in the tracker, errors, and whether losses agree."""
+    names = ["off", *METHODS]
+    text = load_text()
+    models, optimizers, probes, streams = {}, {}, {}, {}
+    for name in names:
+        torch.manual_seed(0)
+        models[name] = Transformer(PRESETS[args.model])
+        optimizers[name] = build_optimizers(models[name], args.optimizer, DEFAULT_LR[args.optimizer])
+        streams[name] = batches(
+            text.train, args.batch_size, PRESETS[args.model].context, torch.Generator().manual_seed(0)
+        )
+        if name != "off":  # stepped by hand, so that the tracker's part can be timed from outside
+            probes[name] = sosd_fast.track(models[name], optimizers=[], method=METHODS[name], budget=args.budget)
+    seconds = {name: [] for name in names}
+    own = {name: [] for name in METHODS}
+    errors = {name: Errors() for name in METHODS}
+    losses = {name: [] for name in names}
+    order = random.Random(0)
+    for step in range(1, args.steps + 1):
+        order.shuffle(names)
+        for name in names:
+            tokens, targets = next(streams[name])
+            began = time.perf_counter()
+            loss = models[name](tokens, targets)
+            loss.backward()
+            for optimizer in optimizers[name]:
+                optimizer.step()
+                optimizer.zero_grad()
+            trained = time.perf_counter()
+            if name != "off":
+                probes[name].step()
+            ended = time.perf_counter()
+            losses[name].append(loss.item())
+            if step > 2:
+                seconds[name].append(ended - began)
+                if name != "off":
+                    own[name].append(ended - trained)
+        if step % args.check_every in (0, args.check_every - 1) or step >= args.steps - 1:
+            truth = {name: errors[name].truth(probes[name], step) for name in METHODS}
+            for name, (now, before) in truth.items():
+                errors[name].add(probes[name].latest().values(), now, before, warm=step > 20)
+    agree = all(values == losses["off"] for values in losses.values())
+    return seconds, own, errors, agree
+
+
+def track_only(args):
+    """The trackers alone on a model's matrices, each moved by a small random step before every measurement."""
+    torch.manual_seed(0)
+    model = Transformer(PRESETS[args.model])
+    probes = {
+        name: sosd_fast.track(model, optimizers=[], method=method, include=("h.*",), budget=args.budget)
+        for name, method in METHODS.items()
+        if name != "fast"  # its budget is a share of a training step, which there is none of
+    }
+    own = {name: [] for name in probes}
+    errors = {name: Errors() for name in probes}
+    for _ in range(args.steps):
+        with torch.no_grad():
+            for p in model.h.parameters():
+                p.add_(torch.randn_like(p), alpha=1e-4)
+        for name, probe in probes.items():
+            began = time.perf_counter()
+            probe.step()
+            own[name].append(time.perf_counter() - began)
+    now, _ = errors["full"].truth(probes["full"], args.steps)
+    for name, probe in probes.items():
+        errors[name].add(probe.latest().values(), now, {}, warm=True)
+    return own, errors
+
+
+def main():
+    """Gate, table, JSON."""
+    p = parser(__doc__.split("\n")[0])
+    p.add_argument(
+        "--model", default="gpt2-nano", choices=PRESETS, help="nano presets train; larger ones are tracked only"
+    )
+    p.add_argument("--optimizer", default="adamw", choices=list(DEFAULT_LR), help="of the training")
+    p.add_argument("--steps", type=int, help="training steps; 40 for a nano model, 3 for larger ones")
+    p.add_argument("--batch-size", type=int, default=8, help="sequences a step")
+    p.add_argument("--budget", type=float, default=0.03, help="of the step, for fast")
+    p.add_argument("--check-every", type=int, default=10, help="steps between comparisons with float64")
+    args = p.parse_args()
+    trains = args.model.endswith("nano")
+    args.steps = args.steps or (40 if trains else 3)
+    print("  ".join(f"{k} {v}" for k, v in card().items() if v))
+
+    if trains:
+        seconds, own, errors, agree = train(args)
+        tokens = args.batch_size * PRESETS[args.model].context
+        print(f"{args.model}, {args.optimizer}, {args.steps} steps of {tokens} tokens")
+    else:
+        own, errors = track_only(args)
+        seconds, agree = None, True
+        print(f"{args.model}: the trackers alone, {args.steps} steps")
+
+    gate = {
+        "losses bit-identical": agree,
+        f"SD error <= {ERROR_GATE:g} and within its bound": all(
+            e.sd <= ERROR_GATE and e.bound_ratio <= 1 for name, e in errors.items() if name != "exact"
+        ),
+    }
+    if trains and args.steps > 20:
+        gate[f"leading values within {TOPK_GATE[args.optimizer]:g} after step 20"] = (
+            errors["topk"].topk <= TOPK_GATE[args.optimizer]
+        )
+    for what, holds in gate.items():
+        print(f"gate: {what}: {'holds' if holds else 'FAILS'}")
+
+    result = {"benchmark": "svd_overhead", "settings": vars(args), "gate": gate, "rows": {}}
+    rows = []
+    tracker_ms = {name: quantiles(times or [0.0]) for name, times in own.items()}
+    for name in ["off", *own] if trains else own:
+        row = {}
+        if seconds:
+            row["step_ms"] = quantiles(seconds[name] or [0.0])["ms"]
+        if name != "off":
+            mean = 1e3 * sum(own[name]) / max(len(own[name]), 1)  # fast spends unevenly, so the mean counts
+            row |= {"tracker_ms": mean, "low_ms": tracker_ms[name]["low"], "high_ms": tracker_ms[name]["high"]}
+            if seconds and seconds["off"]:
+                row["overhead_percent"] = 100 * mean / quantiles(seconds["off"])["ms"]
+            exact = sum(own["exact"]) / max(len(own["exact"]), 1)
+            row["times_cheaper_than_exact"] = 1e3 * exact / mean if mean else None
+            e = errors[name]
+            row |= {
+                "sd_error": e.sd,
+                "error_over_bound": e.bound_ratio,
+                "topk_error": e.topk,
+                "variation_error": e.variation,
+            }
+        result["rows"][name] = row
+        rows.append(
+            [
+                name,
+                f"{row['step_ms']:.1f}" if "step_ms" in row else "",
+                f"{row['tracker_ms']:.2f}" if name != "off" else "",
+                f"{row['overhead_percent']:.1f}" if "overhead_percent" in row else "",
+                f"{row['times_cheaper_than_exact']:.1f}" if row.get("times_cheaper_than_exact") else "",
+                *(f"{row[k]:.1e}" if row.get(k) else "" for k in ("sd_error", "topk_error", "variation_error")),
+            ]
+        )
+    if not all(gate.values()):
+        print("the gate is red: no times are printed")
+        raise SystemExit(1)
+    columns = [
+        "tracker",
+        "step ms",
+        "tracker ms",
+        "overhead %",
+        "x vs exact",
+        "SD error",
+        "top-k error",
+        "variation error",
+    ]
+    show(
+        "largest errors against a float64 SVD: |SD - SD_true|, and relative ones of leading values and SD variation",
+        columns,
+        rows,
+    )
+    finish(result, args.json)
+
+
+if __name__ == "__main__":
+    main()
