@@ -52,7 +52,7 @@ class Record:
     spectrum: np.ndarray | None = dataclasses.field(default=None, compare=False)  # all values, descending
 
 
-_FLOATS = tuple(f.name for f in dataclasses.fields(Record) if f.type == "float | None" or f.type == float | None)
+_FLOATS = tuple(f.name for f in dataclasses.fields(Record) if f.type == float | None)
 
 
 class JsonLines:

@@ -133,11 +133,15 @@ def _compiled(matrices: Sequence[Tensor], method: str, previous: Tensor | None) 
     )
     names = list(_PRECISIONS)
     methods = tuple(next(name for name in names if _PRECISIONS[name] == used) for used, _ in found)
-    # The prediction is a root mean square and errs by up to 2.2 times; an error common to all values, which it leaves
+    # The prediction is a root mean square, exceeded by up to 2.2 times; an error common to all values, which it leaves
     # out, was at most 2 units of |SD| (LOG.md).
     eps = torch.tensor([2.0**-24 if name == "gram32" else 2.0**-53 for name in methods], dtype=torch.float64)
     predicted = torch.tensor([error for _, error in found], dtype=torch.float64)
-    return Spectra(S, bound, 3 * predicted + 4 * eps * S.norm(dim=-1) / S.sum(-1), methods)
+    sd_error = 3 * predicted + 4 * eps * S.norm(dim=-1) / S.sum(-1)
+    direct = torch.tensor([name == "direct64" for name in methods])
+    if direct.any():
+        sd_error[direct] = _bounds(S[direct], 2.0**-52, max(m, n), squared=False)[1]
+    return Spectra(S, bound, sd_error, methods)
 
 
 def _sufficient(previous: Tensor, inner: int, lowest: str) -> list[str]:

@@ -49,8 +49,8 @@ def track(
 
     Args:
         model: any nn.Module. Measured once right away, so that the first step has something to compare with.
-        optimizers: the ones whose steps count; None takes every optimizer that holds one of the matrices. Several that
-            step in turn make one step.
+        optimizers: the ones whose steps count; None takes every optimizer that holds one of the matrices, an
+            empty list none: call `Probe.step`. Several that step in turn make one step.
         method: "full", all singular values every step; "topk", the k leading ones; "exact", all of them by
             `torch.linalg.svdvals`; "auto", the leading ones every step and full spectra as the budget allows, every
             step where it allows that.
@@ -127,8 +127,9 @@ class _Rounds:
     def ends_after(self, optimizer) -> bool:
         """Whether this optimizer, having stepped, completes the round."""
         if self._given is not None:
-            if optimizer in self._given:
-                self._stepped.add(optimizer)
+            if optimizer not in self._given:
+                return False
+            self._stepped.add(optimizer)
             return self._given == self._stepped
         if not self._held(optimizer) & {id(p) for p in self._parameters}:
             return False
@@ -159,6 +160,7 @@ class Probe:
         self._memory: deque[Record] = deque(maxlen=KEPT_RECORDS)
         self._own_seconds, self._began, self._ended = 0.0, None, None
         self._said_coverage = False
+        self._clock = time.perf_counter
         settings = {"method": method, "k": k, "budget": budget, "every": every}
         self._writer = _open(run_dir, settings, [t.name for t in self._tracked], step) if run_dir is not None else None
         written = self._writer.step if self._writer else None
@@ -271,7 +273,7 @@ class Probe:
         self._step += 1
         if self._step % self._every:
             return
-        began = time.perf_counter()
+        began = self._clock()
         everything = list(range(len(self._tracked)))
         if self._method == "auto":
             full, topk = (everything, self._leading)
@@ -286,7 +288,7 @@ class Probe:
             full, topk = everything, []
         records, _ = self._measure(full, topk)
         self._emit(records)
-        ended = time.perf_counter()
+        ended = self._clock()
         if self._method == "auto" and self._ended is not None:
             self._budget.spent(ended - began)
         if self._ended is None:

@@ -29,6 +29,24 @@ def test_a_matrix_and_its_transpose_agree():
     torch.testing.assert_close(newton_schulz(G.mT), newton_schulz(G).mT)
 
 
+@pytest.mark.parametrize(("name", "limit"), [("gaussian", 1e-4), ("log4", 5e-4), ("power", 5e-4), ("rank_one", 1e-3)])
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64), (2, 40, 100), (96, 96)], ids=str)
+def test_the_gram_form_agrees_with_the_plain_one(name, limit, shape):
+    G = (
+        torch.stack([matrix(name, *shape[-2:], seed=i) for i in range(shape[0])])
+        if len(shape) == 3
+        else matrix(name, *shape)
+    )
+    before = G.clone()
+    for coefficients, steps in (("muon", 5), ("polar_express", 3), ("muon", 1)):
+        expected = newton_schulz(G.double(), steps=steps, coefficients=coefficients, method="plain")
+        found = newton_schulz(G, steps=steps, coefficients=coefficients, method="gram")
+        assert found.shape == G.shape and (found - expected).norm() <= limit * expected.norm()
+        exact = newton_schulz(G.double(), steps=steps, coefficients=coefficients, method="gram")
+        assert (exact - expected).norm() <= 1e-8 * expected.norm()
+    assert torch.equal(G, before)
+
+
 def test_zero_stays_zero():
     assert torch.equal(newton_schulz(torch.zeros(3, 4)), torch.zeros(3, 4))
 

@@ -153,6 +153,15 @@ def test_given_optimizers_only():
     assert steps_of(probe) == [0, 1, 2, 3]
 
 
+def test_no_optimizers_means_by_hand():
+    net = model()
+    probe = sosd_fast.track(net, optimizers=[], method="full")
+    train(net, [adamw(net)], 3)
+    assert steps_of(probe) == [0]
+    probe.step()
+    assert steps_of(probe) == [0, 1]
+
+
 def test_parameters_without_an_optimizer_and_frozen_ones():
     net = model()
     net[2].weight.requires_grad_(False)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sosd_fast
+from sosd_fast.records import JsonLines, Record, RunWriter
 from training import run as script
 from training.model import PRESETS, Config, Transformer
 from training.schedule import constant, cosine, step_decay, wsd
@@ -150,27 +151,23 @@ def test_every_matrix_is_recorded_every_step(train):
     names = {r.name for r in run.records}
     assert len(names) == 2 * (3 + 1 + 2) + 1  # q, k, v, projection and two of the MLP a layer; the tied embedding
     assert {r.step for r in run.records} >= set(range(1, 9))
-    curves = script.variation_by_kind(run.records)
+    curves = script.variation_by_kind(run)
     assert set(curves) == {"attention", "mlp", "embedding"}
     for steps, variation in curves.values():
         assert (np.diff(steps) > 0).all() and (variation > 0).all()
 
 
-def test_variation_by_kind_averages_what_was_measured():
-    class Measured:
-        def __init__(self, step, name, sd_variation, interval=1):
-            self.step, self.name, self.sd_variation, self.interval = step, name, sd_variation, interval
-
-    records = [
-        Measured(2, "h.0.mlp.c_fc.weight", 4.0),
-        Measured(1, "h.0.mlp.c_fc.weight", 1.0),
-        Measured(1, "h.1.mlp.c_fc.weight", 2.0),
-        Measured(2, "h.1.mlp.c_fc.weight", None),
-        Measured(2, "h.2.mlp.c_fc.weight", math.nan),
-        Measured(2, "h.3.mlp.c_fc.weight", 9.0, interval=7),
-    ]
-    ((steps, variation),) = script.variation_by_kind(records).values()
-    assert steps.tolist() == [1, 2] and variation.tolist() == [1.5, 4.0]
+def test_the_onset_is_looked_for_before_the_learning_rate_falls(tmp_path):
+    writer = RunWriter(tmp_path)
+    log = JsonLines(tmp_path / "log.jsonl")
+    for step in range(1, 101):
+        falling = max(0.0, (step - 60) / 40)
+        variation = 1e-3 * (1 - 0.999 * falling)
+        writer.append([Record(step=step, name="h.0.mlp.w", shape=(4, 4), method="gram32", sd_variation=variation)])
+        log.write({"step": step, "lr": 1 - falling})
+    writer.close()
+    log.close()
+    assert script.closing_table(sosd_fast.load(tmp_path)).columns[4]._cells == ["not seen"]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -192,7 +189,7 @@ def test_llama_and_every_schedule(train, monkeypatch, schedule):
     monkeypatch.setitem(PRESETS, "llama-nano", llama)
     status, run_dir = train(schedule, "--model=llama-nano", f"--schedule={schedule}", "--quiet", "--tracker=full")
     assert status == 0
-    assert "head" in script.variation_by_kind(sosd_fast.load(run_dir).records)
+    assert "head" in script.variation_by_kind(sosd_fast.load(run_dir))
 
 
 def test_bfloat16(train):

@@ -18,9 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import sosd_fast
-from sosd_fast.matrices import kind
 from sosd_fast.phases import onset_of_stability
-from sosd_fast.plot import plot_run
+from sosd_fast.plot import plot_run, variation_by_kind
 from sosd_fast.records import JsonLines, RunWriter
 from training.data import batches, fixed_batches, load_text
 from training.model import PRESETS, Transformer
@@ -136,25 +135,16 @@ def build_optimizers(
     return optimizers
 
 
-def variation_by_kind(records) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Steps and mean one-step SD variation over the (finite) matrices measured at each, for every kind of matrix."""
-    found = {}
-    for record in records:  # a variation over several steps is another quantity and stays out
-        if record.sd_variation is not None and record.interval == 1 and math.isfinite(record.sd_variation):
-            found.setdefault(kind(record.name), {}).setdefault(record.step, []).append(record.sd_variation)
-    return {
-        name: (np.array(sorted(steps)), np.array([np.mean(steps[step]) for step in sorted(steps)]))
-        for name, steps in found.items()
-    }
-
-
 def closing_table(run) -> Table:
     """SD variation of each kind of matrix: now, at its peak, and the onset of stability where there is one."""
     table = Table("module", "SD variation now", "at its peak", "peak step", "onset of stability")
-    curves = variation_by_kind(run.records)
-    for name in (name for name in ("attention", "mlp", "embedding", "head", "other") if name in curves):
-        steps, variation = curves[name]
-        peak, onset = int(variation.argmax()), onset_of_stability(steps, variation)
+    # A falling learning rate brings the variation down by itself, so the onset is looked for before it falls.
+    rates = {line["step"]: line["lr"] for line in run.log}
+    falls = max((step for step, lr in rates.items() if lr > 0.999 * max(rates.values())), default=0)
+    for name, (steps, spread) in variation_by_kind(run).items():
+        variation = spread[:, 1]  # the median over the matrices of that kind
+        peak = int(variation.argmax())
+        onset = onset_of_stability(steps[steps <= falls], variation[steps <= falls])
         seen = "not seen" if onset is None else f"step {onset}"
         table.add_row(name, f"{variation[-1]:.2e}", f"{variation[peak]:.2e}", f"{steps[peak]}", seen)
     return table

@@ -113,7 +113,7 @@ inline void svdvals_one_sided(const Source& w, double* S_out, double* work, cons
         }
     }
     for (int64_t i = 0; i < 2 * r; ++i) zero[i] = 0;
-    sturm<double>(zero, off, 2 * r, nullptr, 0x1p-52, values, sturm_work, parallel);
+    sturm<double>(zero, off, 2 * r, 0x1p-52, values, sturm_work, parallel);
     for (int64_t i = 0; i < r; ++i) S_out[i] = values[r + i];
 }
 

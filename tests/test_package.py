@@ -1,0 +1,128 @@
+"""The house: who may import whom, what works without what, and that documented code runs."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sosd_fast.__main__ import doctor
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    ("room", "forbidden"),
+    [
+        ("kernels", r"(training|bench|kernels)\b|sosd_fast\.(?!kernels|_C)\w+"),
+        ("sosd_fast", r"(training|bench|kernels)\b"),
+        ("training", r"(bench|kernels)\b|sosd_fast\.kernels"),
+        ("bench", r"kernels\b"),
+    ],
+)
+def test_imports_point_one_way(room, forbidden):
+    files = list((ROOT / room).rglob("*.py"))
+    assert files
+    wrong = [f"{path.name}: {name}" for path in files for name in imports(path) if re.match(forbidden, name)]
+    assert not wrong
+
+
+def run(code, *arguments):
+    done = subprocess.run([sys.executable, *arguments, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_it_works_without_the_extension_and_optional_packages():
+    run(
+        """
+import sys
+for name in ("sosd_fast._C", "triton", "cupy", "matplotlib", "rich", "scipy", "pandas"):
+    sys.modules[name] = None
+import torch, sosd_fast
+from sosd_fast import kernels
+assert kernels._C is None
+net = torch.nn.Linear(200, 100)
+probe = sosd_fast.track(net)
+net.weight.data += 0.1
+probe.step()
+record = probe.latest()["weight"]
+S = torch.linalg.svdvals(net.weight.detach().double())
+assert abs(record.sigma_max / S[0] - 1) < 1e-3, record
+"""
+    )
+
+
+def test_import_is_light():
+    heavy = run("import torch; import sosd_fast, sys; print(*sys.modules)").stdout.split()
+    assert not {"matplotlib", "rich", "scipy", "pandas", "triton", "cupy"} & set(heavy)
+
+
+def test_public_names():
+    import sosd_fast.track
+
+    assert callable(sosd_fast.track)
+    for name in sosd_fast.__all__:
+        assert getattr(sosd_fast, name).__doc__
+
+
+def test_doctor():
+    text = "\n".join(doctor())
+    assert f"torch       {torch.__version__}" in text and "svdvals                C++" in text
+    done = subprocess.run([sys.executable, "-m", "sosd_fast", "doctor"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == text.strip()
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S), ids=lambda code: code.split("\n")[0])
+def test_readme_code_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Sequential(torch.nn.Linear(96, 96, bias=False), torch.nn.Linear(96, 96, bias=False))
+
+    def loss_of(batch):
+        return model(batch).square().mean()
+
+    names = {"model": model, "batches": torch.randn(3, 8, 96), "loss_of": loss_of, "W": torch.randn(64, 96)}
+    exec(compile(code, "README.md", "exec"), names)
+    assert "probe" not in names or (names["probe"]._step == 3 and names["probe"].latest())
+
+
+def test_readme_tree_is_the_tree():
+    named = set(re.findall(r"^(?:├── |└── )?([\w.]+/)", README.split("## Tree")[1], re.M))
+    for room in ("kernels/", "sosd_fast/", "bench/", "training/", "tests/"):
+        assert room in named and (ROOT / room).is_dir()
+    for name in re.findall(r"^  ([\w/]+\.(?:py|hpp|cpp))", README.split("## Tree")[1], re.M):
+        assert list(ROOT.rglob(name)), name
+
+
+def test_documented_commands_exist():
+    help_of = {
+        "training/run.py": [sys.executable, "training/run.py", "--help"],
+        "bench.svd_overhead": [sys.executable, "-m", "bench.svd_overhead", "--help"],
+    }
+    for name, command in help_of.items():
+        assert name in README
+        text = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+        for flag in re.findall(rf"{re.escape(name)}[^\n`]*?(--[\w-]+)", README):
+            assert flag in text, (name, flag)
+
+
+def test_the_benchmark_runs():
+    command = [sys.executable, "-m", "bench.svd_overhead", "--steps", "3", "--batch-size", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result["rows"]) == {"off", "fast", "full", "topk", "exact"} and all(result["gate"].values())
