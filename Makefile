@@ -1,7 +1,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test check bench install clean
+.PHONY: demo test check bench sanitize install clean
 
 demo: install  ## train a small GPT-2 on real text with the tracker on (about 4 minutes)
 	$(PYTHON) training/run.py --tracker=fast
@@ -18,6 +18,13 @@ check: test  ## what a change must pass: lint, tests, README code, benchmark smo
 bench: install  ## the headline table, and one benchmark a kernel
 	$(PYTHON) -m bench.svd_overhead
 	$(PYTHON) -m pytest -q bench --benchmark-only
+
+sanitize: install  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, then ThreadSanitizer
+	$(PYTHON) -m pip install --quiet cmake ninja
+	for kind in address,undefined thread; do \
+	  $(VENV)/bin/cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DSOSD_SANITIZE=$$kind >/dev/null && \
+	  $(VENV)/bin/cmake --build build/$$kind && build/$$kind/sanitize || exit 1; \
+	done
 
 install: $(VENV)/installed
 

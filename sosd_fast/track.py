@@ -159,6 +159,8 @@ class Probe:
         self._latest: dict[str, Record] = {}
         self._memory: deque[Record] = deque(maxlen=KEPT_RECORDS)
         self._own_seconds, self._began, self._ended = 0.0, None, None
+        self._budget: Budget | None = None  # with "auto"
+        self._planned = 0.0
         self._said_coverage = False
         self._clock = time.perf_counter
         settings = {"method": method, "k": k, "budget": budget, "every": every}
@@ -261,7 +263,7 @@ class Probe:
         if leading:
             self._measure(full=[], topk=leading)  # cold
             _, topk_seconds = self._measure(full=[], topk=leading)
-            self._measure(full=everything, topk=[])  # anchors the tails
+            _, full_seconds = self._measure(full=everything, topk=[])  # anchors the tails
         if self._method == "auto":
             self._budget = Budget(
                 budget, [full_seconds[i] for i in everything], [topk_seconds.get(i) for i in everything]
@@ -275,8 +277,8 @@ class Probe:
             return
         began = self._clock()
         everything = list(range(len(self._tracked)))
-        if self._method == "auto":
-            full, topk = (everything, self._leading)
+        if self._budget:
+            full, topk = everything, self._leading  # the first step: how long a step takes is not known yet
             if self._ended is not None:
                 full, topk = self._budget.plan(began - self._planned)
                 self._say_coverage()
@@ -289,7 +291,7 @@ class Probe:
         records, _ = self._measure(full, topk)
         self._emit(records)
         ended = self._clock()
-        if self._method == "auto" and self._ended is not None:
+        if self._budget and self._ended is not None:
             self._budget.spent(ended - began)
         if self._ended is None:
             self._began = ended  # the first step has no beginning to be a fraction of
@@ -306,10 +308,10 @@ class Probe:
                 began = time.perf_counter()
                 for i, values in zip(group, measure([self._tracked[i] for i in group]), strict=True):
                     found[i] = found.get(i, {}) | values
-                each = (time.perf_counter() - began) / len(group)
-                seconds |= dict.fromkeys(group, each)
-                if self._method == "auto" and hasattr(self, "_budget"):
-                    self._budget.learn(kind, group, each)
+                took = time.perf_counter() - began
+                seconds |= dict.fromkeys(group, took / len(group))
+                if self._budget:
+                    self._budget.learn(kind, group, took)
         records = []
         for i in sorted(found):
             t = self._tracked[i]
@@ -353,8 +355,7 @@ class Probe:
                 values["cosine"] = cosine[j]
             if t.S_step is not None and self._step - t.S_step == self._every:
                 values |= {"interval": self._every, "sd_variation": variation[j]}
-                if t.state is None:  # else the leading values' own history says it
-                    values["sd_variation_topk"] = leading_variation[j]
+                values["sd_variation_topk"] = leading_variation[j]
             t.S, t.S_step = result.S[j], self._step
             if k < S.shape[1] and values["sigma_max"] > 0:
                 tail = S[j, k:]

@@ -99,6 +99,15 @@ def test_auto_spends_what_it_may():
     assert counts[0] > 3 * counts[1]
 
 
+def test_auto_knows_what_measurements_cost():
+    net = nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(12)))
+    probe = sosd_fast.track(net, budget=1.0, k=4)
+    before = sum(probe._budget.full)
+    for _ in range(40):
+        probe.step()
+    assert 0.2 < sum(probe._budget.full) / before < 5
+
+
 @pytest.mark.parametrize("method", ["full", "topk", "exact", "auto"])
 def test_training_is_bit_identical(method):
     def run(tracked):

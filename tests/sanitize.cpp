@@ -1,0 +1,140 @@
+// Shapes, strides, dtypes, threads and concurrent callers of svdvals, for builds with the sanitizers (make sanitize).
+// Truth: the one-sided method.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "svdvals.hpp"
+
+using namespace sosd_fast;
+
+static int failures = 0;
+#define CHECK(x)                                                   \
+    do {                                                           \
+        if (!(x)) ++failures, std::printf("line %d: %s\n", __LINE__, #x); \
+    } while (0)
+
+struct Case {
+    std::vector<uint8_t> data;  // exactly the bytes of W, so that a read past the end is seen
+    SvdvalsTask task;
+    std::vector<double> S, bound;
+};
+
+static uint16_t to_bf16(float x) {
+    uint32_t b;
+    std::memcpy(&b, &x, 4);
+    return uint16_t(b >> 16);
+}
+
+static Case make(int64_t m, int64_t n, DType dtype, bool transposed, int64_t step, unsigned seed) {
+    Case c;
+    c.task.m = m, c.task.n = n, c.task.dtype = dtype;
+    c.task.row_stride = transposed ? step : n * step;
+    c.task.col_stride = transposed ? m * step : step;
+    const int64_t count = m && n ? (m - 1) * c.task.row_stride + (n - 1) * c.task.col_stride + 1 : 0;
+    const int size = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+    c.data.resize(count * size);
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < count; ++i) {
+        const float x = normal(random);
+        const double y = x;
+        const uint16_t b = dtype == DType::bf16 ? to_bf16(x) : uint16_t(0x3800 | (random() & 0x87ff));
+        const void* from = &b;
+        if (dtype == DType::f64) from = &y;
+        if (dtype == DType::f32) from = &x;
+        std::memcpy(c.data.data() + i * size, from, size);
+    }
+    c.S.assign(std::min(m, n), -1), c.bound.assign(std::min(m, n), -1);
+    return c;
+}
+
+static void solve(std::vector<Case>& cases, Precision p, int threads) {
+    std::vector<SvdvalsTask> tasks;
+    for (Case& c : cases) {
+        c.task.data = c.data.data(), c.task.S = c.S.data(), c.task.bound = c.bound.data(), c.task.precision = p;
+        tasks.push_back(c.task);
+    }
+    svdvals(tasks.data(), int64_t(tasks.size()), threads);
+    for (size_t i = 0; i < cases.size(); ++i) cases[i].task = tasks[i];
+}
+
+static std::vector<Case> batch() {
+    const int64_t shapes[][2] = {{1, 1},     {1, 9},    {9, 1},   {2, 3}, {16, 16},  {17, 40},
+                                 {127, 509}, {300, 17}, {96, 96}, {0, 5}, {33, 1030}};
+    std::vector<Case> cases;
+    unsigned seed = 0;
+    for (const auto& s : shapes)
+        for (int dtype = 0; dtype < 4; ++dtype)
+            for (int layout = 0; layout < 3; ++layout)
+                cases.push_back(make(s[0], s[1], DType(dtype), layout == 1, layout == 2 ? 3 : 1, ++seed));
+    return cases;
+}
+
+int main() {
+    std::printf("%s\n", kernels().isa);
+    std::vector<Case> truth = batch();
+    solve(truth, Precision::one_sided, 1);
+    for (Precision p : {Precision::f32, Precision::f64, Precision::automatic}) {
+        std::vector<Case> first = batch();
+        solve(first, p, 1);
+        for (size_t i = 0; i < first.size(); ++i) {
+            const Case &a = first[i], &b = truth[i];
+            CHECK(a.data == batch()[i].data);
+            for (size_t k = 0; k < a.S.size(); ++k) {
+                CHECK(std::fabs(a.S[k] - b.S[k]) <= a.bound[k] + b.bound[k]);
+                CHECK(k == 0 || a.S[k] <= a.S[k - 1]);
+            }
+        }
+        for (int threads : {2, 3, 5}) {
+            std::vector<Case> again = batch();
+            solve(again, p, threads);
+            for (size_t i = 0; i < first.size(); ++i)
+                CHECK(again[i].S == first[i].S && again[i].bound == first[i].bound);
+        }
+        std::vector<std::thread> callers;
+        std::vector<std::vector<Case>> results(3);
+        for (auto& r : results)
+            callers.emplace_back([&r, p] {
+                r = batch();
+                solve(r, p, 2);
+            });
+        for (std::thread& t : callers) t.join();
+        for (auto& r : results)
+            for (size_t i = 0; i < first.size(); ++i) CHECK(r[i].S == first[i].S);
+    }
+    {   // one matrix and helpers inside it
+        std::vector<Case> one, two;
+        one.push_back(make(500, 1100, DType::f32, false, 1, 7)), two = one;
+        solve(one, Precision::automatic, 1), solve(two, Precision::automatic, 4);
+        CHECK(one[0].S == two[0].S);
+    }
+    {   // an earlier spectrum, right or absurd, changes at most the precision
+        std::vector<Case> cold, warm, absurd;
+        cold.push_back(make(90, 200, DType::f32, false, 1, 7)), warm = absurd = cold;
+        solve(cold, Precision::automatic, 1);
+        std::vector<double> wrong(90, 1e-3);
+        wrong[0] = 1e3;
+        warm[0].task.previous = cold[0].S.data(), absurd[0].task.previous = wrong.data();
+        solve(warm, Precision::automatic, 1), solve(absurd, Precision::automatic, 1);
+        CHECK(warm[0].S == cold[0].S && absurd[0].task.used != Precision::f32);
+        for (int k = 0; k < 90; ++k)
+            CHECK(std::fabs(cold[0].S[k] - absurd[0].S[k]) <= cold[0].bound[k] + absurd[0].bound[k]);
+    }
+    {   // NaN in one of three
+        std::vector<Case> three;
+        for (unsigned s = 0; s < 3; ++s) three.push_back(make(40, 50, DType::f32, false, 1, s));
+        std::vector<Case> clean = three;
+        const float nan = NAN;
+        std::memcpy(three[1].data.data() + 4 * 777, &nan, 4);
+        solve(three, Precision::automatic, 2), solve(clean, Precision::automatic, 2);
+        CHECK(!three[1].task.finite && std::isnan(three[1].S[0]) && std::isnan(three[1].bound[39]));
+        CHECK(three[0].S == clean[0].S && three[2].S == clean[2].S && three[0].task.finite);
+    }
+    svdvals(nullptr, 0, 2);
+    std::printf(failures ? "%d FAILED\n" : "ok\n", failures);
+    return failures != 0;
+}
