@@ -202,7 +202,14 @@ class _Operator:
         return self._clean(self._product(Y, self.matrices))
 
     def _product(self, X, matrices):
-        return self.xp.stack([x @ A for x, A in zip(X, matrices, strict=True)]) if self.is_list else X @ matrices[0]
+        if not self.is_list:
+            return X @ matrices[0]
+        if self.xp is not torch:
+            return self.xp.stack([x @ A for x, A in zip(X, matrices, strict=True)])
+        Y = X.new_empty(len(matrices), X.shape[1], matrices[0].shape[1])
+        for x, A, y in zip(X, matrices, Y, strict=True):
+            torch.mm(x, A, out=y)
+        return Y
 
     def _clean(self, Y):
         if self.plain:

@@ -102,7 +102,8 @@ class _Tracked:
         self.reference: Tensor | None = None
         self.state: State | None = None  # of topk_svdvals
         self.leading: tuple[int, np.ndarray, float] | None = None  # step, leading values, energy of the others
-        self.tail_ratio = 1.0  # sum of the others over sqrt(count * energy), from the last full spectrum
+        # The others' sum over sqrt(count * energy), from the last full spectrum: what "topk" takes the total from.
+        self.tail_ratio = 1.0
         self.warned = False
 
 

@@ -112,6 +112,8 @@ def test_documented_commands_exist():
     help_of = {
         "training/run.py": [sys.executable, "training/run.py", "--help"],
         "bench.svd_overhead": [sys.executable, "-m", "bench.svd_overhead", "--help"],
+        "bench.svdvals": [sys.executable, "-m", "bench.svdvals", "--help"],
+        "bench.newton_schulz": [sys.executable, "-m", "bench.newton_schulz", "--help"],
     }
     for name, command in help_of.items():
         assert name in README
