@@ -8,21 +8,31 @@ from sosd_fast.records import Run
 _COLORS = {"attention": "#4477aa", "mlp": "#ee6677", "embedding": "#228833", "head": "#aa3377", "other": "#777777"}
 
 
-def variation_by_kind(run: Run) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def variation_by_kind(run: Run, hold: int = 10) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Collects the SD variation of each module kind.
 
+    Args:
+        run: with records of full spectra.
+        hold: steps for which a matrix's last value stands, where a budget made matrices take turns. Without it the
+            median would jump with the choice of matrices.
+
     Returns:
-        kind -> (steps (T,), variation (T, 3)): minimum, median and maximum over the matrices of that kind that were
-        measured in full at that step.
+        kind -> (steps (T,), variation (T, 3)): minimum, median and maximum over the matrices of that kind.
     """
-    values: dict[str, dict[int, list[float]]] = {}
+    measured: dict[str, dict[int, dict[str, float]]] = {}
     for r in run.records:
         if r.sd_variation is not None and np.isfinite(r.sd_variation):
-            values.setdefault(kind(r.name), {}).setdefault(r.step, []).append(r.sd_variation)
-    return {
-        k: (np.array(list(v)), np.array([(min(x), np.median(x), max(x)) for x in v.values()]))
-        for k, v in sorted(values.items(), key=lambda item: list(_COLORS).index(item[0]))
-    }
+            measured.setdefault(kind(r.name), {}).setdefault(r.step, {})[r.name] = r.sd_variation
+    curves = {}
+    for name in sorted(measured, key=list(_COLORS).index):
+        last: dict[str, tuple[int, float]] = {}
+        rows = []
+        for step, values in measured[name].items():
+            last |= {matrix: (step, value) for matrix, value in values.items()}
+            standing = [value for since, value in last.values() if step - since <= hold]
+            rows.append((min(standing), np.median(standing), max(standing)))
+        curves[name] = np.array(list(measured[name])), np.array(rows)
+    return curves
 
 
 def plot_run(run: Run):

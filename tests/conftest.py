@@ -3,6 +3,8 @@ import logging
 import pytest
 import torch
 
+from sosd_fast import kernels
+
 torch.set_num_threads(1)  # small matrices, and parallel test runs must not fight over cores
 
 
@@ -13,3 +15,13 @@ def no_silent_failure(request, caplog):
     if "expects_probe_failure" not in request.keywords:
         errors = [r.getMessage() for r in caplog.get_records("call") if r.levelno >= logging.ERROR]
         assert not errors, errors
+
+
+@pytest.fixture(params=["extension", "torch"])
+def path(request, monkeypatch):
+    """Runs a test on the C++ kernels and again on torch's operations."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "_C", None)
+    else:
+        assert kernels._C is not None, "the C++ extension is not built"
+    return request.param

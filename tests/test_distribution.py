@@ -8,15 +8,6 @@ from sosd_fast import kernels
 from sosd_fast.kernels.distribution import singular_distribution, singular_distribution_ref
 
 
-@pytest.fixture(params=["extension", "torch"])
-def path(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(kernels, "_C", None)
-    else:
-        assert kernels._C is not None, "the C++ extension is not built"
-    return request.param
-
-
 def spectra(*shape, dtype=torch.float64, seed=0):
     S = torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return S.sort(-1, descending=True).values.to(dtype)

@@ -29,6 +29,18 @@ def test_variation_by_kind(run):
     assert steps.tolist() == [1, 2, 3, 4] and np.allclose(variation, [1e-3, 2e-3, 3e-3])
 
 
+def test_matrices_that_take_turns_do_not_make_the_curve_jump(tmp_path):
+    writer = RunWriter(tmp_path)
+    for step in range(1, 9):
+        name, variation = (("h.0.mlp.w", 1e-3), ("h.1.mlp.w", 3e-3))[step % 2]
+        writer.append([Record(step=step, name=name, shape=(4, 4), method="gram32", sd_variation=variation)])
+    writer.append([Record(step=40, name="h.0.mlp.w", shape=(4, 4), method="gram32", sd_variation=5e-3)])
+    writer.close()
+    ((steps, variation),) = variation_by_kind(load(tmp_path)).values()
+    assert steps.tolist() == [*range(1, 9), 40]
+    assert np.allclose(variation[1:8, 1], 2e-3) and np.allclose(variation[0], 3e-3) and np.allclose(variation[8], 5e-3)
+
+
 def test_the_figure_says_what_it_shows(run, tmp_path):
     figure = plot_run(run)
     top, bottom = figure.axes

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sosd_fast
-from sosd_fast import kernels
 from sosd_fast.svdvals import SD_TOLERANCE, spectra
 from sosd_fast.testing import SPECTRA, assert_svdvals_close, matrix, sd_distance
 
@@ -27,15 +26,6 @@ SHAPES = [
 ]
 TABLE = ["gaussian", "power", "log4", "spikes"]  # the spectra of the published error table
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=["extension", "torch"])
-def path(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(kernels, "_C", None)
-    else:
-        assert kernels._C is not None, "the C++ extension is not built"
-    return request.param
 
 
 def truth(W):
