@@ -289,6 +289,7 @@ def test_ctrl_c_ends_with_the_table(tmp_path, text):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     for line in process.stdout:  # the first validation has been printed: the loop is under way
         if line.startswith("step 1:"):
