@@ -132,8 +132,10 @@ constexpr double eps_of(Precision p) { return p == Precision::f32 ? 0x1p-24 : 0x
 // ||error of S / sum(S)||_2 to be expected of a Gram matrix. Its small eigenvalues, the ones that matter, err by
 // 6 / sqrt(r) eps S[0]^2 in root mean square or less in fp32 (13 spectra, r = 4 .. 768). In fp64 they were seen to err
 // by 3 eps S[0]^2 on trained 256 x 256 matrices, 8 times as much: its sums run in fewer, longer chains.
-double predicted_error(const double* S, int64_t r, Precision precision) {
-    const double units = std::max(6 / std::sqrt(double(r)), 0.15) * (precision == Precision::f64 ? 8 : 1);
+// Weights in bf16 and f16 err by up to 2.7 times as much as f32 ones in fp32 (r = 256 .. 768), whose products are exact.
+double predicted_error(const double* S, int64_t r, Precision precision, DType dtype) {
+    const bool half = dtype == DType::bf16 || dtype == DType::f16;
+    const double units = std::max(6 / std::sqrt(double(r)), 0.15) * (precision == Precision::f64 ? 8 : half ? 3 : 1);
     const double dl = units * eps_of(precision) * S[0] * S[0];
     double sum = 0, squares = 0, ds_squares = 0, ds_one_sided = 0;
     for (int64_t i = 0; i < r; ++i) {
@@ -189,7 +191,7 @@ void solve(SvdvalsTask& t, Workspace& memory, const Parallel& parallel) {
 
     std::vector<double> ascending(r);
     if (t.precision == Precision::automatic && t.previous && t.previous[0] > 0) {
-        while (t.used != Precision::one_sided && predicted_error(t.previous, r, t.used) >= kAllowedSdError)
+        while (t.used != Precision::one_sided && predicted_error(t.previous, r, t.used, t.dtype) >= kAllowedSdError)
             t.used = t.used == Precision::f32 ? Precision::f64 : Precision::one_sided;
     }
     for (;;) {
@@ -204,7 +206,7 @@ void solve(SvdvalsTask& t, Workspace& memory, const Parallel& parallel) {
         else
             gram_values(k.f64, w, ascending.data(), memory, parallel);
         for (int64_t i = 0; i < r; ++i) t.S[i] = std::sqrt(ascending[r - 1 - i]);
-        t.predicted_sd_error = t.S[0] > 0 ? predicted_error(t.S, r, t.used) : 0;
+        t.predicted_sd_error = t.S[0] > 0 ? predicted_error(t.S, r, t.used, t.dtype) : 0;
         if (t.precision != Precision::automatic || t.predicted_sd_error < kAllowedSdError) break;
         t.used = t.used == Precision::f32 ? Precision::f64 : Precision::one_sided;
     }
