@@ -49,9 +49,10 @@ def svdvals(W: Tensor, *, method: str = "auto", return_bound: bool = False) -> T
 
     Accuracy:
         "auto": |SD - SD_true|_2 <= 1e-6 for SD = S / sum(S). "gram32" and "gram64": with
-        d = c(r) * eps * S[0]**2, c(r) = 16 + 8 sqrt(r), a value s errs by at most d / (s + sqrt(max(s**2 - d, 0))),
-        so values below about sqrt(eps) * S[0] are lost. "exact": c(r) * eps * S[0]. The constant was calibrated
-        against float64 (LOG.md) and is tested to hold.
+        d = c * eps * S[0]**2, a value s errs by at most d / (s + sqrt(max(s**2 - d, 0))), so values below about
+        sqrt(eps) * S[0] are lost; "exact": c * eps * S[0]. In units of eps / 2, c = 32 + 2 sqrt(r) + sqrt(K) / 8 for
+        the C++ kernels (K = max(m, n)) and 32 + 16 sqrt(r) for torch's operations. Both were calibrated against
+        float64 (LOG.md) and are tested to hold; they are not proofs.
 
     Raises:
         ValueError: fewer than two dimensions, an integer or complex dtype, an empty matrix, an unknown method.

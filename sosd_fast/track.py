@@ -344,8 +344,7 @@ class Probe:
         S = result.S.cpu().numpy()
         k = min(self._k, S.shape[1])
         if previous is not None:
-            leading = slice(None, k)
-            difference = d.sd[:, leading] - (previous / previous.sum(-1, keepdim=True))[:, leading]
+            difference = d.sd[:, :k] - previous[:, :k] / previous.sum(-1, keepdim=True)
             leading_variation = difference.norm(dim=-1).tolist()
         found = []
         for j, t in enumerate(group):
@@ -377,6 +376,8 @@ class Probe:
         count = min(group[0].shape) - self._k
         found = []
         for j, (t, norm) in enumerate(zip(group, norms.tolist(), strict=True)):
+            if S[j, 0] > 0 and not 0 < norm < math.inf:  # squares beyond float32, where the values are not
+                norm = float(torch.linalg.vector_norm(matrices[j], dtype=torch.float64))
             tail = max(norm**2 - float((S[j] ** 2).sum()), 0.0)
             values = {
                 "method": "topk",

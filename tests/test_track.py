@@ -90,6 +90,18 @@ def test_leading_values():
     assert latest["4.weight"].method != "topk", "with fewer than 3 k values all of them are measured"
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_leading_values_at_any_scale(scale):
+    net = nn.Linear(64, 64, bias=False)
+    net.weight.data *= scale
+    probe = sosd_fast.track(net, method="topk", k=4)
+    net.weight.data[0] *= 2
+    probe.step()
+    r = probe.latest()["weight"]
+    assert r.method == "topk" and r.frobenius_norm == pytest.approx(net.weight.double().norm().item(), rel=1e-6)
+    assert 0 < r.sd_variation_topk < 1 and 1 <= r.stable_rank <= 64
+
+
 def test_auto_spends_what_it_may():
     net = model()
     rich, poor = sosd_fast.track(net, budget=1.0, k=4), sosd_fast.track(net, budget=1e-6, k=4)
