@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from sosd_fast import kernels
+from sosd_fast.kernels.subspace import advance_subspaces
 
 VARIANTS = ("a", "b", "m", "c")
 _PACE = 4.0  # of the residual against the last change in "m": 2 to 8 work, 4 is best with AdamW and Muon (LOG.md)
@@ -100,27 +101,18 @@ def topk_svdvals(W, k: int, *, n_oversamples: int = 8, state: State | None = Non
 def _step(xp, operator, V, P, k, variant):
     """One Rayleigh-Ritz on the span that the variant names. Rows are directions."""
     b = V.shape[-2]
-    Y = operator.mul(V)
-    Z = operator.tmul(Y)
-    H = Z @ _t(xp, V)
-    rayleigh = (Z * V).sum(-1)[..., None]  # of each carried direction; they are the Ritz vectors of the last step
-    residual = xp.sqrt(((Z - rayleigh * V) ** 2).sum(-1) / _positive(xp, rayleigh)[..., 0])
-
+    if variant == "m" and (fast := operator.advance(V, P)):
+        squares, residual, new, P = fast
+        S = torch.sqrt(squares.clamp_min(0)).sort(descending=True).values
+        return S[..., :k], residual[..., :k], new, P
     if variant == "a":
+        Y = operator.mul(V)
+        Z = operator.tmul(Y)
+        residual = _residual(xp, V, Z)[0]
         values, C = _rayleigh_ritz(xp, Y @ _t(xp, Y), Z @ _t(xp, Z), b)  # of W W^T on span[Y], whose image is Z
         new, P = (C / xp.sqrt(_positive(xp, values))[..., None]) @ Z, None
     else:
-        R = Z - H @ V
-        if variant == "m" and P is not None:
-            R = _PACE * R / _positive(xp, rayleigh) + P
-        D = xp.concatenate([R, P], -2) if variant == "c" and P is not None else R
-        D = _unit(xp, D[..., : V.shape[-1] - b, :])  # no more directions than there is room for
-        if P is not None and variant != "b":
-            D = D - (D @ _t(xp, V)) @ V
-        WD = operator.mul(D)
-        cross = D @ _t(xp, V)
-        M = _symmetric(xp, V @ _t(xp, V), cross, D @ _t(xp, D))
-        H = _symmetric(xp, H, D @ _t(xp, Z), WD @ _t(xp, WD))
+        D, M, H, residual = _expand(xp, operator, V, P, variant)
         values, C = _rayleigh_ritz(xp, M, H, b)
         P = C[..., b:] @ D
         new = C[..., :b] @ V + P
@@ -132,6 +124,31 @@ def _step(xp, operator, V, P, k, variant):
         residual = xp.where(operator.finite[..., None], residual / operator.scale[..., None], nan)
         new = xp.where(operator.finite[..., None, None], new, V)
     return S[..., :k], residual[..., :k], new, P if variant in "cm" else None
+
+
+def _residual(xp, V, Z):
+    """Returns |W^T u - s v| of the directions V, the last step's Ritz vectors, and their Rayleigh quotients."""
+    rayleigh = (Z * V).sum(-1)[..., None]
+    return xp.sqrt(((Z - rayleigh * V) ** 2).sum(-1) / _positive(xp, rayleigh)[..., 0]), rayleigh
+
+
+def _expand(xp, operator, V, P, variant):
+    """New directions D, and the Gram matrices of [V, D] and of W [V, D]."""
+    b = V.shape[-2]
+    Y = operator.mul(V)
+    Z = operator.tmul(Y)
+    H = Z @ _t(xp, V)
+    residual, rayleigh = _residual(xp, V, Z)
+    R = Z - H @ V
+    if variant == "m" and P is not None:
+        R = _PACE * R / _positive(xp, rayleigh) + P
+    D = xp.concatenate([R, P], -2) if variant == "c" and P is not None else R
+    D = _unit(xp, D[..., : V.shape[-1] - b, :])  # no more directions than there is room for
+    if P is not None and variant != "b":
+        D = D - (D @ _t(xp, V)) @ V
+    WD = operator.mul(D)
+    M = _symmetric(xp, V @ _t(xp, V), D @ _t(xp, V), D @ _t(xp, D))
+    return D, M, _symmetric(xp, H, D @ _t(xp, Z), WD @ _t(xp, WD)), residual
 
 
 def _rayleigh_ritz(xp, M, H, b):
@@ -183,6 +200,15 @@ class _Operator:
         self.matrices = [A if A.shape[-2] >= A.shape[-1] else _t(xp, A) for A in matrices]
         self.upside_down = [_t(xp, A) for A in self.matrices]
         self.scale = None
+
+    def advance(self, V, P):
+        """The step of variant "m" by the C++ kernel; None where it does not apply."""
+        if self.xp is not torch:
+            return None
+        matrices = self.matrices if self.is_list else self.matrices[0].reshape(-1, *self.matrices[0].shape[-2:])
+        flat = [None if X is None else X.reshape(-1, *X.shape[-2:]) for X in (V, P)]
+        found = advance_subspaces(list(matrices), *flat, _PACE)
+        return found and [x.reshape(*V.shape[:-2], *x.shape[1:]) for x in found]
 
     def mul(self, V):
         """Returns (W V^T)^T."""

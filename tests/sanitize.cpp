@@ -1,5 +1,7 @@
 // Shapes, strides, dtypes, threads and concurrent callers of svdvals, for builds with the sanitizers (make sanitize).
 // Truth: the one-sided method.
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -133,6 +135,25 @@ int main() {
         solve(three, Precision::automatic, 2), solve(clean, Precision::automatic, 2);
         CHECK(!three[1].task.finite && std::isnan(three[1].S[0]) && std::isnan(three[1].bound[39]));
         CHECK(three[0].S == clean[0].S && three[2].S == clean[2].S && three[0].task.finite);
+    }
+    for (bool transposed : {false, true}) {  // one step towards the leading values, alone and with helpers
+        for (const auto& [m, n, b] : {std::array<int64_t, 3>{700, 130, 20}, {96, 96, 40}, {41, 41, 33}, {5, 3, 1}}) {
+            Case c = make(m, n, DType::f32, transposed, 1, 3);
+            std::vector<float> V(b * n), V1(b * n), P1(b * n), V2(b * n), P2(b * n), squares(2 * b), residual(b);
+            for (int64_t i = 0; i < b; ++i) V[i * n + i] = 1;
+            const float* P = nullptr;
+            SubspaceTask one{reinterpret_cast<float*>(c.data.data()), m, n, c.task.row_stride, c.task.col_stride,
+                             V.data(), P, V1.data(), P1.data(), squares.data(), residual.data(), false};
+            advance_subspaces(&one, 1, b, 4, 1);
+            SubspaceTask two[2] = {one, one};
+            two[1].next_V = V2.data(), two[1].next_P = P2.data(), two[1].squares = squares.data() + b;
+            std::vector<float> spare(b);
+            two[0].residual = spare.data();
+            advance_subspaces(two, 2, b, 4, 5);
+            CHECK(one.ordinary && two[1].ordinary && V1 == V2 && P1 == P2);
+            CHECK(std::is_permutation(squares.begin(), squares.begin() + b, squares.begin() + b));
+            for (float x : squares) CHECK(x > 0);
+        }
     }
     svdvals(nullptr, 0, 2);
     std::printf(failures ? "%d FAILED\n" : "ok\n", failures);

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <stdexcept>
@@ -75,6 +76,35 @@ std::vector<std::pair<int, double>> svdvals(const std::vector<std::array<int64_t
     return used;
 }
 
+// layouts as above, upright (rows >= columns); V, P, next_V and next_P (B, b, n), squares and residual (B, b). Returns
+// whether every matrix is ordinary, see SubspaceTask; where not, the outputs are not to be used.
+bool advance_subspaces(const std::vector<std::array<int64_t, 5>>& layouts, float pace, const Array<float>& V,
+                       const std::optional<Array<float>>& P, Array<float>& next_V, Array<float>& next_P,
+                       Array<float>& squares, Array<float>& residual, int threads) {
+    const int64_t count = int64_t(layouts.size());
+    if (V.ndim() != 3 || V.shape(0) != count || (P && P->size() != V.size()))
+        throw std::invalid_argument("advance_subspaces: expected V and P of shape (B, b, n)");
+    const int64_t b = V.shape(1), n = V.shape(2);
+    if (b >= n || next_V.size() != V.size() || next_P.size() != V.size() || squares.size() != count * b ||
+        residual.size() != count * b)
+        throw std::invalid_argument("advance_subspaces: expected b < n and outputs of the right size");
+    std::vector<sosd_fast::SubspaceTask> tasks;
+    for (int64_t i = 0; i < count; ++i) {
+        const auto& [address, rows, columns, row_stride, col_stride] = layouts[i];
+        if (columns != n || rows < n || (row_stride != 1 && col_stride != 1))
+            throw std::invalid_argument("advance_subspaces: expected upright matrices with a stride of 1");
+        const int64_t at = i * b * n;
+        tasks.push_back({reinterpret_cast<const float*>(address), rows, n, row_stride, col_stride, V.data() + at,
+                         P ? P->data() + at : nullptr, next_V.mutable_data() + at, next_P.mutable_data() + at,
+                         squares.mutable_data() + i * b, residual.mutable_data() + i * b, false});
+    }
+    {
+        py::gil_scoped_release release;
+        sosd_fast::advance_subspaces(tasks.data(), count, b, pace, threads);
+    }
+    return std::all_of(tasks.begin(), tasks.end(), [](const auto& t) { return t.ordinary; });
+}
+
 template <class T>
 void define(py::module_& m) {
     m.def("singular_distribution", &singular_distribution<T>, py::arg("S").noconvert(),
@@ -89,6 +119,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("isa", [] { return sosd_fast::kernels().isa; });
     m.def("svdvals", &svdvals, py::arg("layouts"), py::arg("dtype"), py::arg("precision"),
           py::arg("previous").noconvert(), py::arg("S").noconvert(), py::arg("bound").noconvert(), py::arg("threads"));
+    m.def("advance_subspaces", &advance_subspaces, py::arg("layouts"), py::arg("pace"), py::arg("V").noconvert(),
+          py::arg("P").noconvert(), py::arg("next_V").noconvert(), py::arg("next_P").noconvert(),
+          py::arg("squares").noconvert(), py::arg("residual").noconvert(), py::arg("threads"));
     define<float>(m);
     define<double>(m);
 }

@@ -20,8 +20,6 @@ struct Source {
 // in one forward stream whatever r is (no 4 KB aliasing at r = 1024), and diagonal 16 x 16 blocks hold both halves.
 constexpr int kTileRows = 16, kTileCols = 8, kTile = kTileRows * kTileCols;
 
-constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-
 struct Tiles {
     int64_t tile_rows;  // of 16 rows each
     // offset of the tiles of columns 8 J .. 8 J + 7, which start at tile row J / 2

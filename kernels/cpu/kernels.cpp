@@ -17,8 +17,8 @@ template <class T> constexpr Stages<T> stages() {
 }
 
 extern const Kernels table;
-const Kernels table = {SOSD_STRING(SOSD_ISA), max_abs,           stages<float>(),
-                       stages<double>(),      svdvals_one_sided, bidiagonal_work_size};
+const Kernels table = {SOSD_STRING(SOSD_ISA), max_abs,           stages<float>(),  stages<double>(),
+                       svdvals_one_sided,     bidiagonal_work_size, advance_subspace, subspace_work_size};
 
 }  // namespace SOSD_ISA
 }  // namespace sosd_fast

@@ -1,7 +1,7 @@
 // The stages as compiled for one instruction set, and the choice among them at run time.
 #pragma once
 
-#include "gram.hpp"
+#include "subspace.hpp"
 
 namespace sosd_fast {
 
@@ -21,6 +21,8 @@ struct Kernels {
     Stages<double> f64;
     void (*svdvals_one_sided)(const Source&, double* S, double* work, const Parallel&);
     int64_t (*one_sided_work_size)(int64_t r);
+    void (*advance_subspace)(SubspaceTask&, int64_t b, float pace, float* work, const Parallel&);
+    int64_t (*subspace_work_size)(int64_t m, int64_t n, int64_t b);
 };
 
 // SOSD_ISA in the environment (baseline, avx2, avx512) overrides the choice, for tests of the slower paths.

@@ -13,6 +13,9 @@
 #endif
 
 namespace sosd_fast {
+
+constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
 namespace SOSD_ISA {
 
 #if defined(__AVX512F__)

@@ -1,4 +1,4 @@
-// All singular values of a list of matrices on the CPU.
+// All singular values, or one step towards the leading ones, of a list of matrices on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +27,9 @@ struct SvdvalsTask {
 // Fills S, bound, used, predicted_sd_error, finite of every task. Results do not depend on n_threads, bit for bit.
 // Threads live for one call only: nothing survives into a fork, and several callers do not meet.
 void svdvals(SvdvalsTask* tasks, int64_t count, int n_threads);
+
+// Fills the results of every task.
+void advance_subspaces(SubspaceTask* tasks, int64_t count, int64_t b, float pace, int n_threads);
 
 // The error bound for the values of a Gram matrix in precision f32 or f64 (delta lambda = c(r, K) eps S[0]^2).
 double gram_error_coefficient(int64_t r, int64_t K);
