@@ -20,6 +20,7 @@ from training.run import DEFAULT_LR, build_optimizers
 METHODS = {"fast": "auto", "full": "full", "topk": "topk", "exact": "exact"}
 ERROR_GATE = 1e-6  # on the singular distribution of a full measurement
 TOPK_GATE = {"adamw": 1e-3, "muon": 5e-3}  # on the leading values, relative, after step 20
+HEAD_GATE = 0.05  # relative, on the SD variation of the leading values over the exact sum of all
 
 
 class Stopwatch:
@@ -43,7 +44,8 @@ class Errors:
 
     def __init__(self):
         self.sd, self.bound_ratio, self.topk, self.variation = 0.0, 0.0, 0.0, 0.0
-        self._before = {}
+        self.head = 0.0  # of the SD variation of the leading values, each divided by the exact sum
+        self._before, self._leading = {}, {}
 
     def truth(self, probe, step):
         """SVDs of all matrices now, and those of the step before where there are some."""
@@ -64,15 +66,21 @@ class Errors:
                 error = sd_distance(torch.as_tensor(r.spectrum), S)
                 self.sd = max(self.sd, error)
                 self.bound_ratio = max(self.bound_ratio, error / r.sd_error)
-            elif warm:
-                leading = torch.tensor(r.topk, dtype=torch.float64)
+            leading = torch.tensor(r.topk, dtype=torch.float64)
+            if r.spectrum is None and warm:
                 self.topk = max(self.topk, float((leading / S[: len(leading)] - 1).abs().max()))
             if warm and r.name in before:
                 q = before[r.name] / before[r.name].sum()
+                if r.method == "topk" and self._leading[r.name][0] == r.step - 1:
+                    k = len(r.topk)
+                    measured = leading / S.sum() - self._leading[r.name][1] / before[r.name].sum()
+                    self.head = max(self.head, abs(float(measured.norm() / (p - q)[:k].norm()) - 1))
                 for measured, k in ((r.sd_variation, len(p)), (r.sd_variation_topk, len(r.topk))):
                     if measured is not None:
                         true = float((p - q)[:k].norm())
                         self.variation = max(self.variation, abs(measured - true) / true)
+            if r.method == "topk":
+                self._leading[r.name] = r.step, leading
 
 
 def train(args):
@@ -186,6 +194,7 @@ def main():
         gate[f"leading values within {TOPK_GATE[args.optimizer]:g} after step 20"] = (
             errors["topk"].topk <= TOPK_GATE[args.optimizer]
         )
+        gate[f"their part of SD variation within {HEAD_GATE:g}, given the sum"] = errors["topk"].head <= HEAD_GATE
     for what, holds in gate.items():
         print(f"gate: {what}: {'holds' if holds else 'FAILS'}")
 
@@ -208,6 +217,7 @@ def main():
                 "sd_error": e.sd,
                 "error_over_bound": e.bound_ratio,
                 "topk_error": e.topk,
+                "topk_variation_error_given_sum": e.head,
                 "variation_error": e.variation,
             }
         result["rows"][name] = row
