@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import sosd_fast
+from sosd_fast import topk
 from sosd_fast.testing import matrix
 from sosd_fast.topk import VARIANTS, topk_svdvals
 
@@ -60,6 +61,25 @@ def test_a_moving_matrix_is_followed(variant):
         if step >= 20:
             worst = max(worst, float((S / truth(W, 16) - 1).abs().max()))
     assert worst < {"b": 2e-2, "m": 2e-3, "c": 2e-3}[variant]
+
+
+def test_it_catches_up_after_a_jump_and_only_then(monkeypatch):
+    steps = []
+    step = topk._step
+    monkeypatch.setattr(topk, "_step", lambda *arguments: steps.append(0) or step(*arguments))
+    W, other = matrix("gaussian", 96, 128), matrix("power", 96, 128, seed=1)
+    state = topk_svdvals(W, 8).state
+    for i in range(10):
+        state = topk_svdvals(W * (1 + 1e-3 * i), 8, state=state).state
+    steps.clear()
+    state = topk_svdvals(W * 1.01, 8, state=state).state
+    assert len(steps) == 1
+    S = topk_svdvals(other, 8, state=state).S
+    assert 3 <= len(steps) <= 10
+    torch.testing.assert_close(S.double(), truth(other, 8), rtol=1e-3, atol=0)
+    steps.clear()
+    topk_svdvals(other, 8, state=state, rtol=1e6)
+    assert len(steps) == 1, "nothing is asked for"
 
 
 def test_momentum_beats_plain_krylov_at_the_same_cost():
@@ -182,5 +202,7 @@ def test_bad_options():
         topk_svdvals(W, 2, variant="z")
     with pytest.raises(ValueError, match="got n_oversamples=-1"):
         topk_svdvals(W, 2, n_oversamples=-1)
+    with pytest.raises(ValueError, match="got rtol=0"):
+        topk_svdvals(W, 2, rtol=0)
     with pytest.raises(ValueError, match=r"expected a state of shape \(10, 20\), got state.V.shape=\(11, 20\)"):
         topk_svdvals(W, 2, state=topk_svdvals(W, 3).state)
