@@ -106,6 +106,21 @@ class _Tracked:
         self.tail_ratio = 1.0
         self.warned = False
 
+    def state_dict(self) -> dict:
+        state = {f: getattr(self, f) for f in ("S", "S_step", "reference", "tail_ratio", "warned")}
+        state["state"] = None if self.state is None else tuple(self.state)
+        state["leading"] = self.leading and (self.leading[0], self.leading[1].tolist(), self.leading[2])
+        return state
+
+    def load_state_dict(self, state: dict):
+        device = self.matrix.parameter.device
+        for f, value in state.items():
+            setattr(self, f, value.to(device) if isinstance(value, Tensor) else value)
+        if self.state is not None:
+            self.state = State(*(part.to(device) for part in self.state))
+        if self.leading is not None:
+            self.leading = (self.leading[0], np.array(self.leading[1]), self.leading[2])
+
 
 class _Rounds:
     """Tells when all optimizers that change the tracked parameters have stepped once."""
@@ -194,6 +209,27 @@ class Probe:
     def overhead(self) -> float:
         """The fraction of the time since the first step that was spent in the probe."""
         return self._own_seconds / (self._ended - self._began) if self._own_seconds else 0.0
+
+    def state_dict(self) -> dict:
+        """Returns what a resumed run needs for its records to go on as if it had not stopped; see `load_state_dict`."""
+        return {"step": self._step, "matrices": {t.name: t.state_dict() for t in self._tracked}}
+
+    def load_state_dict(self, state: dict):
+        """Takes up what `state_dict` returned for the same model at the same step.
+
+        With "auto" the choice of what to measure begins anew, for it follows the clock.
+
+        Raises:
+            ValueError: another step or other matrices.
+        """
+        names = [t.name for t in self._tracked]
+        if state["step"] != self._step or list(state["matrices"]) != names:
+            raise ValueError(
+                f"Probe.load_state_dict: expected the state of {len(names)} matrices at step {self._step}, got "
+                f"{len(state['matrices'])} at step={state['step']}. Pass that step to track, and the same model."
+            )
+        for t in self._tracked:
+            t.load_state_dict(state["matrices"][t.name])
 
     def flush(self):
         """Measures a step that is pending and forces all records to disk."""

@@ -389,3 +389,36 @@ print(probe.latest()["weight"].step)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "1\n" and done.stderr == ""
+
+
+@pytest.mark.parametrize("method", ["full", "topk"])
+def test_state_dict_continues_bit_for_bit(method, tmp_path):
+    def records(stop):
+        torch.manual_seed(0)
+        net = nn.Linear(48, 40, bias=False)
+        probe = sosd_fast.track(net, method=method, k=4)
+        for step in range(6):
+            if step == stop:
+                torch.save(probe.state_dict(), tmp_path / "probe.pt")
+                probe.close()
+                kept = probe.records()
+                probe = sosd_fast.track(net, method=method, k=4, step=step)
+                probe.load_state_dict(torch.load(tmp_path / "probe.pt"))
+            with torch.no_grad():
+                net.weight += 1e-2 * torch.randn(40, 48, generator=torch.Generator().manual_seed(step))
+            probe.step()
+        return (kept if stop else []) + [r for r in probe.records() if not stop or r.step > stop]
+
+    whole = records(None)
+    assert len(whole) == 7 and whole == records(3)
+
+
+def test_state_dict_of_another_step_or_model():
+    net = nn.Linear(40, 40)
+    state = sosd_fast.track(net).state_dict()
+    with pytest.raises(
+        ValueError, match=r"Probe\.load_state_dict: expected the state of 1 matrices at step 2, got 1 at"
+    ):
+        sosd_fast.track(net, step=2).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"Probe\.load_state_dict: expected the state of 2 matrices"):
+        sosd_fast.track(nn.Sequential(net, nn.Linear(40, 40))).load_state_dict(state)
