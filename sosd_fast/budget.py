@@ -2,6 +2,8 @@
 
 from collections import deque
 
+_MARGIN = 1.15
+
 
 class Budget:
     """Plans measurements of matrices so that they take at most a fraction of the time.
@@ -23,6 +25,8 @@ class Budget:
         self.income = None  # seconds a step, smoothed
         self.bucket = 0.0
         self._turn = deque(range(len(full)))
+        self._urged: set[int] = set()  # put to the front since their last turn
+        self._every_step = "turns"  # what is measured every step: full, topk, or nothing, matrices taking turns
         self._second: set[int] = set()  # matrices whose pair is half done
 
     @property
@@ -49,11 +53,16 @@ class Budget:
         everything = range(len(self.full))
         cap = 2 * max(self.income, max(self.full))  # idle time must not be saved up for one expensive step
         self.bucket = min(self.bucket + earned, cap)
-        if self.income >= sum(self.full):
+        cheapest = self.cheapest
+        for choice, cost in (("full", sum(self.full)), ("topk", sum(cheapest)), ("turns", 0.0)):
+            # to change for the better takes a margin: a subspace left alone for some steps has to catch up
+            if self.income >= cost * (1.0 if self._every_step == choice else _MARGIN):
+                self._every_step = choice
+                break
+        if self._every_step == "full":
             self._second.clear()
             return list(everything), []
-        cheapest = self.cheapest
-        every_step = self.income >= sum(cheapest)
+        every_step = self._every_step == "topk"
         always = {i for i in everything if every_step and cheapest[i] == self.full[i]}
         full, self._second = self._second | always, set()
         topk = [i for i in everything if every_step and self.topk[i] is not None and i not in always]
@@ -63,6 +72,7 @@ class Budget:
             if left < self.full[i]:
                 break
             self._turn.rotate(-1)
+            self._urged.discard(i)
             if i not in full:
                 full.add(i)
                 self._second.add(i)
@@ -72,6 +82,14 @@ class Budget:
     def spent(self, seconds: float):
         """Takes what a step's measurements cost out of the bucket."""
         self.bucket -= seconds
+
+    def urge(self, indices: list[int]):
+        """Puts matrices that moved unusually at the head of the turn, each once before its turn comes."""
+        for i in indices:
+            if i not in self._urged:
+                self._urged.add(i)
+                self._turn.remove(i)
+                self._turn.appendleft(i)
 
     def learn(self, kind: str, indices: list[int], seconds: float):
         """Corrects the costs by what a measurement of `indices` took; kind is "full" or "topk"."""

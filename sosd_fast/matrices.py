@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
-DEFAULT_SPLIT = {"*.c_attn.weight": 3}
+# Fused queries, keys and values of equal sizes, one above the other: GPT-2's, torch.nn.MultiheadAttention's, timm's.
+DEFAULT_SPLIT = {"*c_attn.weight": 3, "*in_proj_weight": 3, "*qkv.weight": 3}
 
 _KINDS = (  # the first pattern found in a name decides
     ("attention", r"attn|attention|(^|[._])(q|k|v|o|qkv|wq|wk|wv|wo)(_proj)?[._]"),
@@ -49,10 +50,12 @@ def find_matrices(
         exclude: shell patterns of parameter names to leave out.
         split: shell pattern -> number of equal parts, or the parts' sizes, of a fused matrix, cut along its larger
             dimension (dimension 0 of a square). Three parts are called [q], [k], [v]; others [0], [1], ...
+            The default pattern cuts only what is three squares, so that grouped queries stay whole.
 
     Returns:
         Matrices in the model's order. Dimensions before the last two are a stack of matrices, named [i];
-        a convolution kernel counts as one matrix (out, rest).
+        a convolution kernel counts as one matrix (out, rest). Of a parametrized weight the originals are listed, for
+        computing the weight itself may change state (spectral_norm's).
 
     Raises:
         ValueError: no matrix, an include pattern without a match, or parts that do not fit.
@@ -63,7 +66,7 @@ def find_matrices(
         model = model.module
     kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
     candidates = {
-        name.replace("_orig_mod.", ""): parameter
+        name.replace("_orig_mod.", "").replace("parametrizations.", ""): parameter
         for name, parameter in model.named_parameters()
         if parameter.ndim >= 2 and parameter.numel() and parameter.is_floating_point()
     }
@@ -82,6 +85,8 @@ def find_matrices(
     for name, parameter in candidates.items():
         if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude):
             parts = next((parts for pattern, parts in split.items() if fnmatchcase(name, pattern)), None)
+            if split is DEFAULT_SPLIT and parts and max(parameter.shape) != parts * min(parameter.shape):
+                parts = None
             found += _matrices(name, parameter, parts, flatten=id(parameter) in kernels)
     if not found:
         raise ValueError(

@@ -35,10 +35,12 @@ class Record:
     method: str  # topk, gram32, gram64, direct64 or exact
     interval: int | None = None  # steps since the measurement that sd_variation compares with
     sd_variation: float | None = None  # |SD_t - SD_s|_2
-    # The part of sd_variation in the k leading values, so at most that. Where method is topk, the sum that they are
-    # divided by is estimated from the tail's shape at the last full spectrum: 1 to 3 % off in the variation with AdamW,
-    # up to 70 % early in training with Muon (LOG.md).
+    # What of it lies in the k leading values. Where method is topk, their sum is not known: `_topk` and `_carried`, the
+    # same with all values, take the others to be shaped as in the last full spectrum (1 to 3 % off with AdamW, up to
+    # 70 % early in training with Muon; LOG.md); `_floor` holds whatever they are, as far as the leading values do.
     sd_variation_topk: float | None = None
+    sd_variation_carried: float | None = None
+    sd_variation_floor: float | None = None  # sd_variation is at least this
     cosine: float | None = None  # to the reference spectrum
     nuclear_norm: float | None = None
     frobenius_norm: float | None = None
@@ -49,6 +51,7 @@ class Record:
     spectral_entropy: float | None = None  # nats
     participation_ratio: float | None = None
     sd_error: float | None = None  # |SD - SD_true|_2 is at most this
+    audit_error: float | None = None  # |SD - SD_true|_2, where the spectrum was audited
     theory_bound: float | None = None  # on sd_variation, from the size of the update
     topk: tuple[float, ...] = ()  # leading singular values, descending
     residual: tuple[float, ...] | None = None  # of each leading value, where method is topk

@@ -8,17 +8,15 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from sosd_fast.budget import Budget
-from sosd_fast.kernels.distribution import singular_distribution
-from sosd_fast.matrices import DEFAULT_SPLIT, Matrix, find_matrices
+from sosd_fast.matrices import DEFAULT_SPLIT, find_matrices
+from sosd_fast.measure import Audit, Auditor, Tracked, audit, measure_full, measure_leading
 from sosd_fast.records import Record, RunWriter, load
-from sosd_fast.svdvals import spectra
-from sosd_fast.topk import State, topk_svdvals
+from sosd_fast.rounds import Rounds
 
 METHODS = ("auto", "full", "topk", "exact")
 KEPT_RECORDS = 10_000  # in memory, where no run directory keeps them
@@ -41,6 +39,8 @@ def track(
     run_dir: str | os.PathLike | None = None,
     on_record: Callable[[Record], None] | None = None,
     step: int | None = None,
+    audit: bool = True,
+    theory_bound: bool = False,
 ) -> "Probe":
     """Measures the singular values of a model's matrices after every optimizer step, until the model is gone.
 
@@ -65,6 +65,10 @@ def track(
         on_record: called with each record.
         step: steps taken before now. None continues after the last step in `run_dir`, or starts at 0; a number cuts
             off what `run_dir` holds of later steps.
+        audit: now and then recompute one matrix in float64 and compare, for a twentieth of what the full spectra cost;
+            an error beyond its bound is a warning, and that matrix is measured in float64 from then on. CPU only.
+        theory_bound: also record the bound on each SD variation that the size of the update gives. Keeps a float32
+            copy of the weights.
 
     Returns:
         The `Probe`; keep it to read the records, or not.
@@ -82,96 +86,34 @@ def track(
         raise ValueError(f"track: expected a fraction of the step time, got budget={budget}. 0.01 is one percent.")
     if isinstance(optimizers, torch.optim.Optimizer):
         optimizers = [optimizers]
+    this = weakref.ref(model)
+
+    def find():
+        return find_matrices(this(), include, exclude, split) if this() is not None else []
+
     probe = Probe(
-        find_matrices(model, include, exclude, split), optimizers, method, k, budget, every, reference, run_dir,
-        on_record, step,
+        find, optimizers, method, k, budget, every, reference, run_dir, on_record, step, audit, theory_bound
     )  # fmt: skip
     _probes.setdefault(model, []).append(probe)  # lives as long as the model does
     return probe
 
 
-class _Tracked:
-    """A matrix and what is remembered of it."""
-
-    def __init__(self, matrix: Matrix):
-        self.matrix = matrix
-        self.name = matrix.name
-        self.shape = tuple(matrix.tensor().shape)
-        self.S: Tensor | None = None  # last full spectrum, (r,) float64
-        self.S_step: int | None = None
-        self.reference: Tensor | None = None
-        self.state: State | None = None  # of topk_svdvals
-        self.leading: tuple[int, np.ndarray, float] | None = None  # step, leading values, energy of the others
-        # The others' sum over sqrt(count * energy), from the last full spectrum: what "topk" takes the total from.
-        self.tail_ratio = 1.0
-        self.warned = False
-
-    def state_dict(self) -> dict:
-        state = {f: getattr(self, f) for f in ("S", "S_step", "reference", "tail_ratio", "warned")}
-        state["state"] = None if self.state is None else tuple(self.state)
-        state["leading"] = self.leading and (self.leading[0], self.leading[1].tolist(), self.leading[2])
-        return state
-
-    def load_state_dict(self, state: dict):
-        device = self.matrix.parameter.device
-        for f, value in state.items():
-            setattr(self, f, value.to(device) if isinstance(value, Tensor) else value)
-        if self.state is not None:
-            self.state = State(*(part.to(device) for part in self.state))
-        if self.leading is not None:
-            self.leading = (self.leading[0], np.array(self.leading[1]), self.leading[2])
-
-
-class _Rounds:
-    """Tells when all optimizers that change the tracked parameters have stepped once."""
-
-    def __init__(self, parameters, optimizers):
-        self._parameters = parameters
-        self._given = None if optimizers is None else weakref.WeakSet(optimizers)
-        self._known = weakref.WeakSet()
-        self._stepped = weakref.WeakSet()
-        self._orphans: set[int] = set()  # parameters that a whole round passed by
-
-    @property
-    def pending(self) -> bool:
-        return len(self._stepped) > 0
-
-    def ends_before(self, optimizer) -> bool:
-        """Whether this optimizer, about to step, begins a new round."""
-        return optimizer in self._stepped
-
-    def ends_after(self, optimizer) -> bool:
-        """Whether this optimizer, having stepped, completes the round."""
-        if self._given is not None:
-            if optimizer not in self._given:
-                return False
-            self._stepped.add(optimizer)
-            return self._given == self._stepped
-        if not self._held(optimizer) & {id(p) for p in self._parameters}:
-            return False
-        self._stepped.add(optimizer)
-        self._known.add(optimizer)
-        covered = set().union(*map(self._held, self._known), self._orphans)
-        return self._known == self._stepped and all(id(p) in covered or not p.requires_grad for p in self._parameters)
-
-    def finish(self):
-        """Closes the round."""
-        self._known = self._stepped
-        held = set().union(*map(self._held, self._known))
-        self._orphans = {id(p) for p in self._parameters} - held
-        self._stepped = weakref.WeakSet()
-
-    @staticmethod
-    def _held(optimizer) -> set[int]:
-        return {id(p) for group in optimizer.param_groups for p in group["params"]}
-
-
 class Probe:
-    """Measures a list of matrices; made by `track`."""
+    """Measures a list of matrices; made by `track`.
 
-    def __init__(self, matrices, optimizers, method, k, budget, every, reference, run_dir, on_record, step):
-        self._tracked = [_Tracked(m) for m in matrices]
+    Attributes:
+        audits: the comparisons with float64, the last 10,000.
+    """
+
+    def __init__(
+        self, find, optimizers, method, k, budget, every, reference, run_dir, on_record, step, audit, theory_bound
+    ):
+        self._find = find
+        self._make = lambda matrix: Tracked(matrix, "exact" if method == "exact" else "auto", theory_bound)
+        self._tracked = [self._make(m) for m in find()]
         self._method, self._k, self._every, self._on_record = method, k, every, on_record
+        self._auditor = Auditor() if audit and method != "exact" else None
+        self.audits: deque[Audit] = deque(maxlen=KEPT_RECORDS)
         self._latest: dict[str, Record] = {}
         self._memory: deque[Record] = deque(maxlen=KEPT_RECORDS)
         self._own_seconds, self._began, self._ended = 0.0, None, None
@@ -189,7 +131,8 @@ class Probe:
         except BaseException:
             self._finalizer()
             raise
-        self._rounds = _Rounds([t.matrix.parameter for t in self._tracked], optimizers)
+        self._rounds = Rounds([t.matrix.parameter for t in self._tracked], optimizers)
+        self._size = 0  # of the optimizers
         self._finalizer.detach()
         self._finalizer = weakref.finalize(self, _detach, self._attach(), self._writer)
 
@@ -212,7 +155,8 @@ class Probe:
 
     def state_dict(self) -> dict:
         """Returns what a resumed run needs for its records to go on as if it had not stopped; see `load_state_dict`."""
-        return {"step": self._step, "matrices": {t.name: t.state_dict() for t in self._tracked}}
+        matrices = {t.name: t.state_dict() for t in self._tracked}
+        return {"step": self._step, "matrices": matrices, "auditor": self._auditor and self._auditor.state_dict()}
 
     def load_state_dict(self, state: dict):
         """Takes up what `state_dict` returned for the same model at the same step.
@@ -230,6 +174,8 @@ class Probe:
             )
         for t in self._tracked:
             t.load_state_dict(state["matrices"][t.name])
+        if self._auditor and state.get("auditor"):
+            self._auditor.load_state_dict(state["auditor"])
 
     def flush(self):
         """Measures a step that is pending and forces all records to disk."""
@@ -290,29 +236,55 @@ class Probe:
                     "Pass spectra of this model."
                 )
             t.reference = None if spectrum is None else torch.as_tensor(spectrum, dtype=torch.float64)
+        self._initial_reference = reference == "initial"
+        self._plan(budget, full_seconds)
 
+    def _plan(self, budget: float, full_seconds: dict[int, float]):
+        """Chooses whose leading values are followed and, with "auto", measures what that costs."""
+        everything = list(range(len(self._tracked)))
         # Below 3 k values the leading ones cost as much as all of them.
-        leading = [
-            i for i in everything if self._method in ("auto", "topk") and min(self._tracked[i].shape) >= 3 * self._k
-        ]
-        self._leading = leading
+        wanted = self._method in ("auto", "topk")
+        self._leading = [i for i in everything if wanted and min(self._tracked[i].shape) >= 3 * self._k]
         topk_seconds = {}
-        if leading:
-            self._measure(full=[], topk=leading)  # cold
-            _, topk_seconds = self._measure(full=[], topk=leading)
-            _, full_seconds = self._measure(full=everything, topk=[])  # anchors the tails
+        if self._leading:
+            self._measure(full=[], topk=self._leading)  # cold
+            _, topk_seconds = self._measure(full=[], topk=self._leading)
+            if self._method == "auto":
+                _, full_seconds = self._measure(full=everything, topk=[])  # warm
         if self._method == "auto":
             self._budget = Budget(
                 budget, [full_seconds[i] for i in everything], [topk_seconds.get(i) for i in everything]
             )
 
+    def _grow(self):
+        """Takes up matrices that the optimizers' parameters gained since the last step."""
+        known = {t.name: t for t in self._tracked}
+        matrices = self._find()
+        if [m.name for m in matrices] == list(known):
+            return
+        self._tracked = [known.get(m.name) or self._make(m) for m in matrices]
+        new = [i for i, t in enumerate(self._tracked) if t.name not in known]
+        self._rounds.follow([t.matrix.parameter for t in self._tracked])
+        log.info("sosd_fast: %d more matrices are measured from step %d on.", len(new), self._step)
+        records, _ = self._measure(full=new, topk=[])
+        self._emit(records)
+        for i in new if self._initial_reference else []:
+            self._tracked[i].reference = self._tracked[i].S
+        fraction, self._budget = self._budget.fraction if self._budget else None, None
+        seconds = self._measure(full=list(range(len(self._tracked))), topk=[])[1] if fraction else {}
+        self._plan(fraction, seconds)
+
     def _count(self):
         """Counts a step, measures it and keeps the records."""
         self._rounds.finish()
+        began = self._clock()
+        if self._rounds.size != self._size:
+            if self._size:
+                self._grow()
+            self._size = self._rounds.size
         self._step += 1
         if self._step % self._every:
             return
-        began = self._clock()
         everything = list(range(len(self._tracked)))
         if self._budget:
             full, topk = everything, self._leading  # the first step: how long a step takes is not known yet
@@ -325,7 +297,7 @@ class Probe:
             full = sorted(set(everything) - set(topk))
         else:
             full, topk = everything, []
-        records, _ = self._measure(full, topk)
+        records, _ = self._measure(full, topk, audits=True)
         self._emit(records)
         ended = self._clock()
         if self._budget and self._ended is not None:
@@ -336,107 +308,57 @@ class Probe:
             self._own_seconds += ended - began
         self._ended = ended
 
-    def _measure(self, full: list[int], topk: list[int]) -> tuple[list[Record], dict[int, float]]:
+    def _measure(self, full: list[int], topk: list[int], audits: bool = False) -> tuple[list[Record], dict[int, float]]:
         """Measures matrices and returns their records, and the seconds that each took."""
         found: dict[int, dict] = {}
         seconds = {}
-        for kind, indices, measure in (("topk", topk, self._measure_topk), ("full", full, self._measure_full)):
+        for kind, indices, measure in (("topk", topk, measure_leading), ("full", full, measure_full)):
             for group in self._groups(indices):
                 began = time.perf_counter()
-                for i, values in zip(group, measure([self._tracked[i] for i in group]), strict=True):
+                measured = measure([self._tracked[i] for i in group], self._step, self._every, self._k)
+                for i, values in zip(group, measured, strict=True):
                     found[i] = found.get(i, {}) | values
                 took = time.perf_counter() - began
                 seconds |= dict.fromkeys(group, took / len(group))
                 if self._budget:
                     self._budget.learn(kind, group, took)
+        if audits and self._auditor:
+            self._audit(full, found)
         records = []
         for i in sorted(found):
             t = self._tracked[i]
             records.append(Record(step=self._step, name=t.name, shape=t.shape, **found[i]))
-            if not math.isfinite(found[i]["sigma_max"]) or found[i]["sigma_max"] == 0:
-                self._warn_once(t, found[i]["sigma_max"])
+            sigma_max = found[i]["sigma_max"]
+            if not math.isfinite(sigma_max) or (sigma_max == 0 and self._step > 0):  # zero at first is a usual start
+                self._warn_once(t, sigma_max)
+        if self._budget:
+            self._budget.urge([r for r in found if _jumped(self._tracked[r], found[r])])
         return records, seconds
 
+    def _audit(self, measured: list[int], found: dict[int, dict]):
+        """Audits one of the matrices just measured in full, when it is time."""
+        i = self._auditor.choose([i for i in measured if self._tracked[i].S.device.type == "cpu"], self._tracked)
+        if i is None:
+            return
+        t = self._tracked[i]
+        result = audit(t, self._step, found[i]["sd_error"])
+        if result is None:
+            return
+        found[i]["audit_error"] = result.error
+        self.audits.append(result)
+        if result.error > result.bound:
+            log.warning(
+                "sosd_fast: audit of %s at step %d: |SD - SD_true| = %.1e is beyond its bound %.1e. "
+                "It is measured in float64 from now on.", *result[1::-1], *result[2:],
+            )  # fmt: skip
+
     def _groups(self, indices: list[int]) -> list[list[int]]:
-        """Splits matrices into those of one shape, dtype and device, which are measured together."""
+        """Splits matrices into those of one shape, dtype, device and method, which are measured together."""
         groups: dict[tuple, list[int]] = {}
         for i in indices:
-            p = self._tracked[i].matrix.parameter
-            groups.setdefault((self._tracked[i].shape, p.dtype, p.device), []).append(i)
+            t = self._tracked[i]
+            groups.setdefault((t.shape, t.matrix.parameter.dtype, t.matrix.parameter.device, t.method), []).append(i)
         return list(groups.values())
-
-    def _measure_full(self, group: list[_Tracked]) -> list[dict]:
-        matrices = [t.matrix.tensor() for t in group]
-        before = [t.S for t in group]
-        previous = torch.stack(before).to(matrices[0].device) if all(S is not None for S in before) else None
-        result = spectra(matrices, "exact" if self._method == "exact" else "auto", previous)
-        reference = [t.reference for t in group]
-        fixed = torch.stack(reference).to(matrices[0].device) if all(S is not None for S in reference) else None
-        d = singular_distribution(result.S, previous, fixed)
-        sd_error = result.sd_error.tolist()
-        columns = {f: getattr(d, f).tolist() for f in _SUMMARIES}
-        variation = d.variation_l2.tolist() if previous is not None else None
-        cosine = d.cosine.tolist() if fixed is not None else None
-        S = result.S.cpu().numpy()
-        k = min(self._k, S.shape[1])
-        if previous is not None:
-            difference = d.sd[:, :k] - previous[:, :k] / previous.sum(-1, keepdim=True)
-            leading_variation = difference.norm(dim=-1).tolist()
-        found = []
-        for j, t in enumerate(group):
-            values = {f: column[j] for f, column in columns.items()}
-            values |= {"method": result.methods[j], "sd_error": sd_error[j], "topk": tuple(S[j, :k].tolist())}
-            values |= {"spectrum": S[j], "residual": None}
-            if cosine is not None:
-                values["cosine"] = cosine[j]
-            if t.S_step is not None and self._step - t.S_step == self._every:
-                values |= {"interval": self._every, "sd_variation": variation[j]}
-                values["sd_variation_topk"] = leading_variation[j]
-            t.S, t.S_step = result.S[j], self._step
-            if k < S.shape[1] and values["sigma_max"] > 0:
-                tail = S[j, k:]
-                t.tail_ratio = float(tail.sum() / math.sqrt(max(len(tail) * (tail**2).sum(), 1e-300)))
-            found.append(values)
-        return found
-
-    def _measure_topk(self, group: list[_Tracked]) -> list[dict]:
-        matrices = [t.matrix.tensor() for t in group]
-        state = None
-        if all(t.state is not None for t in group):
-            state = State(
-                *(torch.stack(rows).to(matrices[0].device) for rows in zip(*(t.state for t in group), strict=True))
-            )
-        result = topk_svdvals(matrices, self._k, state=state)
-        norms = torch.stack([torch.linalg.vector_norm(W, dtype=torch.float32) for W in matrices])
-        S, residual = result.S.double().cpu().numpy(), result.residual.tolist()
-        count = min(group[0].shape) - self._k
-        found = []
-        for j, (t, norm) in enumerate(zip(group, norms.tolist(), strict=True)):
-            if S[j, 0] > 0 and not 0 < norm < math.inf:  # squares beyond float32, where the values are not
-                norm = float(torch.linalg.vector_norm(matrices[j], dtype=torch.float64))
-            tail = max(norm**2 - float((S[j] ** 2).sum()), 0.0)
-            values = {
-                "method": "topk",
-                "frobenius_norm": norm,
-                "sigma_max": float(S[j, 0]),
-                "stable_rank": norm**2 / float(S[j, 0]) ** 2 if S[j, 0] > 0 else math.nan,
-                "topk": tuple(S[j].tolist()),
-                "residual": tuple(residual[j]),
-            }
-            if t.leading is not None and self._step - t.leading[0] == self._every:
-                _, S_before, tail_before = t.leading
-                sums = [
-                    s.sum() + t.tail_ratio * math.sqrt(count * e) for s, e in ((S[j], tail), (S_before, tail_before))
-                ]
-                if min(sums) > 0:
-                    values["sd_variation_topk"] = float(np.linalg.norm(S[j] / sums[0] - S_before / sums[1]))
-                    values["interval"] = self._every
-                else:
-                    values |= {"sd_variation_topk": math.nan, "interval": self._every}
-            t.state = State(result.state.V[j], result.state.P[j])
-            t.leading = (self._step, S[j], tail)
-            found.append(values)
-        return found
 
     def _emit(self, records: list[Record]):
         self._latest |= {r.name: r for r in records}
@@ -449,7 +371,7 @@ class Probe:
             for record in records:
                 self._on_record(record)
 
-    def _warn_once(self, t: _Tracked, sigma_max: float):
+    def _warn_once(self, t: Tracked, sigma_max: float):
         if not t.warned:
             t.warned = True
             what = "is zero" if sigma_max == 0 else "holds NaN or Inf"
@@ -467,16 +389,13 @@ class Probe:
             )
 
 
-_SUMMARIES = (
-    "nuclear_norm",
-    "frobenius_norm",
-    "sigma_max",
-    "sigma_min",
-    "stable_rank",
-    "effective_rank",
-    "spectral_entropy",
-    "participation_ratio",
-)
+def _jumped(t: Tracked, values: dict) -> bool:
+    """Whether a matrix moved three times as much as it uses to; keeps the running mean of what it uses to."""
+    moved = values.get("sd_variation", values.get("sd_variation_carried"))
+    if moved is None or not math.isfinite(moved):
+        return False
+    usual, t.usual = t.usual, moved if t.usual is None else 0.9 * t.usual + 0.1 * moved
+    return usual is not None and moved > 3 * usual
 
 
 def _open(run_dir, settings: dict, names: list[str], step: int | None) -> RunWriter:

@@ -1,0 +1,235 @@
+"""What one measurement of a matrix yields: its full spectrum, its leading values, or an audit of the spectrum."""
+
+import math
+import random
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sosd_fast.kernels.distribution import singular_distribution
+from sosd_fast.matrices import Matrix
+from sosd_fast.phases import theory_bound
+from sosd_fast.svdvals import spectra
+from sosd_fast.topk import State, topk_svdvals
+
+_SUMMARIES = (
+    "nuclear_norm",
+    "frobenius_norm",
+    "sigma_max",
+    "sigma_min",
+    "stable_rank",
+    "effective_rank",
+    "spectral_entropy",
+    "participation_ratio",
+)
+_STRICTER = {"auto": "gram64", "gram64": "exact64"}
+
+
+class Tracked:
+    """A matrix and what is remembered of it."""
+
+    def __init__(self, matrix: Matrix, method: str = "auto", keep_weights: bool = False):
+        self.matrix = matrix
+        self.name = matrix.name
+        self.shape = tuple(matrix.tensor().shape)
+        self.method = method  # auto or exact; an audit that fails makes it gram64, then exact64 (exact in float64)
+        self.S: Tensor | None = None  # last full spectrum, (r,) float64
+        self.S_step: int | None = None
+        self.reference: Tensor | None = None
+        self.state: State | None = None  # of topk_svdvals
+        # Step, leading values, and energy of the others, at the last measurement of the leading ones.
+        self.leading: tuple[int, np.ndarray, float] | None = None
+        self.keep_weights = keep_weights
+        self.W: Tensor | None = None  # at the last full spectrum
+        self.usual: float | None = None  # SD variation, smoothed
+        self.warned = False
+
+    def state_dict(self) -> dict:
+        """Returns what the next measurement depends on."""
+        state = {f: getattr(self, f) for f in ("method", "S", "S_step", "reference", "W", "usual", "warned")}
+        state["state"] = None if self.state is None else tuple(self.state)
+        state["leading"] = self.leading and (self.leading[0], self.leading[1].tolist(), self.leading[2])
+        return state
+
+    def load_state_dict(self, state: dict):
+        """Takes up what `state_dict` returned."""
+        device = self.matrix.parameter.device
+        for f, value in state.items():
+            setattr(self, f, value.to(device) if isinstance(value, Tensor) else value)
+        if self.state is not None:
+            self.state = State(*(part.to(device) for part in self.state))
+        if self.leading is not None:
+            self.leading = (self.leading[0], np.array(self.leading[1]), self.leading[2])
+
+
+def measure_full(group: list[Tracked], step: int, every: int, k: int) -> list[dict]:
+    """Measures all singular values of matrices of one shape, dtype, device and method.
+
+    Returns:
+        The fields of each one's `Record`, but for step, name and shape.
+    """
+    matrices = [t.matrix.tensor() for t in group]
+    method, strict = group[0].method, group[0].method == "exact64"
+    before = _stack([t.S for t in group], matrices[0].device)
+    result = spectra([W.double() for W in matrices] if strict else matrices, "exact" if strict else method, before)
+    fixed = _stack([t.reference for t in group], matrices[0].device)
+    d = singular_distribution(result.S, before, fixed)
+    sd_error = result.sd_error.tolist()
+    columns = {f: getattr(d, f).tolist() for f in _SUMMARIES}
+    variation = d.variation_l2.tolist() if before is not None else None
+    cosine = d.cosine.tolist() if fixed is not None else None
+    S = result.S.cpu().numpy()
+    k = min(k, S.shape[1])
+    if before is not None:
+        leading_variation = (d.sd[:, :k] - before[:, :k] / before.sum(-1, keepdim=True)).norm(dim=-1).tolist()
+    found = []
+    for j, t in enumerate(group):
+        values = {f: column[j] for f, column in columns.items()}
+        values |= {"method": result.methods[j], "sd_error": sd_error[j], "topk": tuple(S[j, :k].tolist())}
+        values |= {"spectrum": S[j], "residual": None}
+        if cosine is not None:
+            values["cosine"] = cosine[j]
+        if t.S_step is not None and step - t.S_step == every:
+            values |= {"interval": every, "sd_variation": variation[j], "sd_variation_topk": leading_variation[j]}
+            values["sd_variation_floor"] = leading_variation[j]
+            if t.W is not None:
+                moved = float(torch.linalg.vector_norm(matrices[j].float() - t.W, dtype=torch.float64))
+                largest = max(float(t.S.sum()), values["nuclear_norm"])
+                values["theory_bound"] = theory_bound(moved, largest, len(S[j])) if largest > 0 else math.nan
+        if t.keep_weights:
+            t.W = matrices[j].float().clone() if t.W is None else t.W.copy_(matrices[j])
+        t.S, t.S_step = result.S[j], step
+        found.append(values)
+    return found
+
+
+def measure_leading(group: list[Tracked], step: int, every: int, k: int) -> list[dict]:
+    """Measures the k leading singular values of matrices of one shape, dtype and device.
+
+    The sum of all values is not known then. For `sd_variation_topk` and `sd_variation_carried` the others are taken to
+    be as in the last full spectrum, scaled to their energy now, which is exact.
+
+    Returns:
+        As `measure_full`.
+    """
+    matrices = [t.matrix.tensor() for t in group]
+    state = None
+    if all(t.state is not None for t in group):
+        state = State(
+            *(torch.stack(rows).to(matrices[0].device) for rows in zip(*(t.state for t in group), strict=True))
+        )
+    result = topk_svdvals(matrices, k, state=state)
+    norms = torch.stack([torch.linalg.vector_norm(W, dtype=torch.float32) for W in matrices])
+    S, residual = result.S.double().cpu().numpy(), result.residual.tolist()
+    found = []
+    for j, (t, norm) in enumerate(zip(group, norms.tolist(), strict=True)):
+        if S[j, 0] > 0 and not 0 < norm < math.inf:  # squares beyond float32, where the values are not
+            norm = float(torch.linalg.vector_norm(matrices[j], dtype=torch.float64))
+        energy = max(norm**2 - float((S[j] ** 2).sum()), 0.0)
+        values = {
+            "method": "topk",
+            "frobenius_norm": norm,
+            "sigma_max": float(S[j, 0]),
+            "stable_rank": norm**2 / float(S[j, 0]) ** 2 if S[j, 0] > 0 else math.nan,
+            "topk": tuple(S[j].tolist()),
+            "residual": tuple(residual[j]),
+        }
+        if t.leading is not None and step - t.leading[0] == every:
+            values |= {"interval": every} | _leading_variation(t, S[j], energy)
+        t.state = State(result.state.V[j], result.state.P[j])
+        t.leading = (step, S[j], energy)
+        found.append(values)
+    return found
+
+
+def _leading_variation(t: Tracked, S: np.ndarray, energy: float) -> dict:
+    """What the leading values of two steps tell of the SD variation."""
+    _, before, energy_before = t.leading
+    tail = t.S[len(S) :].cpu().numpy()
+    shape = tail / max(float(np.linalg.norm(tail)), 1e-300)  # of the others, of norm 1
+    scale, scale_before = math.sqrt(energy), math.sqrt(energy_before)
+    total, total_before = S.sum() + scale * shape.sum(), before.sum() + scale_before * shape.sum()
+    if not (total > 0 and total_before > 0):
+        return dict.fromkeys(("sd_variation_topk", "sd_variation_carried", "sd_variation_floor"), math.nan)
+    head = float(np.linalg.norm(S / total - before / total_before))
+    # Whatever the sums are, one spectrum is compared with a multiple of the other: no closer than the best multiple.
+    nearest = S * (S @ before) / max(S @ S, 1e-300)
+    most = before.sum() + math.sqrt(len(tail)) * scale_before  # the sum, by Cauchy-Schwarz
+    return {
+        "sd_variation_topk": head,
+        "sd_variation_carried": math.hypot(head, scale / total - scale_before / total_before),
+        "sd_variation_floor": float(np.linalg.norm(nearest - before)) / most,
+    }
+
+
+def _stack(spectra: list[Tensor | None], device) -> Tensor | None:
+    return torch.stack(spectra).to(device) if all(S is not None for S in spectra) else None
+
+
+class Audit(NamedTuple):
+    """A spectrum compared with `torch.linalg.svdvals` in float64."""
+
+    step: int
+    name: str
+    error: float  # |SD - SD_true|_2
+    bound: float  # what the record said of it
+
+
+class Auditor:
+    """Chooses what to audit: one matrix at a time, in random order, for a twentieth of what the spectra cost.
+
+    Costs are counted in operations, not in seconds, so that a run's audits do not depend on the machine's mood.
+    """
+
+    SHARE = 0.05
+    DEARER = 20.0  # an SVD in float64 against our spectra: 15 at 768 x 768, 18 at 256 x 256
+
+    def __init__(self):
+        self._earned = 0.0
+        self._queue: list[int] = []
+        self._cycles = 0
+
+    def state_dict(self) -> dict:
+        """Returns what the next choice depends on."""
+        return {"earned": self._earned, "queue": list(self._queue), "cycles": self._cycles}
+
+    def load_state_dict(self, state: dict):
+        """Takes up what `state_dict` returned."""
+        self._earned, self._queue, self._cycles = state["earned"], list(state["queue"]), state["cycles"]
+
+    def choose(self, measured: list[int], tracked: list[Tracked]) -> int | None:
+        """Returns which of the matrices just measured in full to audit, or None for now."""
+        self._earned += self.SHARE * sum(_cost(tracked[i].shape) for i in measured)
+        if not self._queue:
+            self._queue = list(range(len(tracked)))
+            random.Random(self._cycles).shuffle(self._queue)
+            self._cycles += 1
+        allowed = set(measured)
+        i = next((i for i in self._queue if i in allowed), None)
+        if i is None or self._earned < self.DEARER * _cost(tracked[i].shape):
+            return None
+        self._earned -= self.DEARER * _cost(tracked[i].shape)
+        self._queue.remove(i)
+        return i
+
+
+def audit(t: Tracked, step: int, bound: float) -> Audit | None:
+    """Compares a spectrum just measured with an SVD in float64; None for a matrix without a distribution.
+
+    An error beyond the bound makes the matrix be measured more strictly from then on.
+    """
+    W = t.matrix.tensor().double()
+    S = torch.linalg.svdvals(W if W.shape[0] >= W.shape[1] else W.mT)
+    if not (S.isfinite().all() and S[0] > 0 and math.isfinite(bound)):
+        return None
+    error = float((t.S / t.S.sum() - S / S.sum()).norm())
+    if error > bound:
+        t.method = _STRICTER.get(t.method, t.method)
+    return Audit(step, t.name, error, bound)
+
+
+def _cost(shape: tuple[int, int]) -> float:
+    r, K = min(shape), max(shape)
+    return r * r * (K + 4 / 3 * r)

@@ -1,0 +1,62 @@
+"""When a training step is over: all optimizers that change the tracked parameters have stepped once."""
+
+import weakref
+
+from torch import Tensor
+
+
+class Rounds:
+    """Tells when all optimizers that change the tracked parameters have stepped once."""
+
+    def __init__(self, parameters, optimizers):
+        self._parameters = parameters
+        self._given = None if optimizers is None else weakref.WeakSet(optimizers)
+        self._known = weakref.WeakSet()
+        self._stepped = weakref.WeakSet()
+        self._orphans: set[int] = set()  # parameters that a whole round passed by
+
+    @property
+    def pending(self) -> bool:
+        """Whether some but not all optimizers have stepped."""
+        return len(self._stepped) > 0
+
+    @property
+    def size(self) -> int:
+        """How many parameters the optimizers hold: it grows where a model is extended."""
+        return sum(len(group["params"]) for optimizer in self._known for group in optimizer.param_groups)
+
+    def follow(self, parameters):
+        """Takes another list of parameters."""
+        self._parameters = parameters
+
+    def ends_before(self, optimizer) -> bool:
+        """Whether this optimizer, about to step, begins a new round."""
+        return optimizer in self._stepped
+
+    def ends_after(self, optimizer) -> bool:
+        """Whether this optimizer, having stepped, completes the round."""
+        if self._given is not None and optimizer not in self._given:
+            return False
+        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer is called even where its scaler skips
+        if isinstance(found_inf, Tensor) and found_inf.device.type == "cpu" and found_inf.item():
+            return False
+        if self._given is not None:
+            self._stepped.add(optimizer)
+            return self._given == self._stepped
+        if not self._held(optimizer) & {id(p) for p in self._parameters}:
+            return False
+        self._stepped.add(optimizer)
+        self._known.add(optimizer)
+        covered = set().union(*map(self._held, self._known), self._orphans)
+        return self._known == self._stepped and all(id(p) in covered or not p.requires_grad for p in self._parameters)
+
+    def finish(self):
+        """Closes the round."""
+        self._known = self._stepped
+        held = set().union(*map(self._held, self._known))
+        self._orphans = {id(p) for p in self._parameters} - held
+        self._stepped = weakref.WeakSet()
+
+    @staticmethod
+    def _held(optimizer) -> set[int]:
+        return {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -1,0 +1,198 @@
+"""One line tracks any model: which matrices, which names, and which steps."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import sosd_fast
+
+
+def steps(probe):
+    return sorted({r.step for r in probe.records()})
+
+
+def train(net, optimizer, inputs, count=2):
+    for _ in range(count):
+        net(inputs).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class Experts(nn.Module):
+    """A mixture of experts with stacked weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(8, 3, bias=False)
+        self.experts = nn.Parameter(torch.randn(3, 8, 12))
+
+    def forward(self, x):
+        return torch.einsum("be,bd,edf->bf", self.router(x).softmax(-1), x, self.experts)
+
+
+class Tied(nn.Module):
+    """An embedding that is the head as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.wte = nn.Embedding(20, 8)
+        self.attn = nn.Linear(8, 8, bias=False)
+        self.lm_head = nn.Linear(8, 20, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+    def forward(self, x):
+        return self.lm_head(self.attn(self.wte(x)))
+
+
+class LoRA(nn.Module):
+    """A frozen linear layer with a low-rank update that starts at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(8, 10, bias=False).requires_grad_(False)
+        self.lora_A = nn.Linear(8, 2, bias=False)
+        self.lora_B = nn.Linear(2, 10, bias=False)
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.lora_B(self.lora_A(x))
+
+
+def cnn():
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 5))
+
+
+def encoder():
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+def parametrized():
+    return nn.Sequential(parametrizations.weight_norm(nn.Linear(8, 6)), parametrizations.spectral_norm(nn.Linear(6, 4)))
+
+
+ENCODER = {
+    f"layers.{i}.{name}": shape
+    for i in range(2)
+    for name, shape in {
+        "self_attn.in_proj_weight[q]": (16, 16),
+        "self_attn.in_proj_weight[k]": (16, 16),
+        "self_attn.in_proj_weight[v]": (16, 16),
+        "self_attn.out_proj.weight": (16, 16),
+        "linear1.weight": (32, 16),
+        "linear2.weight": (16, 32),
+    }.items()
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "expected"),
+    [
+        (cnn, (2, 3, 8, 8), {"0.weight": (6, 27), "3.weight": (5, 216)}),
+        (encoder, (2, 7, 16), ENCODER),
+        (
+            Experts,
+            (5, 8),
+            {"experts[0]": (8, 12), "experts[1]": (8, 12), "experts[2]": (8, 12), "router.weight": (3, 8)},
+        ),
+        (Tied, None, {"wte.weight": (20, 8), "attn.weight": (8, 8)}),
+        (
+            parametrized,
+            (5, 8),
+            {"0.weight.original0": (6, 1), "0.weight.original1": (6, 8), "1.weight.original": (4, 6)},
+        ),
+        (LoRA, (5, 8), {"base.weight": (10, 8), "lora_A.weight": (2, 8), "lora_B.weight": (10, 2)}),
+    ],
+    ids=["cnn", "transformer encoder", "experts", "tied", "parametrized", "lora"],
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_line(make, inputs, expected, compiled, caplog):
+    torch.manual_seed(0)
+    net = make()
+    inputs = torch.randint(20, (4, 6)) if inputs is None else torch.randn(inputs)
+    if compiled:
+        net = torch.compile(net, backend="eager")
+    probe = sosd_fast.track(net, method="full")
+    train(net, torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2), inputs)
+    probe.flush()
+    latest = probe.latest()
+    assert {name: r.shape for name, r in latest.items()} == expected
+    assert steps(probe) == [0, 1, 2]
+    for name, r in latest.items():
+        assert r.sd_variation == 0 if name in ("base.weight", "0.weight.original0") else r.sd_variation > 0
+    assert not [r for r in caplog.records if r.name == "sosd_fast"]
+
+
+def test_grouped_queries_stay_whole_unless_asked_for():
+    net = nn.ModuleDict({"qkv": nn.Linear(16, 16 + 8, bias=False)})
+    assert list(sosd_fast.track(net).latest()) == ["qkv.weight"]
+    parts = sosd_fast.track(net, split={"qkv.weight": (16, 4, 4)}).latest()
+    assert {name: r.shape for name, r in parts.items()} == {
+        "qkv.weight[q]": (16, 16), "qkv.weight[k]": (4, 16), "qkv.weight[v]": (4, 16),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="expected parts that add up to 24"):
+        sosd_fast.track(net, split={"qkv.weight": 5})
+
+
+def test_parameters_added_midway():
+    net = LoRA()
+    net.base.requires_grad_(True)
+    optimizer = torch.optim.SGD([net.base.weight], lr=0.1)
+    probe = sosd_fast.track(net, method="full")
+    train(net, optimizer, torch.randn(5, 8))
+    probe.flush()
+    net.extra = nn.Linear(10, 10, bias=False)
+    forward = net.forward
+    net.forward = lambda x: net.extra(forward(x))
+    optimizer.add_param_group({"params": net.extra.parameters()})
+    train(net, optimizer, torch.randn(5, 8), 3)
+    probe.flush()
+    added = [r for r in probe.records() if r.name == "extra.weight"]
+    assert added[0].sd_variation is None and added[-1].sd_variation > 0
+    assert [r.step for r in added] == [2, 3, 4, 5]
+    assert steps(probe) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("method", ["full", "auto", "topk"])
+def test_a_model_that_is_frozen_and_cast_midway(method):
+    net = nn.Sequential(nn.Linear(16, 24, bias=False), nn.Linear(24, 16, bias=False))
+    probe = sosd_fast.track(net, method=method, k=4, budget=1.0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    train(net, optimizer, torch.randn(5, 16))
+    net[0].weight.requires_grad_(False)
+    train(net, optimizer, torch.randn(5, 16))
+    last = probe.latest()["0.weight"]
+    assert last.step == 4 and (last.sd_variation or last.sd_variation_topk or 0) < 1e-6
+    net.bfloat16()
+    net[0].weight.requires_grad_(True)
+    train(net, torch.optim.SGD(net.parameters(), lr=0.1), torch.randn(5, 16).bfloat16())
+    probe.flush()
+    assert probe.latest()["1.weight"].step >= 6
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_that_skips_steps(fused):
+    net = nn.Linear(6, 5, bias=False)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    probe = sosd_fast.track(net, method="full")
+    before = net.weight.detach().clone()
+    for i in range(6):
+        loss = net(torch.randn(3, 6)).square().mean()
+        if i in (2, 3):
+            loss = loss * torch.inf
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert steps(probe) == [0, 1, 2, 3, 4], "two of the six were skipped"
+    assert not torch.equal(net.weight, before)
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {}], ids=str)
+def test_kinds_of_optimizers(options):
+    net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    probe = sosd_fast.track(net, method="full")
+    train(net, torch.optim.AdamW(net.parameters(), **options), torch.randn(3, 6), 3)
+    assert steps(probe) == [0, 1, 2, 3] and all(r.sd_variation > 0 for r in probe.latest().values())
