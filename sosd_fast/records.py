@@ -1,28 +1,43 @@
 """Records: append them to a run directory, read them back.
 
-A run directory holds
+A run directory (format version 2) holds
 
     meta.json             format, version, the matrices and the probe's settings
-    records.jsonl         one record a line, in the order of steps
-    spectra-00000.f32     the full spectra, little-endian float32 end to end; a record points into it
+    records.jsonl         the records being written: one a line, in the order of steps
+    records-00000.*       older ones, moved there every 32 MB; as Parquet where pyarrow is installed, else as they were
+    spectra-00000.f32     full spectra, little-endian float32 end to end, 64 MB a file; a record points into it
     log.jsonl             one line a step from the training loop, where it writes one
 
+Numbers are kept of every record. Leading values and full spectra are thinned, each per matrix: they are kept where at
+least step / 1000 steps, at most 100, have passed since the last ones kept: every step up to step 1,999, then ever more
+rarely, and from step 100,000 on at each hundredth.
+
 Spectra are written before the lines that point to them, and a step's lines in one write, so that whatever ends the
-process leaves at most one torn line or step at the end; opening the directory again cuts it off.
+process leaves at most one torn line or step at the end; opening the directory again cuts it off. Version 1 had a single
+records.jsonl and kept everything; it is read, and goes on as version 2 when appended to.
 """
 
 import dataclasses
-import fcntl
+import functools
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-FORMAT_VERSION = 1
-CHUNK_BYTES = 64 * 2**20
+from sosd_fast import segments
+from sosd_fast.segments import JsonLines
+
+if TYPE_CHECKING:
+    import pandas
+
+FORMAT_VERSION = 2
+CHUNK_BYTES = 64 * 2**20  # of spectra
+SEGMENT_BYTES = 32 * 2**20  # of records: about 60,000 lines, which pyarrow turns into Parquet in about half a second
+SPARSEST = 100  # steps between the spectra of a matrix that are kept
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,62 +68,12 @@ class Record:
     sd_error: float | None = None  # |SD - SD_true|_2 is at most this
     audit_error: float | None = None  # |SD - SD_true|_2, where the spectrum was audited
     theory_bound: float | None = None  # on sd_variation, from the size of the update
-    topk: tuple[float, ...] = ()  # leading singular values, descending
+    topk: tuple[float, ...] = ()  # leading singular values, descending; empty where a run directory left them out
     residual: tuple[float, ...] | None = None  # of each leading value, where method is topk
     spectrum: np.ndarray | None = dataclasses.field(default=None, compare=False)  # all values, descending
 
 
 _FLOATS = tuple(f.name for f in dataclasses.fields(Record) if f.type == float | None)
-
-
-class JsonLines:
-    """An append-only file of JSON objects, one a line.
-
-    Args:
-        path: created where missing. A torn last line is cut off.
-        step: cut off the lines whose "step" is greater.
-
-    Raises:
-        ValueError: a damaged line that is not the last, or a file that another process has open for writing.
-    """
-
-    def __init__(self, path: str | os.PathLike, step: int | None = None):
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise ValueError(
-                f"JsonLines: expected a file that nobody else writes, got path={self.path}. "
-                "Close the other run, or choose another directory."
-            ) from None
-        end = 0
-        for line, start, stop in _lines(self.path):
-            if step is not None and line.get("step", 0) > step:
-                end = start
-                break
-            end = stop
-        self.truncate(end)
-
-    def write(self, *objects: dict):
-        """Appends objects in one write and hands them to the operating system."""
-        self._file.write(b"".join(_encode(o) for o in objects))
-        self._file.flush()
-
-    def truncate(self, size: int):
-        """Cuts the file off after `size` bytes."""
-        self._file.truncate(size)
-
-    def flush(self):
-        """Forces what was written to disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self):
-        """Closes the file; closing twice is fine."""
-        self._file.close()
 
 
 class RunWriter:
@@ -125,18 +90,17 @@ class RunWriter:
 
     def __init__(self, run_dir: str | os.PathLike, meta: dict | None = None, step: int | None = None):
         self.run_dir = Path(run_dir)
-        self._lines = JsonLines(self.run_dir / "records.jsonl", step)
-        kept = list(_lines(self._lines.path))
-        if kept and (last := kept[-1][0])["of"] > sum(line["step"] == last["step"] for line, *_ in kept):
-            first = next(i for i, (line, *_) in enumerate(kept) if line["step"] == last["step"])
-            self._lines.truncate(kept[first][1])
-            del kept[first:]
-        self.step = kept[-1][0]["step"] if kept else None
-        pointers = [line["spectrum"] for line, *_ in kept if line.get("spectrum")]
-        chunk, offset, length = pointers[-1] if pointers else (0, 0, 0)
-        self._chunk, end = chunk, offset + 4 * length
-        for path in sorted(self.run_dir.glob("spectra-*.f32")):
-            if path != self._chunk_path() and path > self._chunk_path():
+        live = self.run_dir / segments.LIVE
+        self._lines = JsonLines(live, step)
+        if step is not None:  # the newest first: a kill in between leaves no gap
+            for path in reversed(segments.paths(self.run_dir)[:-1]):
+                segments.trim(path, step)
+        self._lines.truncate(segments.complete_end(live))
+        self.step: int | None = None
+        self._kept: dict[tuple[str, str], int] = {}  # (what, matrix) -> the step at which it was last kept
+        self._chunk, end = self._look_back()
+        for path in self.run_dir.glob("spectra-*.f32"):
+            if path.name > self._chunk_path().name:
                 path.unlink()
         self._spectra = open(self._chunk_path(), "ab")
         self._spectra.truncate(end)
@@ -147,15 +111,31 @@ class RunWriter:
         temporary.replace(self.run_dir / "meta.json")
 
     def append(self, records: Sequence[Record]):
-        """Appends the records of one step."""
-        lines = [_to_line(r, self._append_spectrum(r.spectrum)) | {"of": len(records)} for r in records]
+        """Appends the records of one step; spectra and leading values by the rule that this module states."""
+        lines = []
+        for r in records:
+            pointer = self._append_spectrum(r.spectrum) if r.spectrum is not None and self._due("spectrum", r) else None
+            if r.topk and not self._due("topk", r):
+                r = dataclasses.replace(r, topk=(), residual=None)
+            lines.append(_to_line(r, pointer) | {"of": len(records)})
         self._spectra.flush()
         self._lines.write(*lines)
+        if self._lines.size >= SEGMENT_BYTES:
+            self._close_segment()
 
     def first_spectra(self) -> dict[str, np.ndarray]:
         """Reads the first full spectrum of each matrix."""
-        run = load(self.run_dir)
-        return {name: run.spectra(name)[1][0] for name in run.names if len(run.spectra(name)[0])}
+        found: dict[str, np.ndarray] = {}
+        names = None
+        for path in segments.paths(self.run_dir):
+            names = names or set(segments.columns(path, ("name",))["name"])
+            _, matrices, where = segments.pointers(path)
+            for name, pointer in zip(matrices, where, strict=True):
+                if name not in found:
+                    found[name] = _read_spectrum(self.run_dir, pointer)
+            if len(found) >= len(names):
+                break
+        return found
 
     def flush(self):
         """Forces what was appended to disk."""
@@ -167,9 +147,41 @@ class RunWriter:
         self._spectra.close()
         self._lines.close()
 
-    def _append_spectrum(self, spectrum: np.ndarray | None) -> list[int] | None:
-        if spectrum is None:
-            return None
+    def _due(self, what: str, record: Record) -> bool:
+        last = self._kept.get((what, record.name))
+        due = last is None or record.step - last >= min(record.step // 1000, SPARSEST)
+        if due:
+            self._kept[what, record.name] = record.step
+        return due
+
+    def _look_back(self) -> tuple[int, int]:
+        """Finds the last step, what was kept lately, and (chunk, byte) at which the spectra that are kept end."""
+        end = None
+        for path in reversed(segments.paths(self.run_dir)):
+            first = last = pointer = None
+            for row in segments.rows(path):
+                first, last = (row["step"] if first is None else first), row["step"]
+                pointer = row.get("spectrum", pointer)
+                for what in ("topk", "spectrum"):
+                    if what in row:
+                        self._kept[what, row["name"]] = max(last, self._kept.get((what, row["name"]), 0))
+            self.step = last if self.step is None else self.step
+            end = end or pointer
+            if end and first is not None and self.step is not None and first <= self.step - SPARSEST:
+                break
+        chunk, offset, length = end or (0, 0, 0)
+        return chunk, offset + 4 * length
+
+    def _close_segment(self):
+        number = sum(path.name != segments.LIVE for path in segments.paths(self.run_dir))
+        closed = self.run_dir / f"records-{number:05d}.jsonl"
+        self._lines.start_over(closed)
+        try:
+            segments.to_parquet(closed)
+        except ImportError:
+            pass  # JSON lines are read as well, only more slowly
+
+    def _append_spectrum(self, spectrum: np.ndarray) -> list[int]:
         if self._spectra.tell() >= CHUNK_BYTES:
             self._spectra.close()
             self._chunk += 1
@@ -182,60 +194,159 @@ class RunWriter:
         return _chunk_path(self.run_dir, self._chunk)
 
 
-@dataclasses.dataclass
 class Run:
-    """A run directory, read.
+    """A run directory, read as it is when asked: nothing but `meta` is held in memory until then.
 
     Attributes:
         run_dir: where it was read from.
         meta: meta.json.
-        records: in the order of steps, without their spectra; see `spectra`.
-        log: what the training loop wrote to log.jsonl, one dict a step.
     """
 
-    run_dir: Path
-    meta: dict
-    records: list[Record]
-    log: list[dict]
-    _pointers: dict[str, list[tuple[int, list[int]]]] = dataclasses.field(repr=False)
+    def __init__(self, run_dir: Path, meta: dict, parts: Sequence[Path] = ()):
+        self.run_dir = run_dir
+        self.meta = meta
+        self._parts = list(parts) or [run_dir]  # the run directories of the ranks
 
-    @property
+    def __repr__(self):
+        return f"Run({str(self.run_dir)!r})"
+
+    @classmethod
+    def merge(cls, runs: Sequence["Run"]) -> "Run":
+        """Joins the runs of several ranks, each of which measured matrices of the same model.
+
+        Where two measured the same matrix at the same step, the first one counts; so do its meta.json and log.
+        """
+        if not runs:
+            raise ValueError("Run.merge: expected at least one run, got runs=[]. Pass what sosd_fast.load returned.")
+        matrices = list(dict.fromkeys(name for run in runs for name in run.meta.get("matrices", ())))
+        meta = runs[0].meta | ({"matrices": matrices} if matrices else {})
+        return cls(runs[0].run_dir, meta, [part for run in runs for part in run._parts])
+
+    @functools.cached_property
+    def records(self) -> list[Record]:
+        """All records in the order of steps, without their spectra: about 1 kB each in memory."""
+        if len(self._parts) == 1:
+            return list(map(_from_line, self._rows(self._parts[0])))
+        found: dict[tuple[int, str], Record] = {}
+        for part in self._parts:
+            for row in self._rows(part):
+                found.setdefault((row["step"], row["name"]), _from_line(row))
+        order = {name: i for i, name in enumerate(self.names)}
+        return sorted(found.values(), key=lambda r: (r.step, order[r.name]))
+
+    @functools.cached_property
+    def log(self) -> list[dict]:
+        """What the training loop wrote to log.jsonl, one dict a step."""
+        path = next((p / "log.jsonl" for p in (self.run_dir, *self._parts) if (p / "log.jsonl").exists()), None)
+        return [line for line, *_ in segments.lines(path)] if path else []
+
+    @functools.cached_property
     def names(self) -> list[str]:
-        """The matrices, in the model's order."""
-        return list(dict.fromkeys(r.name for r in self.records))
+        """The matrices that were measured, in the model's order."""
+        return list(self._shapes)
+
+    def columns(self, *fields: str) -> dict[str, np.ndarray]:
+        """Reads fields of all records as arrays, in the order of steps.
+
+        Args:
+            fields: "step", "name", "method", or the name of a number; numbers that were not measured are NaN.
+
+        Returns:
+            field -> (number of records,).
+        """
+        numbers = {"step", "name", "method", *_FLOATS, "interval"}
+        for f in fields:
+            if f not in numbers:
+                raise ValueError(f"Run.columns: expected one of {', '.join(sorted(numbers))}, got fields={f!r}.")
+        wanted = tuple(dict.fromkeys((*fields, "step", "name")))
+        parts = [segments.columns(path, wanted) for part in self._parts for path in segments.paths(part)]
+        table = {f: np.concatenate([p[f] for p in parts] or [np.empty(0)]) for f in wanted}
+        if len(self._parts) > 1:
+            order = {name: i for i, name in enumerate(self.names)}
+            code = table["step"] * len(order) + np.array([order[name] for name in table["name"]], dtype=np.int64)
+            first = np.unique(code, return_index=True)[1]
+            table = {f: values[first] for f, values in table.items()}
+        return {f: table[f] for f in fields}
 
     def spectra(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Reads the full spectra of one matrix.
+        """Reads the full spectra of one matrix that were kept.
 
         Returns:
             (steps (T,), S (T, r) float32, each row descending).
         """
         if name not in self.names:
             raise ValueError(f"Run.spectra: expected one of {len(self.names)} names, got name={name!r}. See Run.names.")
-        pointers = self._pointers.get(name, [])
-        rows = []
-        for _, (chunk, offset, length) in pointers:
-            path = _chunk_path(self.run_dir, chunk)
-            rows.append(np.fromfile(path, dtype="<f4", count=length, offset=offset))
-        return np.array([step for step, _ in pointers]), np.array(rows)
+        kept = {}
+        for part, found in self._pointers:
+            for step, pointer in found.get(name, ()):
+                kept.setdefault(step, (part, pointer))
+        steps = sorted(kept)
+        return np.array(steps, dtype=np.int64), np.array([_read_spectrum(*kept[step]) for step in steps])
 
-    def to_pandas(self):
-        """Returns the records as a pandas DataFrame, one row a record."""
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Returns the records as a pandas DataFrame: one row a record, all fields but lists of values."""
         try:
             import pandas
         except ImportError:
             raise ImportError("Run.to_pandas: expected pandas to be installed. Run `pip install pandas`.") from None
-        fields = [f.name for f in dataclasses.fields(Record) if f.name != "spectrum"]
-        return pandas.DataFrame([{f: getattr(r, f) for f in fields} for r in self.records], columns=fields)
+        table = self.columns("step", "name", "method", "interval", *_FLOATS)
+        frame = pandas.DataFrame(table)
+        frame.insert(2, "shape", frame["name"].map(self._shapes))
+        return frame
+
+    def to_parquet(self, path: str | os.PathLike):
+        """Writes all records, with their leading values, to one Parquet file, a segment at a time."""
+        files = (file for part in self._parts for file in segments.paths(part))
+        segments.write_parquet(Path(path), (segments.read_table(file) for file in files))
+
+    def _rows(self, part: Path) -> Iterator[dict]:
+        return (row for path in segments.paths(part) for row in segments.rows(path))
+
+    @functools.cached_property
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        found: dict[str, tuple[int, int]] = {}
+        for part in self._parts:
+            for path in segments.paths(part):
+                missing = set(segments.columns(path, ("name",))["name"]) - set(found)
+                for row in segments.rows(path) if missing else ():
+                    shape = tuple(row["shape"])
+                    if found.setdefault(row["name"], shape) != shape:
+                        raise ValueError(
+                            f"load: expected one model, got {row['name']} of shape {found[row['name']]} and {shape}. "
+                            "Merge the ranks of one run only."
+                        )
+                    missing.discard(row["name"])
+                    if not missing:
+                        break
+        order = {name: i for i, name in enumerate(self.meta.get("matrices", ()))}
+        return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+
+    @functools.cached_property
+    def _pointers(self) -> list[tuple[Path, dict[str, list[tuple[int, np.ndarray]]]]]:
+        result = []
+        for part in self._parts:
+            found: dict[str, list] = {}
+            for path in segments.paths(part):
+                for step, name, where in zip(*segments.pointers(path), strict=True):
+                    found.setdefault(name, []).append((int(step), where))
+            result.append((part, found))
+        return result
 
 
 def load(run_dir: str | os.PathLike) -> Run:
     """Reads a run directory, also one that is being written or was cut off; a torn last step is left out.
 
+    Args:
+        run_dir: as given to `sosd_fast.track`, or a folder of such directories named rank-*, which are merged.
+
     Raises:
         ValueError: no run directory, one of a newer version, or a damaged one.
     """
     run_dir = Path(run_dir)
+    ranks = sorted(run_dir.glob("rank-*/meta.json"))
+    if ranks and not (run_dir / "meta.json").exists():
+        run = Run.merge([load(path.parent) for path in ranks])
+        return Run(run_dir, run.meta, run._parts)
     try:
         meta = json.loads((run_dir / "meta.json").read_text())
     except (OSError, json.JSONDecodeError):
@@ -248,40 +359,19 @@ def load(run_dir: str | os.PathLike) -> Run:
             f"load: expected format version {FORMAT_VERSION} or older, got version={meta['version']} in {run_dir}. "
             "Install a newer sosd_fast."
         )
-    lines = [line for line, *_ in _lines(run_dir / "records.jsonl")]
-    if lines and sum(line["step"] == lines[-1]["step"] for line in lines) < lines[-1]["of"]:
-        lines = [line for line in lines if line["step"] != lines[-1]["step"]]
-    pointers: dict[str, list] = {}
-    for line in lines:
-        if line.get("spectrum"):
-            pointers.setdefault(line["name"], []).append((line["step"], line["spectrum"]))
-    log = [line for line, *_ in _lines(run_dir / "log.jsonl")] if (run_dir / "log.jsonl").exists() else []
-    return Run(run_dir, meta, [_from_line(line) for line in lines], log, pointers)
+    if (run_dir / segments.LIVE).exists():
+        for _ in segments.lines(run_dir / segments.LIVE):
+            pass  # a damaged line is told here, not in the middle of an evaluation
+    return Run(run_dir, meta)
 
 
 def _chunk_path(run_dir: Path, chunk: int) -> Path:
     return run_dir / f"spectra-{chunk:05d}.f32"
 
 
-def _encode(o: dict) -> bytes:
-    return (json.dumps(o, separators=(",", ":")) + "\n").encode()
-
-
-def _lines(path: Path) -> Iterable[tuple[dict, int, int]]:
-    """Yields (object, first byte, byte after) of each whole line."""
-    start = 0
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            if not raw.endswith(b"\n"):
-                return  # torn, by definition the last
-            try:
-                parsed = json.loads(raw)
-            except ValueError:
-                raise ValueError(
-                    f"load: expected JSON, got a damaged line {number} in {path}. Cut the file off before that line."
-                ) from None
-            yield parsed, start, start + len(raw)
-            start += len(raw)
+def _read_spectrum(run_dir: Path, pointer: Sequence[int]) -> np.ndarray:
+    chunk, offset, length = map(int, pointer)
+    return np.fromfile(_chunk_path(run_dir, chunk), dtype="<f4", count=length, offset=offset)
 
 
 def _to_line(record: Record, pointer: list[int] | None) -> dict:
@@ -298,8 +388,6 @@ def _to_line(record: Record, pointer: list[int] | None) -> dict:
 
 def _from_line(line: dict) -> Record:
     values = {f: line[f] for f in Record.__dataclass_fields__ if f in line and f != "spectrum"}
-    for f in line.get("nan", ()):
-        values[f] = [math.nan] * int(values[f][0]) if f in ("topk", "residual") else math.nan
     for f in ("shape", "topk", "residual"):
         if f in values:
             values[f] = tuple(values[f])

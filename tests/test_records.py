@@ -182,5 +182,6 @@ def test_pandas(tmp_path):
     pandas = pytest.importorskip("pandas")
     writer = RunWriter(tmp_path)
     writer.append(records(0))
+    writer.close()
     frame = load(tmp_path).to_pandas()
     assert isinstance(frame, pandas.DataFrame) and frame["name"].tolist() == ["a", "b"]
