@@ -43,6 +43,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=["sosd_fast", "sosd_fast.kernels"],
     package_dir={"sosd_fast": "sosd_fast", "sosd_fast.kernels": "kernels"},
+    package_data={"sosd_fast": ["py.typed", "report.html"]},
     ext_modules=[Extension("sosd_fast._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

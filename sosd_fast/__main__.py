@@ -1,8 +1,11 @@
-"""Command line: python -m sosd_fast doctor."""
+"""Command line: python -m sosd_fast {doctor, report, analyze}."""
 
 import argparse
 import importlib
+import json
+import math
 import platform
+import sys
 from importlib import metadata
 
 import torch
@@ -10,18 +13,105 @@ import torch
 from sosd_fast import kernels
 
 
-def main():
-    """Runs a command."""
+def main(argv=None) -> int:
+    """Runs a command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m sosd_fast", description=__doc__)
+    parser.add_argument("--version", action="version", version=metadata.version("sosd_fast"))
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="show what is installed and which path each operation takes on this machine")
-    parser.parse_args()
-    print("\n".join(doctor()))
+    options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    report = commands.add_parser("report", help="write one HTML page about one or several runs", **options)
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
+    report.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the page")
+    report.add_argument("--matrices", type=int, default=48, help="whose spectra are drawn of each run, at most")
+    analyze = commands.add_parser("analyze", help="spectra of saved weights, and their change between them", **options)
+    analyze.add_argument(
+        "checkpoints", nargs="+", metavar="CHECKPOINT", help="safetensors file, torch checkpoint, or folder of either"
+    )
+    analyze.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    analyze.add_argument("--spectra", action="store_true", help="with --json: all singular values too")
+    analyze.add_argument("--run-dir", metavar="DIR", help="also keep the records as a run, for report")
+    args = parser.parse_args(argv)
+    if args.command == "doctor":
+        print("\n".join(doctor()))
+        return 0
+    try:
+        {"report": _report, "analyze": _analyze}[args.command](args)
+    except (ValueError, ImportError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def _report(args):
+    from sosd_fast.report import write_report
+
+    print(write_report(args.runs, args.output, matrices=args.matrices))
+
+
+def _analyze(args):
+    from sosd_fast.analyze import analyze
+    from sosd_fast.records import RunWriter
+
+    writer = RunWriter(args.run_dir, {"settings": {"checkpoints": args.checkpoints}}) if args.run_dir else None
+    found = []
+    for path, records in zip(args.checkpoints, analyze(args.checkpoints), strict=True):
+        if writer:
+            writer.append(records)
+        if args.json:
+            rows = [
+                {f: _plain(getattr(r, f)) for f in r.__dataclass_fields__ if f not in ("topk", "spectrum", "residual")}
+                | ({"spectrum": _plain(r.spectrum.tolist())} if args.spectra and r.spectrum is not None else {})
+                for r in records
+            ]
+            found.append({"checkpoint": str(path), "matrices": rows})
+        else:
+            _table(path, records)
+    if writer:
+        writer.close()
+    if args.json:
+        print(json.dumps(found, allow_nan=False))
+
+
+def _plain(value):
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(path, records):
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        raise ImportError(
+            "analyze: expected rich to be installed for tables. Run `pip install sosd_fast[analyze]`, or pass --json."
+        ) from None
+    fields = {
+        "σ max": ("sigma_max", ".4g"), "σ min": ("sigma_min", ".3g"), "‖W‖_F": ("frobenius_norm", ".4g"),
+        "stable rank": ("stable_rank", ".2f"), "effective rank": ("effective_rank", ".1f"),
+        "SD variation": ("sd_variation", ".2e"), "cosine to first": ("cosine", ".7f"),
+        "SD error ≤": ("sd_error", ".0e"),
+    }  # fmt: skip
+    fields = {
+        label: (f, form) for label, (f, form) in fields.items() if any(getattr(r, f) is not None for r in records)
+    }
+    table = Table("matrix", "shape", *fields, title=f"{path}, step {records[0].step}", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify, column.no_wrap = "right", True
+    for r in records:
+        values = ((getattr(r, f), form) for f, form in fields.values())
+        cells = ("–" if v is None else format(v, form) for v, form in values)
+        table.add_row(r.name, "×".join(map(str, r.shape)), *cells)
+    console = Console()
+    if not console.is_terminal:  # a file or pipe has no width to keep to
+        console = Console(width=200)
+    console.print(table)
 
 
 def doctor() -> list[str]:
     """Lists versions, and the path of each operation."""
-    has = {name: _version(name) for name in ("numpy", "triton", "cupy", "matplotlib", "rich")}
+    has = {name: _version(name) for name in ("numpy", "triton", "cupy", "matplotlib", "rich", "pyarrow", "safetensors")}
     lines = [f"python      {platform.python_version()} on {platform.machine()}", f"torch       {torch.__version__}"]
     lines += [f"{name:<11} {version or 'missing'}" for name, version in has.items()]
     cuda = torch.cuda.is_available()
@@ -49,4 +139,4 @@ def _version(name: str) -> str | None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -84,10 +84,7 @@ def find_matrices(
     found = []
     for name, parameter in candidates.items():
         if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude):
-            parts = next((parts for pattern, parts in split.items() if fnmatchcase(name, pattern)), None)
-            if split is DEFAULT_SPLIT and parts and max(parameter.shape) != parts * min(parameter.shape):
-                parts = None
-            found += _matrices(name, parameter, parts, flatten=id(parameter) in kernels)
+            found += matrices_of(name, parameter, split, flatten=id(parameter) in kernels)
     if not found:
         raise ValueError(
             f"track: expected at least one matrix to be left, got include={include}, exclude={exclude}. "
@@ -101,7 +98,13 @@ def kind(name: str) -> str:
     return next((kind for kind, pattern in _KINDS if re.search(pattern, name.lower())), "other")
 
 
-def _matrices(name, parameter, parts, flatten):
+def matrices_of(
+    name: str, parameter: Tensor, split: Mapping[str, int | Sequence[int]] = DEFAULT_SPLIT, flatten: bool = False
+) -> list[Matrix]:
+    """Lists the matrices inside one parameter, as `find_matrices` does; `flatten` it as a convolution's kernel."""
+    parts = next((parts for pattern, parts in split.items() if fnmatchcase(name, pattern)), None)
+    if split is DEFAULT_SPLIT and parts and max(parameter.shape) != parts * min(parameter.shape):
+        parts = None
     if flatten and parameter.ndim > 2:
         return [Matrix(name, parameter, flatten=True)]
     if parameter.ndim > 2:

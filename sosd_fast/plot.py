@@ -1,11 +1,17 @@
-"""Figures from a Run, as functions that return a matplotlib Figure."""
+"""Figures from runs, as functions that return a matplotlib Figure; the caller saves it with `figure.savefig(path)`."""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from sosd_fast.matrices import kind
+from sosd_fast.phases import onset_of_stability
 from sosd_fast.records import Run
 
+INK = "#222222"  # of text, axes and the loss; the report puts the reader's colour in its place
 _COLORS = {"attention": "#4477aa", "mlp": "#ee6677", "embedding": "#228833", "head": "#aa3377", "other": "#777777"}
+_RUN_COLORS = ("#4477aa", "#ee7733", "#009988", "#cc3377", "#999933", "#888888")
+_POINTS = 1500  # drawn of a curve at most; a curve of more is drawn as its extremes and median over equal spans
 
 
 def variation_by_kind(run: Run, hold: int = 10) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -19,10 +25,13 @@ def variation_by_kind(run: Run, hold: int = 10) -> dict[str, tuple[np.ndarray, n
     Returns:
         kind -> (steps (T,), variation (T, 3)): minimum, median and maximum over the matrices of that kind.
     """
+    table = run.columns("step", "name", "sd_variation")
+    kinds = {name: kind(name) for name in run.names}
     measured: dict[str, dict[int, dict[str, float]]] = {}
-    for r in run.records:
-        if r.sd_variation is not None and np.isfinite(r.sd_variation):
-            measured.setdefault(kind(r.name), {}).setdefault(r.step, {})[r.name] = r.sd_variation
+    for i in np.flatnonzero(np.isfinite(table["sd_variation"])):
+        name = table["name"][i]
+        of_step = measured.setdefault(kinds[name], {}).setdefault(int(table["step"][i]), {})
+        of_step[name] = float(table["sd_variation"][i])
     curves = {}
     for name in sorted(measured, key=list(_COLORS).index):
         last: dict[str, tuple[int, float]] = {}
@@ -35,38 +44,219 @@ def variation_by_kind(run: Run, hold: int = 10) -> dict[str, tuple[np.ndarray, n
     return curves
 
 
+def onsets(run: Run) -> dict[str, int | None]:
+    """Finds the onset of stability of each module kind, in its median SD variation.
+
+    A falling learning rate brings the variation down by itself, so the onset is looked for before it falls, where the
+    log tells the learning rate.
+    """
+    rates = {line["step"]: line["lr"] for line in run.log if line.get("lr") is not None}
+    falls = max((step for step, lr in rates.items() if lr > 0.999 * max(rates.values())), default=np.inf)
+    found = {}
+    for name, (steps, variation) in variation_by_kind(run).items():
+        found[name] = onset_of_stability(steps[steps <= falls], variation[steps <= falls, 1])
+    return found
+
+
 def plot_run(run: Run):
-    """Draws the loss, and below it the SD variation of each module kind, over the steps.
+    """Draws the loss, and below it the SD variation of each module kind with its onset of stability, over the steps.
 
     Returns:
-        A matplotlib Figure; the caller saves it with `figure.savefig(path)`.
+        A matplotlib Figure.
     """
+    figure, (top, bottom) = _figure("plot_run", 8, 6.5, 2, 1, sharex=True)
+    _draw_loss(top, run, INK, {"loss": "training", "val_loss": "validation"})
+    top.set_title(run.run_dir.name)
+    found = onsets(run)
+    for name, curve in variation_by_kind(run).items():
+        _draw_variation(bottom, curve, _COLORS[name], name, found[name])
+    bottom.set_ylabel("SD variation per step\n" + r"$\|SD_t - SD_{t-1}\|_2$ (median, range)")
+    bottom.set_xlabel("training step")
+    _finish(top, bottom)
+    return figure
+
+
+def plot_runs(runs: Mapping[str, Run]):
+    """Overlays several runs: the loss, and the SD variation of each module kind in a panel of its own.
+
+    Args:
+        runs: label -> run.
+
+    Returns:
+        A matplotlib Figure. Dotted lines are onsets of stability.
+    """
+    curves = {label: variation_by_kind(run) for label, run in runs.items()}
+    kinds = [name for name in _COLORS if any(name in c for c in curves.values())]
+    count = 1 + len(kinds)
+    figure, axes = _figure("plot_runs", 9, 2.9 * ((count + 1) // 2), (count + 1) // 2, 2, sharex=True, squeeze=False)
+    axes = axes.ravel()
+    for (label, run), color in zip(runs.items(), _cycle(len(runs)), strict=True):
+        validated = any(line.get("val_loss") is not None for line in run.log)
+        _draw_loss(axes[0], run, color, {"loss": None if validated else label, "val_loss": label})
+        found = onsets(run)
+        for name, panel in zip(kinds, axes[1:], strict=False):
+            if name in curves[label]:
+                _draw_variation(panel, curves[label][name], color, label, found[name])
+    axes[0].set_title("loss, thick: validation")
+    for name, panel in zip(kinds, axes[1:], strict=False):
+        panel.set_title(name)
+        panel.set_ylabel("SD variation per step")
+    for panel in axes[max(0, count - 2) : count]:
+        panel.set_xlabel("training step")
+        panel.tick_params(labelbottom=True)
+    for panel in axes[count:]:
+        panel.set_visible(False)
+    _finish(*axes[:count])
+    return figure
+
+
+def plot_spectra(run: Run, names: Sequence[str], *, change: bool = True, columns: int = 3):
+    """Draws heat maps of spectra over time, one a matrix, all in one scale of colours.
+
+    Each column of pixels is a singular distribution, the largest value at the top, ranks on a log scale. Between the
+    spectra that a run kept, the last one stands.
+
+    Args:
+        run: with full spectra of the matrices.
+        names: of the matrices.
+        change: colour each value's share of the sum over what it was in the first spectrum, log2; else over the mean
+            share, log10.
+        columns: of panels.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    columns = min(columns, len(names))
+    rows = -(-len(names) // columns)
+    figure, axes = _figure("plot_spectra", 3.0 * columns + 0.8, 1.9 * rows + 0.4, rows, columns, squeeze=False)
+    images = {}
+    for name in names:
+        steps, S = run.spectra(name)
+        usable = [i for i in range(len(S)) if np.isfinite(S[i]).all() and S[i].sum() > 0]
+        if usable:
+            steps, S = steps[usable], np.maximum(S[usable], 1e-12 * S[usable].max())
+            S = S / S.sum(1, keepdims=True)
+            image = np.log2(S / S[0]) if change else np.log10(S * S.shape[1])
+            images[name] = steps, image
+    values = np.concatenate([image.ravel() for _, image in images.values()]) if images else np.zeros(1)
+    low, high = np.quantile(values, [0.005, 0.995])
+    limits = {"vmin": -max(-low, high, 0.01), "vmax": max(-low, high, 0.01)} if change else {"vmin": low, "vmax": high}
+    shown = None
+    for name, panel in zip(names, axes.ravel(), strict=False):
+        panel.set_title(name, fontsize=7)
+        panel.tick_params(labelsize=7)
+        if name in images:
+            steps, image = images[name]
+            times = np.linspace(steps[0], max(steps[-1], steps[0] + 1), min(300, len(steps)) + 1)  # edges of the pixels
+            ranks = np.unique(np.geomspace(1, image.shape[1] + 1, 100).round().astype(int))
+            pixels = image[np.searchsorted(steps, times[:-1], "right") - 1][:, ranks[:-1] - 1]
+            shown = panel.pcolormesh(
+                times, ranks, pixels.T, cmap="RdBu_r" if change else "viridis", rasterized=True, **limits
+            )
+            panel.set_yscale("log")
+            panel.set_ylim(ranks[-1], 1)
+            panel.xaxis.get_major_locator().set_params(nbins=4)
+    for panel in axes.ravel()[len(names) :]:
+        panel.set_visible(False)
+    figure.supxlabel("training step", fontsize=8)
+    figure.supylabel("rank (1: largest)", fontsize=8)
+    if shown is not None:
+        bar = figure.colorbar(shown, ax=axes, shrink=min(1.0, 1.6 / rows), aspect=15)
+        bar.set_label(r"$\log_2(SD_t / SD_0)$" if change else r"$\log_{10}(r\,SD_t)$", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def spectral_alignment(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Takes the cosine of each kept spectrum to the last one of its matrix.
+
+    Returns:
+        (steps (T,), cosine (T, 3)): minimum, median and maximum over the matrices that have a spectrum at that step.
+    """
+    found: dict[int, list[float]] = {}
+    for name in run.names:
+        steps, S = run.spectra(name)
+        if len(S):
+            S = S / np.maximum(np.linalg.norm(S.astype(float), axis=1, keepdims=True), 1e-300)
+            for step, cosine in zip(steps.tolist(), S @ S[-1], strict=True):
+                found.setdefault(step, []).append(float(cosine))
+    rows = [(min(found[s]), float(np.median(found[s])), max(found[s])) for s in sorted(found)]
+    return np.array(sorted(found)), np.array(rows).reshape(-1, 3)
+
+
+def plot_alignment(
+    runs: Mapping[str, Run], parameters: Mapping[str, tuple[Sequence[int], Sequence[float]]] | None = None
+):
+    """Draws how close the spectra are to their final state, and the parameters to theirs.
+
+    Args:
+        runs: label -> run with full spectra.
+        parameters: label -> (steps, cosine of the parameters to their final state), from checkpoints; see
+            `sosd_fast.analyze.parameter_alignment`.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    figure, axes = _figure("plot_alignment", 8, 3.4)
+    for (label, run), color in zip(runs.items(), _cycle(len(runs)), strict=True):
+        steps, cosine = spectral_alignment(run)
+        if len(steps):
+            steps, cosine = _reduced(steps, cosine)
+            axes.plot(steps, cosine[:, 1], color=color, lw=1.5, label=f"{label}: spectra")
+            axes.fill_between(steps, cosine[:, 0], cosine[:, 2], color=color, alpha=0.15, lw=0)
+        if parameters and label in parameters:
+            axes.plot(*parameters[label], color=color, lw=1.5, ls="--", marker="o", ms=3, label=f"{label}: parameters")
+    axes.set_ylabel("cosine to the final state\n(median, range)")
+    axes.set_xlabel("training step")
+    _finish(axes)
+    return figure
+
+
+def _figure(caller: str, width: float, height: float, *subplots, **options):
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError(
-            "plot_run: expected matplotlib to be installed. Run `pip install sosd_fast[plots]`."
+            f"{caller}: expected matplotlib to be installed. Run `pip install sosd_fast[plots]`."
         ) from None
-    figure = Figure(figsize=(8, 6.5), layout="constrained", dpi=130)
-    top, bottom = figure.subplots(2, 1, sharex=True)
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
+    return figure, figure.subplots(*subplots, **options)
 
-    for key, label, style in (("loss", "training", {"lw": 0.8, "alpha": 0.6}), ("val_loss", "validation", {"lw": 2})):
-        points = [(line["step"], line[key]) for line in run.log if line.get(key) is not None]
-        if points:
-            top.plot(*zip(*points, strict=True), label=label, color="#222222", **style)
-    top.set_ylabel("loss (nats per token)")
-    top.set_title(run.run_dir.name)
 
-    for name, (steps, variation) in variation_by_kind(run).items():
-        bottom.plot(steps, variation[:, 1], color=_COLORS[name], label=name, lw=1.5)
-        bottom.fill_between(steps, variation[:, 0], variation[:, 2], color=_COLORS[name], alpha=0.15, lw=0)
-    bottom.set_ylabel("SD variation per step\n" + r"$\|SD_t - SD_{t-1}\|_2$ (median, range)")
-    bottom.set_xlabel("training step")
-    if bottom.lines:
-        bottom.set_yscale("log")
-    for axes in (top, bottom):
+def _cycle(count: int) -> list[str]:
+    return [_RUN_COLORS[i % len(_RUN_COLORS)] for i in range(count)]
+
+
+def _reduced(steps: np.ndarray, curve: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Draws no more than can be seen: minimum, median and maximum (T, 3) over spans of steps."""
+    if len(steps) <= _POINTS:
+        return steps, curve
+    spans = np.array_split(np.arange(len(steps)), _POINTS // 2)
+    rows = [(curve[s, 0].min(), np.median(curve[s, 1]), curve[s, 2].max()) for s in spans]
+    return np.array([steps[s[len(s) // 2]] for s in spans]), np.array(rows)
+
+
+def _draw_loss(axes, run: Run, color: str, labels: Mapping[str, str | None]):
+    for key, style in (("loss", {"lw": 0.8, "alpha": 0.6}), ("val_loss", {"lw": 2})):
+        points = np.array([(line["step"], line[key]) for line in run.log if line.get(key) is not None], dtype=float)
+        if len(points):
+            steps, curve = _reduced(points[:, 0], points[:, [1, 1, 1]])
+            axes.plot(steps, curve[:, 1], label=labels[key], color=color, **style)
+    axes.set_ylabel("loss (nats per token)")
+
+
+def _draw_variation(axes, curve, color: str, label: str, onset: int | None):
+    steps, variation = _reduced(*curve)
+    axes.plot(steps, variation[:, 1], color=color, label=label, lw=1.5)
+    axes.fill_between(steps, variation[:, 0], variation[:, 2], color=color, alpha=0.15, lw=0)
+    if onset is not None:
+        axes.axvline(onset, color=color, ls=":", lw=1.2)
+    axes.set_yscale("log")
+
+
+def _finish(*panels):
+    for axes in panels:
         axes.grid(True, which="major", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.lines:
-            axes.legend(frameon=False)
-    return figure
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False, fontsize=8)

@@ -125,17 +125,8 @@ class RunWriter:
 
     def first_spectra(self) -> dict[str, np.ndarray]:
         """Reads the first full spectrum of each matrix."""
-        found: dict[str, np.ndarray] = {}
-        names = None
-        for path in segments.paths(self.run_dir):
-            names = names or set(segments.columns(path, ("name",))["name"])
-            _, matrices, where = segments.pointers(path)
-            for name, pointer in zip(matrices, where, strict=True):
-                if name not in found:
-                    found[name] = _read_spectrum(self.run_dir, pointer)
-            if len(found) >= len(names):
-                break
-        return found
+        run = load(self.run_dir)
+        return {name: S[0] for name in run.names for S in [run.spectra(name)[1]] if len(S)}
 
     def flush(self):
         """Forces what was appended to disk."""
@@ -276,12 +267,17 @@ class Run:
         """
         if name not in self.names:
             raise ValueError(f"Run.spectra: expected one of {len(self.names)} names, got name={name!r}. See Run.names.")
-        kept = {}
+        kept: dict[int, tuple[Path, np.ndarray]] = {}
         for part, found in self._pointers:
-            for step, pointer in found.get(name, ()):
-                kept.setdefault(step, (part, pointer))
-        steps = sorted(kept)
-        return np.array(steps, dtype=np.int64), np.array([_read_spectrum(*kept[step]) for step in steps])
+            for step, where in found.get(name, ()):
+                kept.setdefault(step, (part, where))
+        steps, rows, chunks = sorted(kept), [], {}
+        for step in steps:
+            part, (chunk, offset, length) = kept[step]
+            if (part, chunk) not in chunks:
+                chunks[part, chunk] = np.memmap(_chunk_path(part, chunk), dtype="<f4", mode="r")
+            rows.append(chunks[part, chunk][offset // 4 : offset // 4 + length])
+        return np.array(steps, dtype=np.int64), np.array(rows)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """Returns the records as a pandas DataFrame: one row a record, all fields but lists of values."""
@@ -306,18 +302,20 @@ class Run:
     def _shapes(self) -> dict[str, tuple[int, int]]:
         found: dict[str, tuple[int, int]] = {}
         for part in self._parts:
+            own: dict[str, tuple[int, int]] = {}
             for path in segments.paths(part):
-                missing = set(segments.columns(path, ("name",))["name"]) - set(found)
+                missing = set(segments.columns(path, ("name",))["name"]) - set(own)
                 for row in segments.rows(path) if missing else ():
-                    shape = tuple(row["shape"])
-                    if found.setdefault(row["name"], shape) != shape:
-                        raise ValueError(
-                            f"load: expected one model, got {row['name']} of shape {found[row['name']]} and {shape}. "
-                            "Merge the ranks of one run only."
-                        )
+                    own.setdefault(row["name"], (row["shape"][0], row["shape"][1]))
                     missing.discard(row["name"])
                     if not missing:
                         break
+            for name, shape in own.items():
+                if found.setdefault(name, shape) != shape:
+                    raise ValueError(
+                        f"load: expected one model, got {name} of shape {found[name]} and {shape}. "
+                        "Merge the ranks of one run only."
+                    )
         order = {name: i for i, name in enumerate(self.meta.get("matrices", ()))}
         return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
 
@@ -367,11 +365,6 @@ def load(run_dir: str | os.PathLike) -> Run:
 
 def _chunk_path(run_dir: Path, chunk: int) -> Path:
     return run_dir / f"spectra-{chunk:05d}.f32"
-
-
-def _read_spectrum(run_dir: Path, pointer: Sequence[int]) -> np.ndarray:
-    chunk, offset, length = map(int, pointer)
-    return np.fromfile(_chunk_path(run_dir, chunk), dtype="<f4", count=length, offset=offset)
 
 
 def _to_line(record: Record, pointer: list[int] | None) -> dict:

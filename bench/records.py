@@ -1,0 +1,81 @@
+"""What a long run's records take: memory, disk, time to write and to read; simulated, no training.
+
+python -m bench.records --steps 100000 --matrices 20
+"""
+
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+import sosd_fast
+from bench.harness import card, finish, parser, show
+from sosd_fast.records import Record, RunWriter
+
+
+def simulate(run_dir: Path, steps: int, matrices: int, r: int = 64) -> list[float]:
+    """Writes a run whose matrices are all measured in full at each step; returns the memory at each tenth, in MB."""
+    names = [f"transformer.h.{i}.attn.c_proj.weight" for i in range(matrices)]
+    rng, memory = np.random.default_rng(0), []
+    writer = RunWriter(run_dir, {"matrices": names})
+    for step in range(steps):
+        S = np.sort(rng.random((matrices, r)), axis=1)[:, ::-1]
+        x = rng.random((matrices, 12)).tolist()
+        writer.append(
+            [
+                Record(
+                    step, name, (r, r), "gram32", 1, *x[i], topk=tuple(S[i, :32].tolist()), spectrum=S[i]
+                )
+                for i, name in enumerate(names)
+            ]
+        )  # fmt: skip
+        if (step + 1) % max(steps // 10, 1) == 0:
+            memory.append(_resident())
+    writer.close()
+    return memory
+
+
+def main():
+    """Writes, reads, prints."""
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--steps", type=int, default=10_000, help="of the simulated run")
+    options.add_argument("--matrices", type=int, default=20, help="measured at each step")
+    args = options.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        memory = simulate(Path(folder) / "run", args.steps, args.matrices)
+        write_s = time.perf_counter() - began
+        run = sosd_fast.load(Path(folder) / "run")
+        began = time.perf_counter()
+        frame = run.to_pandas()
+        pandas_s = time.perf_counter() - began
+        assert len(frame) == args.steps * args.matrices
+        began = time.perf_counter()
+        kept, _ = run.spectra(run.names[0])
+        spectra_s = time.perf_counter() - began
+        sizes = {
+            kind: sum(path.stat().st_size for path in run.run_dir.glob(pattern)) / 1e6
+            for kind, pattern in (("scalars", "records*"), ("spectra", "spectra-*"))
+        }
+    result = {
+        "card": card(), "steps": args.steps, "matrices": args.matrices, "memory_MB": memory,
+        "write_us_per_record": 1e6 * write_s / len(frame), "to_pandas_s": pandas_s, "spectra_s": spectra_s,
+        "kept_spectra": len(kept), "scalars_MB": sizes["scalars"], "spectra_MB": sizes["spectra"],
+    }  # fmt: skip
+    show(
+        f"{args.steps} steps x {args.matrices} matrices",
+        ["", "value"],
+        [[key, value] for key, value in result.items() if key not in ("card", "steps", "matrices")],
+    )
+    finish(result, args.json)
+
+
+def _resident() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
+if __name__ == "__main__":
+    main()

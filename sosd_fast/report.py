@@ -1,0 +1,242 @@
+"""One HTML page about one or several runs, that opens without a network: figures, tables, settings."""
+
+import io
+import json
+import math
+import os
+import re
+import string
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from sosd_fast import plot
+from sosd_fast.analyze import find_checkpoints, parameter_alignment
+from sosd_fast.matrices import kind
+from sosd_fast.records import Run, load
+
+_TEMPLATE = Path(__file__).with_name("report.html")
+
+
+def write_report(
+    run_dirs: Sequence[str | os.PathLike],
+    path: str | os.PathLike = "report.html",
+    *,
+    matrices: int = 48,
+) -> Path:
+    """Writes the report of one run, or of several overlaid.
+
+    Saved weights in a run directory (checkpoint*, checkpoints/*, step*) give the alignment of the parameters.
+
+    Args:
+        run_dirs: run directories.
+        path: of the page.
+        matrices: whose spectra are drawn of each run at most, spread evenly over its kinds.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: no run directory.
+        ImportError: without matplotlib.
+    """
+    if not run_dirs:
+        raise ValueError("report: expected at least one run directory, got run_dirs=[]. Pass what track wrote.")
+    runs = _labelled([load(run_dir) for run_dir in run_dirs])
+    sections = [_overview(runs), _alignment(runs), _kinds(runs), *_spectra(runs, matrices)]
+    sections += [_cost(runs), _bounds(runs), _settings(runs)]
+    page = string.Template(_TEMPLATE.read_text()).substitute(
+        title=escape(" against ".join(runs)),
+        subtitle=escape("; ".join(_summary(label, run) for label, run in runs.items())),
+        version=metadata.version("sosd_fast"),
+        sections="\n".join(filter(None, sections)),
+    )
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page, encoding="utf-8")
+    return target
+
+
+def _labelled(runs: list[Run]) -> dict[str, Run]:
+    labels = [run.run_dir.resolve().name for run in runs]
+    twice = {label for label in labels if labels.count(label) > 1}
+    return {
+        str(run.run_dir) if label in twice else label: run for label, run in zip(labels, runs, strict=True)
+    }  # fmt: skip
+
+
+def _summary(label: str, run: Run) -> str:
+    steps = run.columns("step")["step"]
+    last = f"{steps[-1]} steps" if len(steps) else "no records"
+    return f"{label}: {len(run.names)} matrices, {last}, {len(steps):,} records"
+
+
+def _overview(runs: dict[str, Run]) -> str:
+    if len(runs) == 1:
+        figure = plot.plot_run(*runs.values())
+    else:
+        figure = plot.plot_runs(runs)
+    caption = "Median over the matrices of a kind; the band is their range. Dotted: onset of stability."
+    return _section("Loss and SD variation", _figure(figure, "overview", "loss and SD variation by step", caption))
+
+
+def _alignment(runs: dict[str, Run]) -> str:
+    parameters = {}
+    for label, run in runs.items():
+        files = find_checkpoints(run.run_dir)
+        if len(files) > 1:
+            parameters[label] = parameter_alignment(files)
+    if not any(len(run.spectra(name)[0]) > 1 for run in runs.values() for name in run.names):
+        return ""
+    caption = "Solid: cosine of each spectrum to the last one of its matrix. "
+    caption += "Dashed: cosine of the parameters to the last checkpoint." if parameters else (
+        "The same of the parameters needs checkpoints, and none were found."
+    )  # fmt: skip
+    figure = plot.plot_alignment(runs, parameters)
+    return _section("Alignment with the final state", _figure(figure, "alignment", "cosine by step", caption))
+
+
+def _kinds(runs: dict[str, Run]) -> str:
+    header = ["run", "module", "matrices", "SD variation, last", "at its peak", "peak at step", "onset of stability"]
+    header += ["effective rank, first → last", "stable rank, first → last", "cosine to the start"]
+    rows = []
+    for label, run in runs.items():
+        curves, onsets = plot.variation_by_kind(run), plot.onsets(run)
+        ends = {f: _ends(run, f) for f in ("effective_rank", "stable_rank", "cosine")}
+        for name in dict.fromkeys(map(kind, run.names)):
+            row = [label, name, sum(kind(n) == name for n in run.names)]
+            if name in curves:
+                steps, variation = curves[name]
+                peak = int(variation[:, 1].argmax())
+                row += [f"{variation[-1, 1]:.2e}", f"{variation[peak, 1]:.2e}", int(steps[peak])]
+                row.append("not seen" if onsets[name] is None else f"step {onsets[name]}")
+            else:
+                row += ["–"] * 4
+            for f, digits in (("effective_rank", 1), ("stable_rank", 1), ("cosine", 4)):
+                pairs = [ends[f][n] for n in run.names if kind(n) == name and n in ends[f]]
+                first, last = np.median(pairs, axis=0) if pairs else (math.nan, math.nan)
+                text = f"{last:.{digits}f}" if f == "cosine" else f"{first:.{digits}f} → {last:.{digits}f}"
+                row.append(text if pairs else "–")
+            rows.append(row)
+    return _section("By module kind", _table(header, rows) + _note("Medians over the matrices of a kind."))
+
+
+def _ends(run: Run, field: str) -> dict[str, tuple[float, float]]:
+    """First and last value of a field that each matrix has."""
+    table = run.columns("name", field)
+    found: dict[str, tuple[float, float]] = {}
+    measured = np.isfinite(table[field])
+    for name, value in zip(table["name"][measured], table[field][measured].tolist(), strict=True):
+        found[name] = (found[name][0] if name in found else value, value)
+    return found
+
+
+def _spectra(runs: dict[str, Run], limit: int) -> Iterable[str]:
+    for number, (label, run) in enumerate(runs.items()):
+        by_kind: dict[str, list[str]] = {}
+        for name in run.names:
+            if len(run.spectra(name)[0]) > 1:
+                by_kind.setdefault(kind(name), []).append(name)
+        share = max(1, limit // max(len(by_kind), 1))
+        parts = []
+        for name, members in by_kind.items():
+            chosen = [members[i] for i in np.unique(np.linspace(0, len(members) - 1, share).round().astype(int))]
+            caption = (
+                f"{len(chosen)} of {len(members)} matrices. Red: a larger share of the sum than at first; blue: a "
+            )
+            caption += "smaller one."
+            figure = plot.plot_spectra(run, chosen)
+            drawn = _figure(figure, f"spectra{number}-{name}", f"spectra of {name} matrices over time", caption)
+            parts.append(f"<details open><summary>{escape(name)}</summary>{drawn}</details>")
+        if parts:
+            yield _section("Spectra over time" + (f": {label}" if len(runs) > 1 else ""), "\n".join(parts))
+
+
+def _cost(runs: dict[str, Run]) -> str:
+    rows = []
+    for label, run in runs.items():
+        overhead = [line["overhead"] for line in run.log if line.get("overhead") is not None]
+        steps = [line["step_ms"] for line in run.log if line.get("step_ms") is not None]
+        methods, counts = np.unique(run.columns("method")["method"].astype(str), return_counts=True)
+        shares = ", ".join(f"{m} {100 * c / counts.sum():.3g} %" for m, c in zip(methods, counts, strict=True))
+        rows.append(
+            [label, f"{overhead[-1]:.2%}" if overhead else "–", f"{np.median(steps):.1f} ms" if steps else "–", shares]
+        )
+    header = ["run", "tracker's part of the time", "median step", "records by method"]
+    return _section("Overhead", _table(header, rows))
+
+
+def _bounds(runs: dict[str, Run]) -> str:
+    rows = []
+    for label, run in runs.items():
+        t = run.columns("sd_variation", "sd_error", "theory_bound")
+        known = np.isfinite(t["sd_variation"]) & np.isfinite(t["theory_bound"])
+        broken = int((t["sd_variation"][known] > t["theory_bound"][known]).sum())
+        errors = t["sd_error"][np.isfinite(t["sd_error"])]
+        rows.append(
+            [label, f"{np.median(errors):.1e}" if len(errors) else "–", f"{errors.max():.1e}" if len(errors) else "–",
+             f"{broken} of {known.sum()}" if known.any() else "not measured", _audit(run)]
+        )  # fmt: skip
+    header = ["run", "bound on the SD error, median", "largest", "SD variation above the theory's bound", "audit"]
+    return _section("Errors and bounds", _table(header, rows))
+
+
+def _audit(run: Run) -> str:
+    audited = run.meta.get("audit")
+    return json.dumps(audited) if audited else "no record"
+
+
+def _settings(runs: dict[str, Run]) -> str:
+    settings = {}
+    for label, run in runs.items():
+        file = run.run_dir / "config.json"
+        config = json.loads(file.read_text()) if file.exists() else {}
+        settings[label] = {f"track: {k}": v for k, v in run.meta.get("settings", {}).items()} | config
+    keys = list(dict.fromkeys(key for values in settings.values() for key in values))
+    rows = [[key, *(_plain(values.get(key, "–")) for values in settings.values())] for key in keys]
+    return _section("Settings", _table(["setting", *runs], rows)) if rows else ""
+
+
+def _plain(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>\n{body}\n</section>"
+
+
+def _note(text: str) -> str:
+    return f'<p class="soft">{escape(text)}</p>'
+
+
+def _table(header: Sequence, rows: Iterable[Sequence]) -> str:
+    def line(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "\n".join(line(row, "td") for row in rows)
+    return f'<div class="scroll"><table><thead>{line(header, "th")}</thead><tbody>{body}</tbody></table></div>'
+
+
+def _figure(figure, name: str, label: str, caption: str) -> str:
+    """Embeds a figure as SVG whose ink follows the reader's colours; its ids get a prefix of their own."""
+    for text in figure.findobj(lambda artist: hasattr(artist, "set_color") and hasattr(artist, "get_text")):
+        text.set_color(plot.INK)
+    for axes in figure.axes:
+        axes.patch.set_visible(False)
+        axes.tick_params(which="both", color=plot.INK, labelcolor=plot.INK)
+        for spine in axes.spines.values():
+            spine.set_edgecolor(plot.INK)
+    figure.patch.set_visible(False)
+    import matplotlib
+
+    svg = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
+        figure.savefig(svg, format="svg", metadata={"Date": None})
+    text = svg.getvalue()
+    text = text[text.index("<svg") :].replace(plot.INK, "var(--ink)")
+    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    text = text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
+    return f"<figure>{text}<figcaption>{escape(caption)}</figcaption></figure>"
