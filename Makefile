@@ -1,13 +1,19 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test check bench sanitize install clean
+.PHONY: demo test test-integrations check bench sanitize install clean
 
 demo: install  ## train a small GPT-2 on real text with the tracker on (about 4 minutes)
 	$(PYTHON) training/run.py --tracker=fast
 
 test: install  ## the whole suite
 	$(PYTHON) -m pytest
+
+test-integrations: install  ## with the real Trainer, Lightning, TensorBoard, W&B, Parquet readers, a browser (about 4 minutes)
+	$(PYTHON) -m pip install --quiet -c requirements.txt -r requirements-integrations.txt
+	$(PYTHON) -m pip install --quiet --no-deps weightwatcher==0.7.7
+	command -v chromium chromium-browser google-chrome >/dev/null || apt-get install -y --no-install-recommends chromium
+	$(PYTHON) -m pytest tests/integrations tests/test_records.py tests/test_analyze.py tests/test_report.py
 
 check: test  ## what a change must pass: lint, tests, README code, benchmark smoke
 	$(PYTHON) -m ruff check .

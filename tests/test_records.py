@@ -102,7 +102,9 @@ CHILD = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from test_records import records
+import sosd_fast.records
 from sosd_fast.records import RunWriter
+sosd_fast.records.SEGMENT_BYTES = 15000  # closed every few steps
 writer = RunWriter({run!r}, step={resume!r})
 step = 0 if writer.step is None else writer.step + 1
 while True:

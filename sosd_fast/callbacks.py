@@ -1,0 +1,237 @@
+"""The probe in the tools people train with: Hugging Face Trainer, Lightning, TensorBoard, Weights & Biases.
+
+    Trainer(..., callbacks=[HuggingFaceCallback(run_dir="runs/a")])
+    lightning.Trainer(..., callbacks=[LightningCallback(run_dir="runs/a")])
+    sosd_fast.track(model, on_record=TensorBoardWriter(SummaryWriter("runs/a")))
+    sosd_fast.track(model, on_record=WandbWriter(wandb.init(...)))
+
+Metrics are called spectra/<module>/<metric>, after the matrix and the field of its `Record`. The two callbacks are made
+of their library's base class when they are first asked for; nothing is imported before.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sosd_fast.records import JsonLines, Record
+from sosd_fast.track import Probe, track
+
+METRICS = ("sd_variation", "sd_variation_topk", "cosine", "sigma_max", "stable_rank", "effective_rank")
+
+
+def scalars(record: Record, metrics: Sequence[str] = METRICS) -> dict[str, float]:
+    """Returns {"spectra/<module>/<metric>": value} of what was measured."""
+    found = {f"spectra/{record.name}/{metric}": getattr(record, metric) for metric in metrics}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+class TensorBoardWriter:
+    """An `on_record` function that writes to TensorBoard.
+
+    Args:
+        writer: a torch.utils.tensorboard.SummaryWriter.
+        metrics: fields of `Record`.
+    """
+
+    def __init__(self, writer, metrics: Sequence[str] = METRICS):
+        self._writer, self._metrics = writer, metrics
+
+    def __call__(self, record: Record):
+        """Writes one record."""
+        for key, value in scalars(record, self._metrics).items():
+            self._writer.add_scalar(key, value, record.step)
+
+
+class WandbWriter:
+    """An `on_record` function that writes to Weights & Biases, against a step of its own, spectra/step.
+
+    A step's values go into one row, which the next step, or the end of the W&B run, completes.
+
+    Args:
+        run: what wandb.init returned; None takes the run that is active when the first record comes.
+        metrics: fields of `Record`.
+    """
+
+    def __init__(self, run: Any = None, metrics: Sequence[str] = METRICS):
+        self._run, self._metrics, self._step = run, metrics, None
+
+    def __call__(self, record: Record):
+        """Writes one record."""
+        if self._step is None:
+            if self._run is None:
+                import wandb
+
+                self._run = wandb.run
+            if self._run is None:
+                raise ValueError(
+                    "WandbWriter: expected an active W&B run, got run=None. Call wandb.init first, or pass its result."
+                )
+            self._run.define_metric("spectra/step", hidden=True)
+            self._run.define_metric("spectra/*", step_metric="spectra/step")
+        elif self._step != record.step:
+            self._run.log({}, commit=True)
+        self._step = record.step
+        self._run.log({"spectra/step": record.step} | scalars(record, self._metrics), commit=False)
+
+
+class _Attached:
+    """What the callbacks share: a probe from the beginning of training to its end, and the run directory's log."""
+
+    def __init__(self, *, run_dir: str | os.PathLike | None = None, **track_options):
+        super().__init__()
+        self.run_dir, self._track_options = run_dir, track_options
+        self.probe: Probe | None = None
+        self._log: JsonLines | None = None
+
+    def attach(self, model: nn.Module, step: int, on_record: Callable[[Record], None] | None = None):
+        given = self._track_options.get("on_record")
+
+        def each(record):
+            for function in (given, on_record):
+                if function is not None:
+                    function(record)
+
+        self.detach()
+        options = self._track_options | {"on_record": each if given or on_record else None}
+        self.probe = track(model, run_dir=self.run_dir, step=step, **options)
+        if self.run_dir is not None:
+            self._log = JsonLines(Path(self.run_dir) / "log.jsonl", step)
+
+    def write(self, step: int, **values):
+        """Adds a line to log.jsonl, of the values that are numbers."""
+        kept = {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
+        if self._log is not None and self.probe is not None and kept:
+            self._log.write({"step": step} | kept | {"overhead": self.probe.overhead})
+
+    def detach(self):
+        if self.probe is not None:
+            self.probe.close()
+        if self._log is not None:
+            self._log.close()
+        self._log = None
+
+
+@functools.cache
+def _hugging_face() -> type:
+    try:
+        from transformers.trainer_callback import TrainerCallback
+    except ImportError:
+        raise ImportError(
+            "HuggingFaceCallback: expected transformers to be installed. Run `pip install transformers[torch]`."
+        ) from None
+
+    class HuggingFaceCallback(_Attached, TrainerCallback):
+        """Follows a transformers.Trainer; on the main process of several.
+
+        Losses that the Trainer logs go to the run directory's log.jsonl, for the figures.
+
+        Args:
+            run_dir: where records are written; the Trainer's output_dir will do. A resumed training goes on in it.
+            track_options: of `sosd_fast.track`.
+
+        Attributes:
+            probe: the `Probe`, from the beginning of training.
+        """
+
+        def on_train_begin(self, args, state, control, model=None, **kwargs):  # noqa: ARG002
+            if state.is_world_process_zero:
+                self.attach(model, state.global_step)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ARG002
+            found = logs or {}
+            lr = found.get("learning_rate")
+            self.write(state.global_step, loss=found.get("loss"), lr=lr, val_loss=found.get("eval_loss"))
+
+        def on_save(self, args, state, control, **kwargs):  # noqa: ARG002
+            if self.probe is not None:
+                self.probe.flush()
+
+        def on_train_end(self, args, state, control, **kwargs):  # noqa: ARG002
+            self.detach()
+
+    return HuggingFaceCallback
+
+
+@functools.cache
+def _lightning() -> type:
+    try:
+        from lightning.pytorch.callbacks import Callback
+    except ImportError:
+        try:
+            from pytorch_lightning.callbacks import Callback
+        except ImportError:
+            raise ImportError(
+                "LightningCallback: expected Lightning to be installed. Run `pip install lightning`."
+            ) from None
+
+    class LightningCallback(_Attached, Callback):
+        """Follows a lightning.Trainer; on the main process of several.
+
+        Its loggers get spectra/<module>/<metric> at each step that is a multiple of log_every_n_steps; the run
+        directory's log.jsonl gets the loss that training_step returns, and the metric val_loss.
+
+        Args:
+            run_dir: where records are written. A resumed training goes on in it.
+            metrics: fields of `Record` that go to the loggers.
+            track_options: of `sosd_fast.track`.
+
+        Attributes:
+            probe: the `Probe`, from the beginning of training.
+        """
+
+        def __init__(self, *, run_dir=None, metrics=METRICS, **track_options):
+            super().__init__(run_dir=run_dir, **track_options)
+            self._metrics, self._fresh, self._step = metrics, [], None
+
+        def on_train_start(self, trainer, pl_module):
+            if trainer.is_global_zero:
+                self.attach(pl_module, trainer.global_step if self._step is None else self._step, self._fresh.append)
+                self._step = self.probe._step
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):  # noqa: ARG002
+            if self.probe is None or self.probe._step == self._step:
+                return  # another rank, or gradients are being accumulated
+            self._step = self.probe._step
+            records, self._fresh[:] = list(self._fresh), []
+            for step in dict.fromkeys(r.step for r in records if r.step % trainer.log_every_n_steps == 0):
+                values = {k: v for r in records if r.step == step for k, v in scalars(r, self._metrics).items()}
+                for logger in trainer.loggers:
+                    logger.log_metrics(values, step=step)
+            if self._step % trainer.log_every_n_steps == 0:
+                loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+                loss = None if loss is None else float(loss) * trainer.accumulate_grad_batches
+                rate = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else None
+                self.write(self._step, loss=loss, lr=rate)
+
+        def on_validation_end(self, trainer, pl_module):  # noqa: ARG002
+            if self.probe is not None and "val_loss" in trainer.callback_metrics:
+                self.write(self.probe._step, val_loss=float(trainer.callback_metrics["val_loss"]))
+
+        def on_fit_end(self, trainer, pl_module):  # noqa: ARG002
+            self.detach()
+
+        def on_exception(self, trainer, pl_module, exception):  # noqa: ARG002
+            self.detach()
+
+        def state_dict(self):
+            return {"step": self._step}
+
+        def load_state_dict(self, state_dict):
+            self._step = state_dict["step"]
+
+    return LightningCallback
+
+
+def __getattr__(name: str):
+    made = {"HuggingFaceCallback": _hugging_face, "LightningCallback": _lightning}
+    if name not in made:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    callback = made[name]()
+    callback.__qualname__ = name  # so that pickle finds it here
+    globals()[name] = callback
+    return callback

@@ -1,0 +1,82 @@
+"""TensorBoard event files and an offline W&B run, read back."""
+
+import struct
+
+import pytest
+import torch
+import wandb
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+from wandb.proto import wandb_internal_pb2
+
+import sosd_fast
+from sosd_fast.callbacks import METRICS, TensorBoardWriter, WandbWriter, scalars
+
+
+def train(on_record, steps=4, log=None):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with sosd_fast.track(model, method="full", on_record=on_record) as probe:
+        for step in range(1, steps + 1):
+            model(torch.randn(8, 12)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if log:
+                log(step)
+        return {(r.step, key): value for r in probe.records() for key, value in scalars(r, METRICS).items()}
+
+
+def test_tensorboard(tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        expected = train(TensorBoardWriter(writer))
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    found = {(e.step, key): e.value for key in events.Tags()["scalars"] for e in events.Scalars(key)}
+    assert found == pytest.approx(expected, rel=1e-6), "TensorBoard keeps float32"
+    assert (4, "spectra/0.weight/sd_variation") in found and (0, "spectra/0.weight/sd_variation") not in found
+
+
+def records(path):
+    """The records of a .wandb file: a header of 7 bytes, then LevelDB's log format, in blocks of 32 KB."""
+    data, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:  # too short for a record's header: padding
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # full, or the last piece
+            yield wandb_internal_pb2.Record.FromString(whole)
+            whole = b""
+
+
+def rows(folder):
+    """The history rows of an offline run."""
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    for record in records(path):
+        if record.WhichOneof("record_type") == "history":
+            yield {item.key or "/".join(item.nested_key): float(item.value_json) for item in record.history.item}
+
+
+@pytest.mark.parametrize("own_logging", [False, True])
+def test_wandb_offline(tmp_path, own_logging):
+    run = wandb.init(dir=tmp_path, mode="offline", project="test")
+    log = (lambda step: run.log({"loss": 1 / step})) if own_logging else None
+    expected = train(WandbWriter(), log=log)
+    run.finish()
+    found = list(rows(tmp_path))
+    assert expected == {
+        (row["spectra/step"], key): value
+        for row in found
+        for key, value in row.items()
+        if key.startswith("spectra/") and key != "spectra/step"
+    }
+    if own_logging:
+        assert [1 / row["spectra/step"] for row in found if "loss" in row] == [r["loss"] for r in found if "loss" in r]
+
+
+def test_wandb_without_a_run():
+    with pytest.raises(ValueError, match="WandbWriter: expected an active W&B run"):
+        WandbWriter()(sosd_fast.Record(step=0, name="a", shape=(2, 2), method="exact", sigma_max=1.0))
