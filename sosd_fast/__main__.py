@@ -82,6 +82,7 @@ def _plain(value):
 def _table(path, records):
     try:
         from rich.console import Console
+        from rich.markup import escape
         from rich.table import Table
     except ImportError:
         raise ImportError(
@@ -96,16 +97,17 @@ def _table(path, records):
     fields = {
         label: (f, form) for label, (f, form) in fields.items() if any(getattr(r, f) is not None for r in records)
     }
-    table = Table("matrix", "shape", *fields, title=f"{path}, step {records[0].step}", title_justify="left")
+    table = Table("matrix", "shape", *fields)
     for column in table.columns[1:]:
         column.justify, column.no_wrap = "right", True
     for r in records:
         values = ((getattr(r, f), form) for f, form in fields.values())
         cells = ("–" if v is None else format(v, form) for v, form in values)
-        table.add_row(r.name, "×".join(map(str, r.shape)), *cells)
+        table.add_row(escape(r.name), "×".join(map(str, r.shape)), *cells)
     console = Console()
     if not console.is_terminal:  # a file or pipe has no width to keep to
         console = Console(width=200)
+    console.print(f"{path}, step {records[0].step}", soft_wrap=True, highlight=False, markup=False)
     console.print(table)
 
 

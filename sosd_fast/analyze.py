@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -230,7 +231,9 @@ def _safe_open(file: Path):
 
 def _torch_load(file: Path):
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what matters is whether it can be read
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         what = re.search(r"(?:GLOBAL|Unsupported|Trying to).*", str(error))
         raise ValueError(
@@ -244,7 +247,7 @@ def _torch_load(file: Path):
 def _damaged(file: Path, error: Exception) -> ValueError:
     return ValueError(
         f"analyze: expected a whole file of weights, got path={file}, which cannot be read "
-        f"({str(error).splitlines()[0]}). It may be truncated: copy or download it again."
+        f"({(str(error) or type(error).__name__).splitlines()[0]}). It may be truncated: copy or download it again."
     )
 
 

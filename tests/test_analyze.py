@@ -1,0 +1,202 @@
+import json
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import sosd_fast
+from sosd_fast.__main__ import main
+from sosd_fast.analyze import analyze, find_checkpoints, parameter_alignment
+
+
+def weights(seed=0, scale=0.0):
+    g = torch.Generator().manual_seed(0)
+    noise = torch.Generator().manual_seed(seed)
+    shapes = {
+        "h.10.attn.c_attn.weight": (24, 72), "h.2.attn.c_attn.weight": (24, 72), "h.2.mlp.weight": (40, 24),
+        "moe.experts": (3, 16, 20), "conv.weight": (8, 3, 5, 5), "ln.bias": (24,), "head.weight": (50, 24),
+    }  # fmt: skip
+    tensors = {k: torch.randn(s, generator=g) for k, s in shapes.items()}
+    return {k: t + scale * torch.randn(t.shape, generator=noise) for k, t in tensors.items()} | {
+        "ids": torch.ones(2, 2).long()
+    }
+
+
+def sharded(folder, tensors):
+    folder.mkdir()
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, keys in shards.items():
+        save_file({k: tensors[k] for k in keys}, folder / file)
+    index = {"weight_map": {k: file for file, keys in shards.items() for k in keys}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def safetensors(path, tensors):
+    save_file(tensors, path.with_suffix(".safetensors"))
+    return path.with_suffix(".safetensors")
+
+
+def torch_file(path, tensors, suffix=".pt", wrap=lambda t: t, **options):
+    torch.save(wrap(tensors), path.with_suffix(suffix), **options)
+    return path.with_suffix(suffix)
+
+
+FORMS = {
+    "safetensors": safetensors,
+    "shards": sharded,
+    "state_dict": torch_file,
+    "bin": lambda path, t: torch_file(path, t, ".bin"),
+    "old torch": lambda path, t: torch_file(path, t, _use_new_zipfile_serialization=False),
+    "compiled": lambda path, t: torch_file(path, {f"_orig_mod.{k}": v for k, v in t.items()}),
+    "checkpoint": lambda path, t: torch_file(
+        path, t, ".ckpt", lambda t: {"step": 3, "model": t, "optimizer": {"state": {0: {"exp_avg": torch.ones(9, 9)}}}}
+    ),
+    "nested": lambda path, t: torch_file(
+        path, {"a": {k: v for k, v in t.items()}, "optimizer": {"exp_avg": torch.ones(9, 9)}}
+    ),
+}
+
+
+def exact(W):
+    S = torch.linalg.svdvals(W.double()).numpy()
+    return S, S / S.sum()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_exact_spectra(tmp_path, form):
+    tensors = weights()
+    path = FORMS[form](tmp_path / "w", tensors)
+    (records,) = analyze([path])
+    parts = {
+        f"{name}[{part}]": tensors[name][:, 24 * i : 24 * (i + 1)]
+        for name in ("h.2.attn.c_attn.weight", "h.10.attn.c_attn.weight")
+        for i, part in enumerate("qkv")
+    }
+    parts |= {f"moe.experts[{i}]": tensors["moe.experts"][i] for i in range(3)}
+    parts |= {"conv.weight": tensors["conv.weight"].flatten(1)}
+    parts |= {name: tensors[name] for name in ("h.2.mlp.weight", "head.weight")}
+    prefix = "a." if form == "nested" else ""
+    assert {r.name for r in records} == {prefix + name for name in parts}
+    for r in records:
+        S, sd = exact(parts[r.name.removeprefix(prefix)])
+        assert r.shape == tuple(parts[r.name.removeprefix(prefix)].shape) and r.step == 0
+        assert np.linalg.norm(r.spectrum / r.spectrum.sum() - sd) <= 1e-6 and np.all(np.diff(r.spectrum) <= 0)
+        assert r.stable_rank == pytest.approx((S**2).sum() / S[0] ** 2, rel=1e-5)
+        assert r.sd_variation is None and r.cosine is None
+    if form in ("safetensors", "shards"):
+        names = [r.name for r in records]
+        assert names.index("h.2.attn.c_attn.weight[q]") < names.index("h.10.attn.c_attn.weight[q]"), "2 before 10"
+
+
+def test_variation_between_checkpoints(tmp_path):
+    steps = (100, 200, 1000)
+    paths = [torch_file(tmp_path / f"step-{s}", weights(s, 0.01)) for s in steps]
+    found = list(analyze(paths))
+    assert [r[0].step for r in found] == list(steps)
+    for earlier, later in zip(found, found[1:], strict=False):
+        for a, b in zip(earlier, later, strict=True):
+            change = exact(weights(b.step, 0.01)["head.weight"])[1] - exact(weights(a.step, 0.01)["head.weight"])[1]
+            assert b.interval == b.step - a.step
+            if b.name == "head.weight":
+                assert b.sd_variation == pytest.approx(np.linalg.norm(change), abs=1e-6)
+    assert 0.9 < found[-1][0].cosine < 1
+    wrong = torch_file(tmp_path / "other", {"head.weight": torch.ones(9, 9)})
+    with pytest.raises(ValueError, match="expected checkpoints of one model, got head.weight with 9"):
+        list(analyze([paths[0], wrong]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_dtypes(tmp_path, dtype):
+    W = torch.randn(30, 20).to(dtype)
+    (records,) = analyze([safetensors(tmp_path / "w", {"w": W})])
+    assert np.linalg.norm(records[0].spectrum / records[0].spectrum.sum() - exact(W)[1]) <= 1e-6
+
+
+class Bomb:
+    target = ""
+
+    def __reduce__(self):
+        return (open, (self.target, "w"))
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path, monkeypatch):
+    target = tmp_path / "ran"
+    monkeypatch.setattr(Bomb, "target", str(target))
+    for path, save in (
+        (tmp_path / "a.pt", torch.save),
+        (tmp_path / "b.bin", lambda o, p: p.write_bytes(pickle.dumps(o))),
+    ):
+        save({"w": torch.ones(2, 2), "bomb": Bomb()}, path)
+        with pytest.raises(ValueError, match=r"analyze: expected tensors only, got path=.*Nothing in it was run"):
+            list(analyze([path]))
+        assert not target.exists()
+    assert main(["analyze", str(tmp_path / "a.pt")]) == 2
+    torch.load(tmp_path / "a.pt", weights_only=False)["bomb"].close()
+    assert target.exists(), "the bomb is one"
+
+
+def test_damaged_and_missing_files(tmp_path):
+    def refuse(path, message):
+        with pytest.raises(ValueError, match=message):
+            list(analyze([path]))
+
+    for path in (safetensors(tmp_path / "a", weights()), torch_file(tmp_path / "b", weights())):
+        whole = path.read_bytes()
+        for keep in (0, 5, len(whole) // 2, len(whole) - 50):
+            path.write_bytes(whole[:keep])
+            refuse(path, r"analyze: expected (a whole file of weights|tensors only), got path=")
+    refuse(tmp_path / "nothing", "It does not exist")
+    (tmp_path / "empty").mkdir()
+    refuse(tmp_path / "empty", "expected a folder with .safetensors, .* with none")
+    (tmp_path / "empty" / ".metadata").write_bytes(b"")
+    refuse(tmp_path / "empty", "dcp_to_torch")
+    refuse(torch_file(tmp_path / "vectors", {"b": torch.ones(4), "n": torch.ones(3, 3).long()}), "without a floating")
+    folder = sharded(tmp_path / "shards", weights())
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    refuse(folder, "expected all shards of .* without model-00002-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    refuse(folder, "expected an index with a weight_map")
+
+
+def test_nan_weights_are_null(tmp_path, capsys):
+    tensors = {"good": torch.randn(6, 5), "bad": torch.full((6, 5), torch.nan)}
+    assert main(["analyze", "--json", "--spectra", str(torch_file(tmp_path / "w", tensors))]) == 0
+    (found,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    good, bad = found["matrices"]
+    assert len(good["spectrum"]) == 5 and good["sigma_max"] == good["spectrum"][0]
+    assert bad["sigma_max"] is None and bad["spectrum"] == [None] * 5
+
+
+def test_command(tmp_path, capsys):
+    paths = [str(sharded(tmp_path / f"checkpoint-{s}", weights(s, 0.01))) for s in (10, 20)]
+    assert main(["analyze", *paths, "--run-dir", str(tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    assert "checkpoint-20, step 20" in text and "h.10.attn.c_attn.weight[q]" in text and "SD variation" in text
+    run = sosd_fast.load(tmp_path / "run")
+    assert len(run.records) == 24 and run.spectra("head.weight")[0].tolist() == [10, 20]
+    assert main(["analyze", str(tmp_path / "none")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_missing_safetensors_is_named(tmp_path, monkeypatch):
+    path = safetensors(tmp_path / "w", weights())
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"pip install sosd_fast\[analyze\]"):
+        list(analyze([path]))
+
+
+def test_parameter_alignment(tmp_path):
+    for step, scale in ((5, 1.0), (30, 0.1), (200, 0.0)):
+        sharded(tmp_path / f"checkpoint-{step}", weights(step, scale))
+    paths = find_checkpoints(tmp_path)
+    assert [p.name for p in paths] == ["checkpoint-5", "checkpoint-30", "checkpoint-200"]
+    steps, cosine = parameter_alignment(paths)
+    flat = [torch.cat([t.double().flatten() for t in weights(*a).values() if t.ndim > 1 and t.is_floating_point()])
+            for a in ((5, 1.0), (30, 0.1), (200, 0.0))]  # fmt: skip
+    expected = [float(f @ flat[-1] / f.norm() / flat[-1].norm()) for f in flat]
+    assert steps == [5, 30, 200] and cosine == pytest.approx(expected, rel=1e-9) and cosine[-1] == pytest.approx(1)

@@ -1,0 +1,124 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+import sosd_fast
+from sosd_fast.__main__ import main
+from sosd_fast.records import JsonLines, Record, RunWriter
+
+
+@pytest.fixture
+def run_dirs(tmp_path):
+    """Two real runs of a tiny model."""
+    folders = []
+    for name, lr in (("slow", 1e-3), ("fast & <loose>", 1e-2)):
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({"attn": torch.nn.Linear(24, 24), "mlp": torch.nn.Linear(24, 40)})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+        folder = tmp_path / name
+        with sosd_fast.track(model, method="full", run_dir=folder) as probe:
+            log = JsonLines(folder / "log.jsonl")
+            for step in range(1, 40):
+                loss = model["mlp"](model["attn"](torch.randn(8, 24))).square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                log.write({"step": step, "loss": loss.item(), "lr": lr, "overhead": probe.overhead, "step_ms": 1.5})
+                if step % 13 == 0:
+                    torch.save(model.state_dict(), folder / f"step-{step}.pt")
+            log.close()
+        (folder / "config.json").write_text(json.dumps({"lr": lr, "name": "<script>alert(1)</script>"}))
+        folders.append(folder)
+    return folders
+
+
+class Page(HTMLParser):
+    """Collects tags and attributes, and checks that what opens closes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self._open = [], [], []
+        self.feed(text)
+        assert not self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "link", "br", "path", "use", "image"):
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        if self._open and tag == self._open[-1]:
+            self._open.pop()
+        else:
+            assert tag in ("path", "use", "image"), (tag, self._open)
+
+
+def test_one_page_that_needs_nothing_else(run_dirs, tmp_path, capsys):
+    assert main(["report", *map(str, run_dirs), "-o", str(tmp_path / "page" / "report.html")]) == 0
+    text = (tmp_path / "page" / "report.html").read_text()
+    assert capsys.readouterr().out.strip().endswith("report.html")
+    page = Page(text)
+    assert page.tags.count("svg") == 2 + 2 * 2, "loss, alignment, and two kinds of two runs"
+    outside = [v for k, v in page.attributes if k in ("src", "href", "xlink:href") and not v.startswith(("data:", "#"))]
+    assert not outside and "script" not in page.tags and "@import" not in text
+    ids = [v for k, v in page.attributes if k == "id"]
+    assert len(ids) == len(set(ids)), "or a figure would clip another"
+    used = set(re.findall(r"url\(#([^)]+)\)", text)) | {
+        v[1:] for k, v in page.attributes if k == "xlink:href" and v[0] == "#"
+    }
+    assert used <= set(ids)
+    assert "prefers-color-scheme: dark" in text and "var(--ink)" in text
+    assert "#000000" not in text and "fill: #222222" not in text, "ink is the reader's"
+    assert "&lt;script&gt;" in text and "fast &amp; &lt;loose&gt;" in text
+    for heading in (
+        "Loss and SD variation",
+        "Alignment",
+        "By module kind",
+        "Spectra over time",
+        "Overhead",
+        "Settings",
+    ):
+        assert heading in text
+    assert "Dashed: cosine of the parameters" in text, "the checkpoints were found"
+
+
+def test_one_run(run_dirs, tmp_path):
+    assert main(["report", str(run_dirs[0]), "-o", str(tmp_path / "r.html")]) == 0
+    text = (tmp_path / "r.html").read_text()
+    assert Page(text).tags.count("svg") == 4
+    rows = re.findall(r"<tr><td>slow</td><td>(\w+)</td><td>(\d+)</td><td>([\d.e-]+)</td>", text)
+    run = sosd_fast.load(run_dirs[0])
+    last = {r.name: r.sd_variation for r in run.records if r.step == 39}
+    assert [(kind, count) for kind, count, _ in rows] == [("attention", "1"), ("mlp", "1")]
+    assert [float(v) for *_, v in rows] == pytest.approx([last["attn.weight"], last["mlp.weight"]], rel=1e-2)
+
+
+def test_a_run_without_anything_measured(tmp_path):
+    RunWriter(tmp_path / "empty").close()
+    assert main(["report", str(tmp_path / "empty"), "-o", str(tmp_path / "r.html")]) == 0
+    Page((tmp_path / "r.html").read_text())
+
+
+def test_diverged_and_sparse_runs(tmp_path):
+    writer = RunWriter(tmp_path / "odd")
+    for step in range(6):
+        S = np.full(4, np.nan if step > 3 else step)  # zero, then not, then NaN
+        records = [Record(step, "h.mlp.w", (4, 4), "gram32", 1, float(S[0]), spectrum=S, effective_rank=float(S[0]))]
+        writer.append(records + ([Record(step, "h.attn.w", (4, 9), "topk", topk=(1.0,))] if step % 2 else []))
+    writer.close()
+    assert main(["report", str(tmp_path / "odd"), "-o", str(tmp_path / "r.html")]) == 0
+    assert Page((tmp_path / "r.html").read_text()).tags.count("svg") == 3
+
+
+def test_no_run_directory(tmp_path, capsys):
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "r.html")]) == 2
+    assert "expected a run directory" in capsys.readouterr().err and not (tmp_path / "r.html").exists()
