@@ -11,7 +11,6 @@ test: install  ## the whole suite
 
 test-integrations: install  ## with the real Trainer, Lightning, TensorBoard, W&B, Parquet readers, a browser (about 4 minutes)
 	$(PYTHON) -m pip install --quiet -c requirements.txt -r requirements-integrations.txt
-	$(PYTHON) -m pip install --quiet --no-deps weightwatcher==0.7.7
 	command -v chromium chromium-browser google-chrome >/dev/null || apt-get install -y --no-install-recommends chromium
 	$(PYTHON) -m pytest tests/integrations tests/test_records.py tests/test_analyze.py tests/test_report.py
 

@@ -12,8 +12,9 @@ class CMakeBuild(build_ext):
     """Builds sosd_fast._C; without a compiler the install goes on, and the library runs on torch alone."""
 
     def build_extension(self, ext):
-        for stale in (Path(__file__).parent / "sosd_fast").glob("_C.*.so"):
-            stale.unlink()  # or a build that fails would leave the old one to be used
+        if self.inplace or self.editable_mode:
+            for stale in (Path(__file__).parent / "sosd_fast").glob("_C.*.so"):
+                stale.unlink()  # or a build that fails would leave the old one to be used
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)

@@ -19,12 +19,16 @@ def main(argv=None) -> int:
     parser.add_argument("--version", action="version", version=metadata.version("sosd_fast"))
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="show what is installed and which path each operation takes on this machine")
-    options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
-    report = commands.add_parser("report", help="write one HTML page about one or several runs", **options)
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    report = commands.add_parser(
+        "report", help="write one HTML page about one or several runs", formatter_class=defaults
+    )
     report.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
     report.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the page")
     report.add_argument("--matrices", type=int, default=48, help="whose spectra are drawn of each run, at most")
-    analyze = commands.add_parser("analyze", help="spectra of saved weights, and their change between them", **options)
+    analyze = commands.add_parser(
+        "analyze", help="spectra of saved weights, and their change between them", formatter_class=defaults
+    )
     analyze.add_argument(
         "checkpoints", nargs="+", metavar="CHECKPOINT", help="safetensors file, torch checkpoint, or folder of either"
     )

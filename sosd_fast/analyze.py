@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def analyze(
                             f"{checkpoint.path} after {len(before[1])}. Analyze them one by one."
                         )
                     d = singular_distribution(S, before[1] if before else None, first.get(name))
-                    values = {
+                    values: dict[str, Any] = {
                         f: float(v) for f, v in zip(d._fields, d, strict=True) if f in _SUMMARIES and v is not None
                     }
                     if before is not None and d.variation_l2 is not None:

@@ -58,7 +58,8 @@ class WandbWriter:
     """
 
     def __init__(self, run: Any = None, metrics: Sequence[str] = METRICS):
-        self._run, self._metrics, self._step = run, metrics, None
+        self._run: Any = run
+        self._metrics, self._step = metrics, None
 
     def __call__(self, record: Record):
         """Writes one record."""
@@ -88,7 +89,7 @@ class _Attached:
         self.probe: Probe | None = None
         self._log: JsonLines | None = None
 
-    def attach(self, model: nn.Module, step: int, on_record: Callable[[Record], None] | None = None):
+    def attach(self, model: nn.Module, step: int, on_record: Callable[[Record], None] | None = None) -> Probe:
         given = self._track_options.get("on_record")
 
         def each(record):
@@ -97,10 +98,11 @@ class _Attached:
                     function(record)
 
         self.detach()
-        options = self._track_options | {"on_record": each if given or on_record else None}
+        options: dict[str, Any] = self._track_options | {"on_record": each if given or on_record else None}
         self.probe = track(model, run_dir=self.run_dir, step=step, **options)
         if self.run_dir is not None:
             self._log = JsonLines(Path(self.run_dir) / "log.jsonl", step)
+        return self.probe
 
     def write(self, step: int, **values):
         """Adds a line to log.jsonl, of the values that are numbers."""
@@ -139,7 +141,7 @@ def _hugging_face() -> type:
         """
 
         def on_train_begin(self, args, state, control, model=None, **kwargs):  # noqa: ARG002
-            if state.is_world_process_zero:
+            if state.is_world_process_zero and model is not None:
                 self.attach(model, state.global_step)
 
         def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ARG002
@@ -162,12 +164,9 @@ def _lightning() -> type:
     try:
         from lightning.pytorch.callbacks import Callback
     except ImportError:
-        try:
-            from pytorch_lightning.callbacks import Callback
-        except ImportError:
-            raise ImportError(
-                "LightningCallback: expected Lightning to be installed. Run `pip install lightning`."
-            ) from None
+        raise ImportError(
+            "LightningCallback: expected Lightning to be installed. Run `pip install lightning`."
+        ) from None
 
     class LightningCallback(_Attached, Callback):
         """Follows a lightning.Trainer; on the main process of several.
@@ -190,10 +189,10 @@ def _lightning() -> type:
 
         def on_train_start(self, trainer, pl_module):
             if trainer.is_global_zero:
-                self.attach(pl_module, trainer.global_step if self._step is None else self._step, self._fresh.append)
-                self._step = self.probe._step
+                step = trainer.global_step if self._step is None else self._step
+                self._step = self.attach(pl_module, step, self._fresh.append)._step
 
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):  # noqa: ARG002
+        def on_train_batch_end(self, trainer: Any, pl_module, outputs: Any, batch, batch_idx):  # noqa: ARG002
             if self.probe is None or self.probe._step == self._step:
                 return  # another rank, or gradients are being accumulated
             self._step = self.probe._step

@@ -54,7 +54,7 @@ def onsets(run: Run) -> dict[str, int | None]:
     falls = max((step for step, lr in rates.items() if lr > 0.999 * max(rates.values())), default=np.inf)
     found = {}
     for name, (steps, variation) in variation_by_kind(run).items():
-        found[name] = onset_of_stability(steps[steps <= falls], variation[steps <= falls, 1])
+        found[name] = onset_of_stability(steps[steps <= falls].tolist(), variation[steps <= falls, 1].tolist())
     return found
 
 

@@ -287,7 +287,7 @@ class Run:
             raise ImportError("Run.to_pandas: expected pandas to be installed. Run `pip install pandas`.") from None
         table = self.columns("step", "name", "method", "interval", *_FLOATS)
         frame = pandas.DataFrame(table)
-        frame.insert(2, "shape", frame["name"].map(self._shapes))
+        frame.insert(2, "shape", frame["name"].map(self._shapes.get))
         return frame
 
     def to_parquet(self, path: str | os.PathLike):

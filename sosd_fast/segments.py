@@ -196,7 +196,8 @@ def read_table(path: Path, fields: Sequence[str] | None = None):
             ),
         ).combine_chunks()
     marked = table["nan"].is_valid()
-    if pyarrow.compute.any(marked).as_py():
+    compute: Any = pyarrow.compute  # its functions are made when it is imported
+    if compute.any(marked).as_py():
         marks = [set(m or ()) for m in table["nan"].to_pylist()]
         for i, f in enumerate(schema.names):
             mask = [f in m for m in marks]
@@ -205,7 +206,7 @@ def read_table(path: Path, fields: Sequence[str] | None = None):
                 new = pyarrow.array([[math.nan] * int(v[0]) if m else v for v, m in old], schema.field(f).type)
                 table = table.set_column(i, f, new)
             elif any(mask):
-                new = pyarrow.compute.replace_with_mask(table[f].combine_chunks(), pyarrow.array(mask), math.nan)
+                new = compute.replace_with_mask(table[f].combine_chunks(), pyarrow.array(mask), math.nan)
                 table = table.set_column(i, f, new)
     return table.select(schema.names)
 
@@ -235,8 +236,8 @@ def write_parquet(target: Path, tables: Iterator):
     """Writes tables of the records' schema to one Parquet file, one at a time."""
     parquet = _pyarrow(target)
     options: dict[str, Any] = {"compression": "zstd", "use_dictionary": list(_STRINGS)}
-    floats = [f.name for f in _schema() if str(f.type) == "double"]
-    with parquet.ParquetWriter(target, _schema(), use_byte_stream_split=floats, **options) as writer:
+    options["use_byte_stream_split"] = [f.name for f in _schema() if str(f.type) == "double"]
+    with parquet.ParquetWriter(target, _schema(), **options) as writer:
         for table in tables:
             writer.write_table(table.cast(_schema()))
 

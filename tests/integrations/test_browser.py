@@ -1,0 +1,61 @@
+"""The report in headless Chromium: nothing missing, no error, readable in both colour schemes."""
+
+import io
+import math
+import shutil
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from playwright.sync_api import sync_playwright
+
+import sosd_fast
+from sosd_fast.records import JsonLines
+from sosd_fast.report import write_report
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    for name, lr in (("adamw", 1e-3), ("muon", 1e-2)):
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({"attn": torch.nn.Linear(32, 32), "mlp": torch.nn.Linear(32, 64)})
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+        with sosd_fast.track(model, method="full", run_dir=folder / name):
+            log = JsonLines(folder / name / "log.jsonl")
+            for step in range(1, 30):
+                loss = model["mlp"](model["attn"](torch.randn(8, 32))).square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                log.write({"step": step, "loss": loss.item()})
+            log.close()
+    return write_report([folder / "adamw", folder / "muon"], folder / "report.html")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_report(page_file, scheme, tmp_path):
+    browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    assert browser_path, "no Chromium: apt-get install chromium"
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        page = browser.new_page(color_scheme=scheme, viewport={"width": 1000, "height": 800})
+        complaints, requests = [], []
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto(page_file.as_uri())
+        figures = page.locator("figure svg").all()
+        boxes = [f.bounding_box() for f in figures]
+        shot = matplotlib.image.imread(io.BytesIO(page.screenshot(full_page=True)))[..., :3]  # (height, width, 3)
+        overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        browser.close()
+    assert not complaints and all(url.startswith(("file:", "data:")) for url in requests) and overflow <= 0
+    assert len(boxes) == 2 + 2 * 2 and all(b and b["width"] > 200 and b["height"] > 100 for b in boxes)
+    paper = {"light": (1.0, 1.0, 1.0), "dark": (22 / 255, 24 / 255, 27 / 255)}[scheme]
+    assert shot[2, 2] == pytest.approx(paper, abs=0.01)
+    for b in boxes:  # each figure is drawn, in colours, and in ink that stands out from the paper
+        drawn = shot[math.ceil(b["y"]) : int(b["y"] + b["height"]), math.ceil(b["x"]) : int(b["x"] + b["width"])]
+        grey, colour = drawn.mean(-1), drawn.max(-1) - drawn.min(-1)
+        assert (colour > 0.2).mean() > 0.002 and (np.abs(grey - np.mean(paper)) > 0.6).mean() > 0.002
