@@ -45,16 +45,13 @@ def variation_by_kind(run: Run, hold: int = 10) -> dict[str, tuple[np.ndarray, n
 
 
 def onsets(run: Run) -> dict[str, int | None]:
-    """Finds the onset of stability of each module kind, in its median SD variation.
-
-    A falling learning rate brings the variation down by itself, so the onset is looked for before it falls, where the
-    log tells the learning rate.
-    """
-    rates = {line["step"]: line["lr"] for line in run.log if line.get("lr") is not None}
-    falls = max((step for step, lr in rates.items() if lr > 0.999 * max(rates.values())), default=np.inf)
+    """Finds the onset of stability of each module kind, in its median SD variation over the log's learning rate."""
+    rates = np.array([(line["step"], line["lr"]) for line in run.log if line.get("lr") is not None]).reshape(-1, 2)
     found = {}
     for name, (steps, variation) in variation_by_kind(run).items():
-        found[name] = onset_of_stability(steps[steps <= falls].tolist(), variation[steps <= falls, 1].tolist())
+        at = np.searchsorted(rates[:, 0], steps).clip(0, max(len(rates) - 1, 0))  # logged at a step or after it
+        lr = rates[at, 1].tolist() if len(rates) else None
+        found[name] = onset_of_stability(steps.tolist(), variation[:, 1].tolist(), lr)
     return found
 
 

@@ -97,6 +97,7 @@ class RunWriter:
                 segments.trim(path, step)
         self._lines.truncate(segments.complete_end(live))
         self.step: int | None = None
+        self._appended = -1, 0  # the step written last, and how many records of it
         self._kept: dict[tuple[str, str], int] = {}  # (what, matrix) -> the step at which it was last kept
         self._chunk, end = self._look_back()
         for path in self.run_dir.glob("spectra-*.f32"):
@@ -111,15 +112,18 @@ class RunWriter:
         temporary.replace(self.run_dir / "meta.json")
 
     def append(self, records: Sequence[Record]):
-        """Appends the records of one step; spectra and leading values by the rule that this module states."""
+        """Appends records of one step; spectra and leading values by the rule that this module states."""
         lines = []
+        already = self._appended[1] if records and self._appended[0] == records[0].step else 0
         for r in records:
             pointer = self._append_spectrum(r.spectrum) if r.spectrum is not None and self._due("spectrum", r) else None
             if r.topk and not self._due("topk", r):
                 r = dataclasses.replace(r, topk=(), residual=None)
-            lines.append(_to_line(r, pointer) | {"of": len(records)})
+            lines.append(_to_line(r, pointer) | {"of": already + len(records)})
         self._spectra.flush()
         self._lines.write(*lines)
+        if records:
+            self._appended = records[0].step, already + len(records)
         if self._lines.size >= SEGMENT_BYTES:
             self._close_segment()
 

@@ -270,6 +270,20 @@ def test_a_torn_step_after_a_closed_segment(tmp_path, form):
     assert len(load(tmp_path).records) == len(kept) == len(load(tmp_path).columns("step")["step"])
 
 
+@pytest.mark.parametrize("cut", [1, 400])
+def test_a_step_in_two_parts_is_torn_as_a_whole(tmp_path, cut):
+    """Matrices that a model gains are measured, once more, at the step that was just written."""
+    write(tmp_path, range(3))
+    writer = RunWriter(tmp_path)
+    writer.append(records(3, ("a", "b", "c")))
+    writer.append(records(3, ("d", "e")))
+    writer.close()
+    assert len(load(tmp_path).records) == 14
+    live = tmp_path / segments.LIVE
+    os.truncate(live, live.stat().st_size - cut)  # into the last line, and into the one before
+    assert [r.step for r in load(tmp_path).records][-1] == 2
+
+
 def test_spectra_are_thinned_by_the_stated_rule_and_a_resume_keeps_it(tmp_path, form):
     """Three matrices: one always in full, one every 7 steps, one never; measured at steps that grow sparse."""
 

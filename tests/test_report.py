@@ -119,6 +119,17 @@ def test_diverged_and_sparse_runs(tmp_path):
     assert Page((tmp_path / "r.html").read_text()).tags.count("svg") == 3
 
 
+def test_bounds_and_audits(tmp_path):
+    writer = RunWriter(tmp_path / "run")
+    for step, (error, moved) in enumerate([(None, 1.0), (2e-8, 2.0), (8e-8, 4.0)]):
+        fields = {"sd_variation": moved, "theory_bound": 3.0, "sd_error": 1e-7, "audit_error": error}
+        writer.append([Record(step, "h.mlp.w", (4, 4), "gram32", 1, **fields)])
+    writer.close()
+    assert main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "r.html")]) == 0
+    cells = ["run", "1.0e-07", "1.0e-07", "1 of 3", "2", "0.5", "0.8"]
+    assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" in (tmp_path / "r.html").read_text()
+
+
 def test_no_run_directory(tmp_path, capsys):
     assert main(["report", str(tmp_path), "-o", str(tmp_path / "r.html")]) == 2
     assert "expected a run directory" in capsys.readouterr().err and not (tmp_path / "r.html").exists()
