@@ -51,7 +51,7 @@ def test_it_works_without_the_extension_and_optional_packages():
     run(
         """
 import sys
-for name in ("sosd_fast._C", "triton", "cupy", "matplotlib", "rich", "scipy", "pandas"):
+for name in ("sosd_fast._C", "triton", "cupy", "matplotlib", "rich", "scipy", "pandas", "pyarrow", "safetensors"):
     sys.modules[name] = None
 import torch, sosd_fast
 from sosd_fast import kernels
@@ -68,8 +68,9 @@ assert abs(record.sigma_max / S[0] - 1) < 1e-3, record
 
 
 def test_import_is_light():
-    heavy = run("import torch; import sosd_fast, sys; print(*sys.modules)").stdout.split()
-    assert not {"matplotlib", "rich", "scipy", "pandas", "triton", "cupy"} & set(heavy)
+    heavy = run("import torch; import sosd_fast, sosd_fast.callbacks, sys; print(*sys.modules)").stdout.split()
+    optional = {"matplotlib", "rich", "scipy", "pandas", "triton", "cupy", "pyarrow", "safetensors", "transformers"}
+    assert not (optional | {"lightning", "wandb", "tensorboard"}) & set(heavy)
 
 
 def test_public_names():
