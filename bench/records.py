@@ -14,6 +14,11 @@ import sosd_fast
 from bench.harness import card, finish, parser, show
 from sosd_fast.records import Record, RunWriter
 
+FIELDS = (  # of a matrix that is measured in full
+    "sd_variation", "sd_variation_topk", "cosine", "nuclear_norm", "frobenius_norm", "sigma_max", "sigma_min",
+    "stable_rank", "effective_rank", "spectral_entropy", "participation_ratio", "sd_error",
+)  # fmt: skip
+
 
 def simulate(run_dir: Path, steps: int, matrices: int, r: int = 64) -> list[float]:
     """Writes a run whose matrices are all measured in full at each step; returns the memory at each tenth, in MB."""
@@ -22,11 +27,12 @@ def simulate(run_dir: Path, steps: int, matrices: int, r: int = 64) -> list[floa
     writer = RunWriter(run_dir, {"matrices": names})
     for step in range(steps):
         S = np.sort(rng.random((matrices, r)), axis=1)[:, ::-1]
-        x = rng.random((matrices, 12)).tolist()
+        x = rng.random((matrices, len(FIELDS))).tolist()
         writer.append(
             [
                 Record(
-                    step, name, (r, r), "gram32", 1, *x[i], topk=tuple(S[i, :32].tolist()), spectrum=S[i]
+                    step, name, (r, r), "gram32", 1, topk=tuple(S[i, :32].tolist()), spectrum=S[i],
+                    **dict(zip(FIELDS, x[i], strict=True)),
                 )
                 for i, name in enumerate(names)
             ]

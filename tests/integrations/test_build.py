@@ -7,7 +7,8 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-NOT_YET = {"budget", "muon", "phases", "svdvals", "topk", "track", "distribution", "__init__", "newton_schulz"}
+# pyright basic is clean there; the rest is to follow (LOG.md).
+CLEAN = {"__main__", "analyze", "callbacks", "matrices", "plot", "records", "report", "segments", "testing"}
 
 
 def test_the_wheel_and_its_types(tmp_path):
@@ -24,5 +25,5 @@ def test_the_wheel_and_its_types(tmp_path):
     command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "site")
     found = json.loads(done.stdout)["generalDiagnostics"]
-    wrong = [f"{Path(d['file']).name}: {d['message']}" for d in found if Path(d["file"]).stem not in NOT_YET]
-    assert not wrong, "\n".join(wrong)
+    wrong = [f"{Path(d['file']).name}: {d['message']}" for d in found if Path(d["file"]).stem in CLEAN]
+    assert done.returncode in (0, 1) and not wrong, "\n".join(wrong)
