@@ -103,7 +103,7 @@ def matrices_of(
 ) -> list[Matrix]:
     """Lists the matrices inside one parameter, as `find_matrices` does; `flatten` it as a convolution's kernel."""
     parts = next((parts for pattern, parts in split.items() if fnmatchcase(name, pattern)), None)
-    if split is DEFAULT_SPLIT and parts and max(parameter.shape) != parts * min(parameter.shape):
+    if split is DEFAULT_SPLIT and isinstance(parts, int) and max(parameter.shape) != parts * min(parameter.shape):
         parts = None
     if flatten and parameter.ndim > 2:
         return [Matrix(name, parameter, flatten=True)]

@@ -66,6 +66,7 @@ def test_wandb_offline(tmp_path, own_logging):
     log = (lambda step: run.log({"loss": 1 / step})) if own_logging else None
     expected = train(WandbWriter(), log=log)
     run.finish()
+    wandb.teardown()  # waits for the process that writes the file
     found = list(rows(tmp_path))
     assert expected == {
         (row["spectra/step"], key): value
