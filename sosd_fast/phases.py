@@ -129,6 +129,13 @@ def onset(steps: Sequence[int], variation: Sequence[float | None], lr: Sequence[
     return detector.onset()
 
 
+def threshold_step(steps: Sequence[int], values: Sequence[float], level: float) -> int | None:
+    """Finds the first step from which on the values stay at or below a level; None where the last one is above it."""
+    above = np.flatnonzero(~(np.asarray(values, dtype=float) <= level))
+    first = above[-1] + 1 if len(above) else 0
+    return int(steps[first]) if first < len(steps) else None
+
+
 def loss_boundary(
     steps: Sequence[int], loss: Sequence[float], lr: Sequence[float] | None = None, axes: str = "log"
 ) -> Kink | None:
