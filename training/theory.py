@@ -272,7 +272,9 @@ def draw(trace: Trace, result: dict):
             times = result[name]
             p = times[f"exponent_{m}"]["exponent"]
             d.plot(1 / np.array(times["level"]), times[m], marker, color=colors[m], ms=4, label=f"{m}{label}: {p:.2f}")
-    d.set(xscale="log", yscale="log", xlabel="1 / ε", ylabel="threshold step", title="stays below ε from here on")
+    d.set(xlabel="1 / ε", ylabel="threshold step", title="stays below ε from here on")
+    if any(result[name]["level"] for name in ("thresholds", "thresholds_of_bound")):
+        d.set(xscale="log", yscale="log")
     for part, color, label in ((slice(0, boundary), "#ccbb44", "phase I"), (slice(boundary, None), "#aa3377", "II")):
         x, y = worst[part], drops[part]
         e.plot(x[y > 0], y[y > 0], ".", ms=1.5, color=color, label=label)

@@ -1,0 +1,433 @@
+"""The claims of the paper as statistics of finished runs, each with a verdict by a rule that is fixed here.
+
+A claim gets the runs it needs, seed by seed. It *holds* where its rule is met at every seed, *holds weakly* where the
+weaker rule is met by the medians over the seeds, and otherwise does not hold at this scale. SD variation is that of a
+module kind: the median over its matrices at each step.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+import sosd_fast
+from sosd_fast.matrices import kind
+from sosd_fast.phases import Phases, run_phases, theory_bound, threshold_step
+from sosd_fast.plot import variation_by_kind
+
+BODY = ("attention", "mlp")
+
+
+class Finished:
+    """A finished run: its curves, and what was observed of its weights beside the probe."""
+
+    def __init__(self, run_dir: Path):
+        self.run = sosd_fast.load(run_dir)
+        log = self.run.log
+        self.steps, self.loss, self.lr = (np.array([line[k] for line in log]) for k in ("step", "loss", "lr"))
+        self.val = np.array([(line["step"], line["val_loss"]) for line in log if "val_loss" in line])  # (T, 2)
+        observed = np.load(run_dir / "observed.npz")
+        self.names: list[str] = observed["names"].tolist()
+        self.updates = observed["updates"]  # (steps, matrices): |W_t - W_{t-1}|_F
+        self.snapshots, self.parameter_cosine = (
+            observed["steps"],
+            observed["cosine"],
+        )  # (T,), (T, matrices), to the last
+
+    @cached_property
+    def kinds(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Steps and median SD variation of each kind."""
+        return {name: (steps, spread[:, 1]) for name, (steps, spread) in variation_by_kind(self.run).items()}
+
+    @cached_property
+    def phases(self) -> Phases:
+        """Onsets and loss boundary."""
+        return run_phases(self.run)
+
+    @cached_property
+    def spectrum_cosine(self) -> np.ndarray:
+        """(T, matrices): cosine of the spectrum at each snapshot to that at the last."""
+        columns = []
+        for name in self.names:
+            steps, S = self.run.spectra(name)
+            S = S[np.clip(np.searchsorted(steps, self.snapshots, side="right") - 1, 0, None)].astype(float)
+            S /= np.linalg.norm(S, axis=1, keepdims=True)
+            columns.append(S @ S[-1])
+        return np.stack(columns, axis=-1)
+
+    def variation(self, kinds, start: float, stop: float) -> float:
+        """Median SD variation over kinds and over the steps after `start` up to `stop`."""
+        curves = [values[(steps > start) & (steps <= stop)] for k in kinds for steps, values in [self.kinds[k]]]
+        values = np.concatenate(curves)
+        return float(np.median(values)) if len(values) else math.nan
+
+    def mean_loss(self, start: float, stop: float) -> float:
+        """Mean training loss over the steps after `start` up to `stop`."""
+        values = self.loss[(self.steps > start) & (self.steps <= stop)]
+        return float(values.mean()) if len(values) else math.nan
+
+    @cached_property
+    def decay_start(self) -> int:
+        """The last step at the peak learning rate."""
+        return int(self.steps[self.lr >= 0.999 * self.lr.max()].max())
+
+    def body_norm(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps, and the Frobenius norm of all attention and MLP matrices together."""
+        squares: dict[int, float] = {}
+        for r in self.run.records:
+            if kind(r.name) in BODY and r.frobenius_norm is not None:
+                squares[r.step] = squares.get(r.step, 0.0) + r.frobenius_norm**2
+        return np.array(list(squares)), np.sqrt(list(squares.values()))
+
+    @cached_property
+    def bound_ratio(self) -> tuple[float, int, int]:
+        """T1 over all records: largest measured over bound, how many are above by more than `sd_error`, how many."""
+        column = {name: i for i, name in enumerate(self.names)}
+        before: dict[str, tuple[float, float]] = {}  # sum and error of the last record
+        worst, violations, count = 0.0, 0, 0
+        for r in self.run.records:
+            if r.nuclear_norm is None:
+                continue
+            previous = before.get(r.name)
+            before[r.name] = (r.nuclear_norm, r.sd_error or 0.0)
+            if previous and r.interval == 1 and r.sd_variation is not None:
+                update = self.updates[r.step - 1, column[r.name]]
+                bound = theory_bound(update, max(r.nuclear_norm, previous[0]), min(r.shape))
+                error = previous[1] + (r.sd_error or 0.0)
+                worst = max(worst, (r.sd_variation - error) / bound if bound > 0 else 0.0)
+                violations += r.sd_variation > bound + error
+                count += 1
+        return worst, violations, count
+
+
+Seeds = list[Finished]  # the same run at each seed
+
+
+@dataclass
+class Claim:
+    """What was measured for one claim; `rows` are (statistic, its value at each seed)."""
+
+    id: str
+    claim: str
+    rule: str
+    rows: list[tuple[str, list[float]]] = field(default_factory=list)
+    verdict: str = ""
+
+    def judge(self, strong: Callable, weak: Callable) -> "Claim":
+        """Applies the two rules to the values of one seed, and to the medians, in the order of the rows."""
+        values = np.array([v for _, v in self.rows], dtype=float)  # (rows, seeds)
+        if all(bool(strong(*seed)) for seed in values.T):
+            self.verdict = "holds"
+        else:
+            self.verdict = "holds weakly" if weak(*np.median(values, axis=1)) else "does not hold at this scale"
+        return self
+
+
+def c1(wsd: Seeds, llama: Seeds) -> Claim:
+    """Cosines to the final state."""
+    claim = Claim(
+        "C1",
+        "the spectrum's cosine to its final state saturates much earlier than the parameters'",
+        "holds: twice as early or more, both to 0.99 and to the last tenth of its own way; weakly: to 0.99 alone",
+    )
+    for model, seeds in (("GPT-2", wsd), ("LLaMA", llama)):
+        for what, part in (("to 0.99", None), ("to a tenth of the way left", 0.1)):
+            values = []
+            for run in seeds:
+                times = []
+                for cosine in (run.spectrum_cosine, run.parameter_cosine):
+                    far = 1 - cosine  # (T, matrices)
+                    level = np.full(far.shape[1], 0.01) if part is None else part * far[0]
+                    found = [threshold_step(run.snapshots, f, at) for f, at in zip(far.T, level, strict=True)]
+                    times.append(float(np.median([max(t, 1) for t in found])))
+                values.append(times[1] / times[0])
+            claim.rows.append((f"{model}, step of the parameters over step of the spectrum, {what}", values))
+    return claim.judge(
+        lambda *v: min(v) >= 2,
+        lambda a, _b, c, _d: min(a, c) >= 2,
+    )
+
+
+def c2(wsd: Seeds, llama: Seeds) -> Claim:
+    """The impulse and the floor."""
+    claim = Claim(
+        "C2",
+        "SD variation shows an early impulse, then falls to a floor: the onset of stability",
+        "holds: an onset in every module kind after a fall of 10 or more; weakly: in half of them, of 2 or more",
+    )
+    for model, seeds in (("GPT-2", wsd), ("LLaMA", llama)):
+        found = [[k for k in run.phases.kinds.values() if k] for run in seeds]
+        claim.rows.append(
+            (
+                f"{model}, part of the kinds with an onset",
+                [len(f) / len(r.kinds) for f, r in zip(found, seeds, strict=True)],
+            )
+        )
+        claim.rows.append(
+            (
+                f"{model}, fall to the floor, median of those",
+                [float(np.median([k.fall for k in f])) if f else 1.0 for f in found],
+            )
+        )
+    return claim.judge(
+        lambda p, f, q, g: min(p, q) == 1 and min(f, g) >= 10,
+        lambda p, f, q, g: min(p, q) >= 0.5 and min(f, g) >= 2,
+    )
+
+
+def c3(wsd: Seeds, llama: Seeds) -> Claim:
+    """Onset and loss boundary."""
+    claim = Claim(
+        "C3",
+        "that onset coincides with the loss turning from fast to slow descent",
+        "holds: the loss has a boundary on logarithmic axes and the onsets' median is within a factor of 2 of it; "
+        "weakly: within 2 of the two-segment knot on linear axes, which any descent has",
+    )
+    for model, seeds in (("GPT-2", wsd), ("LLaMA", llama)):
+        for axes, boundary in (("logarithmic", "loss"), ("linear", "loss_linear")):
+            values = []
+            for run in seeds:
+                onsets = [k.step for k in run.phases.kinds.values() if k]
+                at = getattr(run.phases, boundary)
+                values.append(float(np.median(onsets)) / at.step if onsets and at else math.nan)
+            claim.rows.append((f"{model}, onset over loss boundary, {axes} axes", values))
+    return claim.judge(
+        lambda a, _b, c, _d: all(0.5 <= v <= 2 for v in (a, c)),
+        lambda _a, b, _c, d: all(0.5 <= v <= 2 for v in (b, d)),
+    )
+
+
+def c4(wsd: Seeds, llama: Seeds) -> Claim:
+    """MLP against attention."""
+    claim = Claim(
+        "C4",
+        "MLP matrices vary less than attention matrices; both enter stability together",
+        "holds: attention's floor is above MLP's and their onsets are within a factor of 2; weakly: the first only",
+    )
+    for model, seeds in (("GPT-2", wsd), ("LLaMA", llama)):
+        half = [(run.steps[-1] / 2, run.decay_start if model == "GPT-2" else run.steps[-1]) for run in seeds]
+        floors = [r.variation(["attention"], *h) / r.variation(["mlp"], *h) for r, h in zip(seeds, half, strict=True)]
+        onsets = [[run.phases.kinds[k] for k in BODY] for run in seeds]
+        claim.rows.append((f"{model}, attention's SD variation over MLP's in the later half", floors))
+        claim.rows.append(
+            (f"{model}, attention's onset over MLP's", [a.step / m.step if a and m else math.nan for a, m in onsets])
+        )
+    return claim.judge(
+        lambda a, b, c, d: min(a, c) > 1 and all(0.5 <= v <= 2 for v in (b, d)),
+        lambda a, _b, c, _d: min(a, c) > 1,
+    )
+
+
+def c5(step: Seeds, wsd: Seeds) -> Claim:
+    """Step decay."""
+    claim = Claim(
+        "C5",
+        "step decay: SD variation drops sharply at each cut, with renewed loss descent",
+        "holds: by 5 or more within a twentieth of the run at both cuts, and the loss is below that of the same run "
+        "without the first cut, on the same batches; weakly: by 2 or more",
+    )
+    w = int(step[0].steps[-1] / 20)
+    for cut in (0.5, 0.75):
+        at = [cut * run.steps[-1] for run in step]
+        drops = [r.variation(BODY, c - w, c) / r.variation(BODY, c, c + w) for r, c in zip(step, at, strict=True)]
+        claim.rows.append((f"SD variation before over after the cut at {100 * cut:.0f} %", drops))
+    gains = [
+        b.mean_loss(c, c + 2 * w) - a.mean_loss(c, c + 2 * w)
+        for a, b in zip(step, wsd, strict=True)
+        for c in [0.5 * a.steps[-1]]
+    ]
+    claim.rows.append(("loss gained by the first cut, over a tenth of the run (nats)", gains))
+    return claim.judge(lambda a, b, gain: min(a, b) >= 5 and gain > 0, lambda a, b, gain: min(a, b) >= 2 and gain > 0)
+
+
+def c6(wsd: Seeds) -> Claim:
+    """WSD."""
+    claim = Claim(
+        "C6",
+        "WSD: SD variation oscillates about a constant, then falls with the learning rate; the loss improves again",
+        "holds: within 1.5 from the first to the second half of the stable phase, falls in 9 of 10 tenths of the "
+        "decay, loss ends below the stable phase's power law; weakly: within 3, 7 of 10",
+    )
+    ratio, falling, gain = [], [], []
+    for run in wsd:
+        end, last = run.decay_start, run.steps[-1]
+        begin = max([k.step for k in run.phases.kinds.values() if k and k.step < 0.8 * end], default=end // 2)
+        middle = (begin + end) / 2
+        ratio.append(run.variation(BODY, begin, middle) / run.variation(BODY, middle, end))
+        falling.append(_falling_tenths(run, end, last))
+        stable = (run.steps > end / 2) & (run.steps <= end)
+        if stable.sum() < 3:
+            gain.append(math.nan)
+            continue
+        fit = np.polyfit(np.log(run.steps[stable]), np.log(run.loss[stable]), 1)
+        w = max(last // 20, 1)
+        expected = np.exp(np.polyval(fit, np.log(run.steps[-w:]))).mean()
+        gain.append(float(expected - run.loss[-w:].mean()))
+    claim.rows = [
+        ("SD variation, first over second half of the stable phase", ratio),
+        ("part of the decay's tenths in which it falls", falling),
+        ("loss gained over the power law of the stable phase (nats)", gain),
+    ]
+    return claim.judge(
+        lambda r, f, g: 1 / 1.5 <= r <= 1.5 and f >= 0.9 and g > 0,
+        lambda r, f, g: 1 / 3 <= r <= 3 and f >= 0.7 and g > 0,
+    )
+
+
+def c7(llama: Seeds) -> Claim:
+    """Cosine."""
+    claim = Claim(
+        "C7",
+        "cosine: smooth, steady decrease of SD variation with the learning rate",
+        "holds: falls in 9 of 10 tenths after the onsets, rank correlation with the rate 0.9 or more; weakly: 7, 0.7",
+    )
+    falling, correlation = [], []
+    for run in llama:
+        begin = max(
+            [k.step for k in run.phases.kinds.values() if k and k.step < 0.7 * run.steps[-1]],
+            default=run.steps[-1] // 3,
+        )
+        falling.append(_falling_tenths(run, begin, run.steps[-1]))
+        steps, values = run.kinds["mlp"]
+        correlation.append(_rank_correlation(values[steps > begin], run.lr[steps[steps > begin] - 1]))
+    claim.rows = [
+        ("part of the tenths in which it falls", falling),
+        ("rank correlation with the learning rate", correlation),
+    ]
+    return claim.judge(lambda f, c: f >= 0.9 and c >= 0.9, lambda f, c: f >= 0.7 and c >= 0.7)
+
+
+def c8(llama: Seeds, decayed: Seeds) -> Claim:
+    """Weight decay."""
+    claim = Claim(
+        "C8",
+        "weight decay keeps the norm smaller, SD variation higher, and the final loss lower",
+        "holds: all three; weakly: norm and SD variation",
+    )
+    norms, variations, losses = [], [], []
+    for plain, run in zip(llama, decayed, strict=True):
+        last = run.steps[-1]
+        norms.append(run.body_norm()[1][-1] / plain.body_norm()[1][-1])
+        variations.append(run.variation(BODY, 0.9 * last, last) / plain.variation(BODY, 0.9 * last, last))
+        losses.append(float(run.val[-1, 1] - plain.val[-1, 1]))
+    claim.rows = [
+        ("final norm with over without decay, body", norms),
+        ("SD variation with over without decay, last tenth", variations),
+        ("validation loss with minus without decay (nats)", losses),
+    ]
+    return claim.judge(lambda n, v, x: n < 1 and v > 1 and x < 0, lambda n, v, _x: n < 1 and v > 1)
+
+
+def c9(wsd: Seeds, muon: Seeds) -> Claim:
+    """Muon."""
+    claim = Claim(
+        "C9",
+        "Muon: two phases; in the stable phase SD variation a tenth of Adam's, and a lower loss",
+        "holds: an onset in attention or MLP, SD variation a fifth or less in the later half of the stable phase, "
+        "lower loss; weakly: two thirds or less",
+    )
+    ratio, losses, onsets = [], [], []
+    for adam, run in zip(wsd, muon, strict=True):
+        span = run.decay_start / 2, run.decay_start
+        ratio.append(adam.variation(BODY, *span) / run.variation(BODY, *span))
+        losses.append(float(run.val[-1, 1] - adam.val[-1, 1]))
+        onsets.append(float(sum(run.phases.kinds[k] is not None for k in BODY)))
+    claim.rows = [
+        ("Adam's SD variation over Muon's, body, stable phase", ratio),
+        ("validation loss with Muon minus with Adam (nats)", losses),
+        ("onsets seen, of attention and MLP", onsets),
+    ]
+    return claim.judge(lambda r, x, n: r >= 5 and x < 0 and n >= 1, lambda r, _x, n: r >= 1.5 and n >= 1)
+
+
+def t1(*runs: Seeds, theory: list[dict] | None = None) -> Claim:
+    """The bound, over everything that ran."""
+    claim = Claim(
+        "T1", "a step's SD variation is at most (1 + sqrt(r)) |dW|_F / |W|_*", "holds: at every record of every run"
+    )
+    per_seed = [[run.bound_ratio for run in seeds] for seeds in zip(*runs, strict=True)]
+    claim.rows = [
+        ("largest measured over bound", [max(worst for worst, _, _ in seed) for seed in per_seed]),
+        ("violations", [float(sum(v for _, v, _ in seed)) for seed in per_seed]),
+        ("records", [float(sum(n for *_, n in seed)) for seed in per_seed]),
+    ]
+    if theory:
+        largest = [max(result["lemmas"].values()) for result in theory[: len(per_seed)]]
+        claim.rows.append(("largest measured over bound of the lemmas, simplified model", largest))
+    return claim.judge(
+        lambda worst, violations, _n, lemmas=0.0: worst <= 1 and violations == 0 and lemmas <= 1 + 1e-9,
+        lambda *_: False,
+    )
+
+
+def t2(theory: list[dict]) -> Claim:
+    """Threshold times of the simplified model."""
+    claim = Claim(
+        "T2",
+        "the bound is met for good after T_V of order 1/ε; T_QK grows slower in 1/ε",
+        "holds: exponent of V at most 1, that of QK below it by more than two standard errors; weakly: the first only",
+    )
+    fits = [[result["thresholds"][f"exponent_{m}"] for m in ("V", "QK")] for result in theory]
+    claim.rows = [
+        ("exponent of T_V in 1/ε", [v["exponent"] for v, _ in fits]),
+        ("exponent of T_QK", [q["exponent"] for _, q in fits]),
+        ("standard error of their difference", [math.hypot(v["error"], q["error"]) for v, q in fits]),
+        ("growth of W_V, power of t (assumed: 1)", [r["assumptions"][GROWTH] for r in theory]),
+    ]
+    return claim.judge(lambda v, q, e, _g: v <= 1 and q + 2 * e < v, lambda v, _q, _e, _g: v <= 1)
+
+
+def t3(theory: list[dict]) -> Claim:
+    """Loss decrements of the simplified model."""
+    claim = Claim(
+        "T3",
+        "phase I lowers the loss by a constant times η or more, phase II by a polynomial in SD variation or less",
+        "holds: every step of phase I lowers it, and in phase II a power law with correlation 0.9 or more, with the "
+        "constant that bounds the first half, bounds 99 % of the second; weakly: correlation 0.7, 90 %",
+    )
+    one, two = ([result.get(part, {}) for result in theory] for part in ("phase_I", "phase_II"))
+    claim.rows = [
+        ("phase I, least decrease per step over η", [p.get("least decrease per step over lr", math.nan) for p in one]),
+        ("phase II, exponent", [p.get("exponent", math.nan) for p in two]),
+        ("phase II, correlation of the logarithms", [p.get("correlation", math.nan) for p in two]),
+        ("phase II, later half within the bound", [p.get("within it, later half", math.nan) for p in two]),
+    ]
+    return claim.judge(
+        lambda least, p, c, w: least > 0 and p > 0 and c >= 0.9 and w >= 0.99,
+        lambda least, p, c, w: least > 0 and p > 0 and c >= 0.7 and w >= 0.9,
+    )
+
+
+GROWTH = "growth of the norm of V in the window, power of t"
+CLAIMS = {  # claim -> the runs it is given, in order
+    c1: ("gpt2-wsd", "llama-cosine"),
+    c2: ("gpt2-wsd", "llama-cosine"),
+    c3: ("gpt2-wsd", "llama-cosine"),
+    c4: ("gpt2-wsd", "llama-cosine"),
+    c5: ("gpt2-step", "gpt2-wsd"),
+    c6: ("gpt2-wsd",),
+    c7: ("llama-cosine",),
+    c8: ("llama-cosine", "llama-cosine-decay"),
+    c9: ("gpt2-wsd", "gpt2-muon"),
+}
+
+
+def judge(runs: dict[str, Seeds], theory: list[dict] | None) -> list[Claim]:
+    """Every claim whose runs are there."""
+    found = [claim(*(runs[name] for name in needed)) for claim, needed in CLAIMS.items() if set(needed) <= set(runs)]
+    if runs:
+        found.append(t1(*runs.values(), theory=theory))
+    return found + ([t2(theory), t3(theory)] if theory else [])
+
+
+def _falling_tenths(run: Finished, start: int, stop: int) -> float:
+    edges = np.unique(np.linspace(start, stop, 11).round())
+    medians = [run.variation(BODY, a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return float(np.mean(np.diff(medians) < 0)) if len(medians) > 1 else math.nan
+
+
+def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.corrcoef(np.argsort(np.argsort(a)), np.argsort(np.argsort(b)))[0, 1])
