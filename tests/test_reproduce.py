@@ -21,7 +21,8 @@ def tiny(tmp_path, monkeypatch):
     """Runs the script at a developer's scale, in this process; returns (status, folder)."""
     monkeypatch.setitem(PRESETS, "gpt2-nano", GPT2)
     monkeypatch.setitem(PRESETS, "llama-nano", LLAMA)
-    scale = reproduce.Scale("gpt2-nano", "llama-nano", 30, 3, 1, 5, ("--device=cpu",), theory_steps=400)
+    models = [(f"--model={name}", "--batch-size=1") for name in ("gpt2-nano", "llama-nano")]
+    scale = reproduce.Scale(*models, 30, 3, 5, ("--device=cpu",), theory_steps=400)
     monkeypatch.setitem(reproduce.SCALES, "nano", scale)
     monkeypatch.setattr(reproduce.run, "plot_run", lambda _: type("Blank", (), {"savefig": lambda *_, **__: None})())
     text = tmp_path / "text.txt"
@@ -80,7 +81,8 @@ def test_the_same_seed_gives_the_same_table_and_finished_runs_are_kept(tiny, cap
 
 
 def test_runs_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(reproduce.SCALES, "nano", reproduce.Scale("gpt2-nano", "llama-nano", 2, 1, 1, 2))
+    model = ("--model=gpt2-nano", "--batch-size=1")
+    monkeypatch.setitem(reproduce.SCALES, "nano", reproduce.Scale(model, model, 2, 1, 2, ("--device=cpu",)))
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(range(256)) * 40)
     argv = ["fig1", "--seeds=1", "--jobs=2", f"--data={text}", f"--out={tmp_path / 'out'}"]

@@ -35,21 +35,34 @@ SNAPSHOTS = 40  # of the weights, for their cosine to the final state
 class Scale:
     """Sizes: of the runs, and of the simplified model."""
 
-    gpt2: str
-    llama: str
+    gpt2: tuple[str, ...]  # flags of run.py
+    llama: tuple[str, ...]
     steps: int
     warmup: int
-    batch_size: int
     eval_every: int
     flags: tuple[str, ...] = ()
     theory_steps: int = 12_000
 
 
 SCALES = {
-    # 15 runs: 400 x (2 x 0.64 + 2 x 0.79 + 1.31) s on a core a seed, 28 min of 2 cores for three, and validation.
-    "nano": Scale("gpt2-nano", "llama-nano", 400, 20, 8, 20, ("--device=cpu",)),
-    # 10 minutes on one GPU at 160,000 tokens/s; give it token shards by --data.
-    "small": Scale("gpt2-small", "llama-0.5b", 1_500, 75, 64, 50, ("--dtype=bfloat16",)),
+    # 15 runs. A step takes a core 0.64 s (GPT-2), 0.79 s (LLaMA), 1.31 s (Muon): 42 min of 2 cores, and validation.
+    "nano": Scale(
+        ("--model=gpt2-nano", "--batch-size=8"),
+        ("--model=llama-nano", "--batch-size=8"),
+        400,
+        20,
+        20,
+        ("--device=cpu",),
+    ),
+    # 5e16 and 1.5e17 FLOP a run, for 10 minutes of one data-centre GPU; --data should name token shards.
+    "small": Scale(
+        ("--model=gpt2-small", "--batch-size=32"),
+        ("--model=llama-0.5b", "--batch-size=16"),
+        1_500,
+        75,
+        50,
+        ("--dtype=bfloat16",),
+    ),
 }
 PAPER = {  # the presets of run.py behind each figure
     "fig1": ("small-adamw-wsd",),
@@ -69,11 +82,11 @@ def run_flags(scale: Scale, steps: int) -> dict[str, list[str]]:
     """
     decay = 4 / (run.DEFAULT_LR["adamw"] * steps)
     return {
-        "gpt2-wsd": [f"--model={scale.gpt2}", "--schedule=wsd"],
-        "gpt2-step": [f"--model={scale.gpt2}", "--schedule=step"],
-        "gpt2-muon": [f"--model={scale.gpt2}", "--schedule=wsd", "--optimizer=muon"],
-        "llama-cosine": [f"--model={scale.llama}", "--schedule=cosine"],
-        "llama-cosine-decay": [f"--model={scale.llama}", "--schedule=cosine", f"--weight-decay={decay:.4g}"],
+        "gpt2-wsd": [*scale.gpt2, "--schedule=wsd"],
+        "gpt2-step": [*scale.gpt2, "--schedule=step"],
+        "gpt2-muon": [*scale.gpt2, "--schedule=wsd", "--optimizer=muon"],
+        "llama-cosine": [*scale.llama, "--schedule=cosine"],
+        "llama-cosine-decay": [*scale.llama, "--schedule=cosine", f"--weight-decay={decay:.4g}"],
     }
 
 
@@ -217,7 +230,6 @@ def train_all(todo: dict[Path, list[str]], steps: int, jobs: int, console: Conso
                     )
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
-            console.print("interrupted; finished runs are kept, the same command goes on from them")
             raise
     return failures
 
@@ -280,7 +292,6 @@ def main(argv=None) -> int:
         "--quiet",
         f"--steps={steps}",
         f"--warmup={max(1, round(scale.warmup * steps / scale.steps))}",
-        f"--batch-size={scale.batch_size}",
         f"--eval-every={min(scale.eval_every, steps)}",
         "--eval-sequences=16",
         *scale.flags,
@@ -292,7 +303,12 @@ def main(argv=None) -> int:
         for seed in range(args.seeds)
         for name in names
     }
-    if failures := train_all(todo, steps, jobs, console):
+    try:
+        failures = train_all(todo, steps, jobs, console)
+    except KeyboardInterrupt:
+        print("interrupted; finished runs are kept, and the same command goes on from them", file=sys.stderr)
+        return 130
+    if failures:
         print("reproduce: expected every run to end well, got\n" + "\n".join(failures), file=sys.stderr)
         return 1
 
