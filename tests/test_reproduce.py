@@ -35,9 +35,17 @@ def tiny(tmp_path, monkeypatch):
     return call
 
 
-def test_all_ends_with_figures_numbers_and_every_claim(tiny, capsys):
-    status, out = tiny("all", "--seeds=2")
+def test_all_ends_with_figures_numbers_and_every_claim(tiny, tmp_path, capsys):
+    published = tmp_path / "published"
+    status, out = tiny("all", "--seeds=2", f"--publish={published}")
     assert status == 0
+    assert {p.name for p in published.iterdir()} == {
+        *(f"{f}.png" for f in reproduce.PAPER),
+        "table.md",
+        "settings.json",
+    }
+    settings = json.loads((published / "settings.json").read_text())
+    assert settings["seeds"] == [0, 1] and settings["torch"] == torch.__version__ and len(settings["flags"]) == 10
     text = (out / "table.md").read_text()
     assert capsys.readouterr().out.count(text) == 1
     for name in ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "T1", "T2", "T3"):

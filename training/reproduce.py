@@ -11,7 +11,9 @@ import csv
 import json
 import multiprocessing
 import os
+import platform
 import shutil
+import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -104,6 +106,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("--data", help="for run.py; None is Python's standard library")
     parser.add_argument("--out", help="folder for runs and results; None is runs/reproduce-SCALE")
+    parser.add_argument("--publish", help="folder that figures, table and settings are copied to")
     args = parser.parse_args(argv)
     if unknown := set(args.figures) - {*PAPER, "all"}:
         parser.error(f"expected figures among {', '.join(PAPER)} or all, got {', '.join(sorted(unknown))}.")
@@ -264,6 +267,23 @@ def table(claims: list[Claim]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def settings(args: argparse.Namespace, steps: int, todo: dict[Path, list[str]]) -> dict:
+    """What the results were made with: machine, versions, commit, flags."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
+    return {
+        "scale": args.scale,
+        "seeds": list(range(args.seeds)),
+        "steps": steps,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores",
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip() if commit and commit.returncode == 0 else None,
+        "flags": {path.name: " ".join(flags) for path, flags in todo.items()},
+    }
+
+
 def paper_commands(names: list[str], data: str | None) -> list[str]:
     """The commands of the paper's runs, one a line; the largest want several machines."""
     presets = dict.fromkeys(preset for name in names for preset in PAPER[name])
@@ -325,6 +345,11 @@ def main(argv=None) -> int:
     claims = judge(finished, results)
     text = table(claims)
     (args.out / "table.md").write_text(text)
+    (args.out / "settings.json").write_text(json.dumps(settings(args, steps, todo), indent=1) + "\n")
+    if args.publish:
+        Path(args.publish).mkdir(parents=True, exist_ok=True)
+        for path in (*args.out.glob("*.png"), args.out / "table.md", args.out / "settings.json"):
+            shutil.copy(path, args.publish)
     print(text)
     print(f"figures and numbers: {args.out}")
     return int(any(claim.id == "T1" and claim.verdict != "holds" for claim in claims))
