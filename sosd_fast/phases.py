@@ -14,9 +14,10 @@ run.
 4. The onset is the knot at which the first fall ends that ends for good; the sharpest, where it has several. A fall is
    a run of pieces that slope down, the last by more than two standard errors. Its size beyond what the later slope
    would have made of the same time is at least `LEAST_FALL` and `DEVIATIONS` standard deviations of single values on
-   the floor (y after the knot, about a straight line). For good means that the fit nowhere climbs back more than half
-   of it, and that its mean slope from there to the end is at most half as steep as the fall's last piece. (Not zero:
-   weights grow, and the same updates then move the spectrum less and less.)
+   the floor (y after the knot, about a straight line). For good means that v itself (the fit times lr) nowhere climbs
+   back more than half of it, and that the mean slope of y from there to the end is at most half as steep as the fall's
+   last piece. (Not zero: weights grow, and the same updates then move the spectrum less and less. And v, not y: under
+   a decay to a tenth, v of embeddings and heads stays on its floor, and y rises.)
 5. There is none where no fall is that large, or where `AFTER` of log t has not passed since.
 
 Measured on noise of Student's t with 3 degrees of freedom around straight lines of slope 0, -0.4 and -1, an onset is
@@ -68,8 +69,8 @@ class OnsetDetector:
     """
 
     def __init__(self):
-        self._bins: list[tuple[float, float, int, float]] = []  # log step, median of y, values, their deviation
-        self._open: list[tuple[int, float]] = []
+        self._bins: list[tuple[float, ...]] = []  # log step, median of y, values, their deviation, log rate
+        self._open: list[tuple[int, float, float]] = []
         self._step = 0
 
     def update(self, step: int, variation: float | None, lr: float = 1.0):
@@ -86,7 +87,7 @@ class OnsetDetector:
             self._open = []
         stride = max(1, int(step * (2 ** (1 / BINS) - 1)) // BIN_VALUES)
         if not self._open or step - self._open[-1][0] >= stride:
-            self._open.append((step, math.log(variation / lr)))
+            self._open.append((step, math.log(variation / lr), math.log(lr)))
 
     def onset(self) -> Kink | None:
         """Returns the onset as the values so far show it, or None; later values may put it off."""
@@ -98,10 +99,10 @@ class OnsetDetector:
         bins = self._bins + ([_close(self._open)] if self._open else [])
         if len(bins) < 8:
             return None
-        x, y, n, spread = np.array(bins).T
+        x, y, n, spread, rate = np.array(bins).T
         if axes == "linear":
-            return _Fit(np.exp(x), np.exp(y), n, spread, unit=float)
-        return _Fit(x, _median3(y), np.minimum(n, 4), spread)
+            return _Fit(np.exp(x), np.exp(y), n, spread, rate, unit=float)
+        return _Fit(x, _median3(y), np.minimum(n, 4), spread, rate)
 
 
 def onset_of_stability(
@@ -225,10 +226,11 @@ def _bin(step: int) -> int:
     return math.floor(BINS * math.log2(step) + 1e-9)
 
 
-def _close(values: list[tuple[int, float]]) -> tuple[float, float, int, float]:
-    steps, y = np.array(values, dtype=float).T
+def _close(values: list[tuple[int, float, float]]) -> tuple[float, ...]:
+    steps, y, rate = np.array(values, dtype=float).T
     median = np.median(y)
-    return float(np.log(steps).mean()), float(median), len(values), float(1.4826 * np.median(np.abs(y - median)))
+    deviation = 1.4826 * np.median(np.abs(y - median))
+    return float(np.log(steps).mean()), float(median), len(values), float(deviation), float(rate.mean())
 
 
 def _median3(y: np.ndarray) -> np.ndarray:
@@ -242,8 +244,8 @@ def _median3(y: np.ndarray) -> np.ndarray:
 class _Fit:
     """Continuous piecewise linear least squares of y on x with weights w; knots are indices into `grid`."""
 
-    def __init__(self, x, y, w, spread, unit=math.exp):
-        self.x, self.y, self.spread, self.n, self._unit = x, y, spread, len(x), unit
+    def __init__(self, x, y, w, spread, rate, unit=math.exp):
+        self.x, self.y, self.spread, self.rate, self.n, self._unit = x, y, spread, rate, len(x), unit
         self.grid = np.sort(np.concatenate([x, (x[1:] + x[:-1]) / 2]))  # a knot may fall between two bins
         self._sqrt_w = np.sqrt(w)
         self._y = y * self._sqrt_w
@@ -301,6 +303,13 @@ class _Fit:
         heights = coefficients[0] + coefficients[1] * ends[0] + np.append(0, np.cumsum(slopes * np.diff(ends)))
         return heights, slopes, np.sqrt(np.diag(covariance))
 
+    def climb_after(self, heights, knots, i) -> float:
+        """The most by which the fit plus the log rate exceeds what it is at knot i, afterwards."""
+        ends = np.array([self.x[0], *self.grid[knots], self.x[-1]])
+        after = self.x[self.x >= self.grid[knots[i]]]
+        curve = np.interp(after, ends, heights) + np.interp(after, self.x, self.rate)
+        return curve.max() - heights[i + 1] - np.interp(self.grid[knots[i]], self.x, self.rate)
+
     def deviation_after(self, knot: int) -> float:
         """The standard deviation of single values after a knot, about a straight line."""
         after = self.x > self.grid[knot]
@@ -339,7 +348,7 @@ def _first_floor(fit: _Fit) -> Kink | None:
         if slopes[i] + 2 * errors[i] >= 0 or left < AFTER:
             continue
         fall = heights[top] - heights[i + 1]
-        climb = max(heights[i + 1 :]) - heights[i + 1]
+        climb = fit.climb_after(heights, knots, i)
         drift = (heights[-1] - heights[i + 1]) / left
         lasted = fit.grid[knot] - (fit.grid[knots[top - 1]] if top else fit.x[0])
         excess = fall + min(drift, 0) * lasted

@@ -79,6 +79,12 @@ def test_a_clear_impulse_is_found_wherever_it_ends(at, height, steepness, scale,
     assert (scaled.step, scaled.low, scaled.high) == (found.step, found.low, found.high)
 
 
+def test_a_floor_that_does_not_follow_the_learning_rate_is_one():
+    lr = SCHEDULES["cosine"](STEPS)
+    v = np.exp(impulse(height=2) + 0.1 * np.random.default_rng(0).standard_normal(len(STEPS)))
+    assert onset_of_stability(STEPS, v, lr) == pytest.approx(60, rel=0.1)
+
+
 def test_outliers_do_not_decide():
     curve = np.exp(impulse() + 0.05 * np.random.default_rng(0).standard_normal(len(STEPS)))
     clean = onset_of_stability(STEPS, curve)
