@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import logging
+import sys
 
 import torch
+from torch import Tensor
 
 log = logging.getLogger("sosd_fast")  # not warnings: made into errors, those would end a training run
 
@@ -12,6 +14,33 @@ try:
     from sosd_fast import _C
 except ImportError:  # not built: every op then runs its torch path
     _C = None
+
+triton = tl = None
+# Its import takes half a second, so a torch without CUDA leaves it out, unless someone has it already (the tests do).
+if torch.version.cuda is not None or "triton" in sys.modules:
+    with contextlib.suppress(ImportError):
+        import triton
+        import triton.language as tl
+
+interpreted = False  # tests set it: CPU tensors then take the Triton kernels, in Triton's interpreter
+
+
+def on_triton(tensor: Tensor) -> bool:
+    """Whether the Triton kernels take this tensor; warns once where a CUDA tensor has to do without them."""
+    if tensor.device.type == "cpu":
+        return interpreted
+    if tensor.is_cuda and triton is None:
+        warn_no_triton()
+    return tensor.is_cuda and triton is not None
+
+
+@functools.cache
+def warn_no_triton():
+    """Warns, once a process, that the GPU kernels are missing."""
+    log.warning(
+        "sosd_fast: Triton is not installed, so CUDA tensors take slower torch operations. "
+        "Install it with `pip install triton`; `python -m sosd_fast doctor` shows the paths.",
+    )
 
 
 @functools.cache

@@ -13,6 +13,98 @@ import torch
 from torch import Tensor
 
 from sosd_fast import kernels
+from sosd_fast.kernels import tl, triton
+
+BLOCK = 1024  # values at once; longer spectra take several turns
+
+if triton is not None:
+
+    @triton.jit
+    def _singular_distribution_kernel(
+        S_ptr,  # (B, r), by strides
+        previous_ptr,
+        reference_ptr,
+        sd_ptr,  # (B, r)
+        statistics_ptr,  # (B, 12) float64
+        r,
+        stride_S,
+        step_S,
+        stride_previous,
+        step_previous,
+        stride_reference,
+        step_reference,
+        HAS_PREVIOUS: tl.constexpr,
+        HAS_REFERENCE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        S_ptr += row * stride_S
+        previous_ptr += row * stride_previous
+        reference_ptr += row * stride_reference
+        lanes = tl.arange(0, BLOCK)
+        zeros = tl.zeros([BLOCK], tl.float64)
+        total, total_previous = zeros, zeros
+        largest = tl.full([BLOCK], -float("inf"), tl.float64)
+        smallest = tl.full([BLOCK], float("inf"), tl.float64)
+        for first in range(0, r, BLOCK):
+            i = first + lanes
+            inside = i < r
+            x = tl.load(S_ptr + i * step_S, mask=inside, other=0.0).to(tl.float64)
+            total += x
+            largest = tl.where(inside, tl.maximum(largest, x), largest)
+            smallest = tl.where(inside, tl.minimum(smallest, x), smallest)
+            if HAS_PREVIOUS:
+                total_previous += tl.load(previous_ptr + i * step_previous, mask=inside, other=0.0).to(tl.float64)
+        nuclear = tl.sum(total, axis=0)
+        nuclear_previous = tl.sum(total_previous, axis=0)
+
+        squares, fourths, entropies, l2, l1, products, squares_reference = zeros, zeros, zeros, zeros, zeros, zeros, zeros
+        linf = zeros
+        for first in range(0, r, BLOCK):
+            i = first + lanes
+            inside = i < r
+            x = tl.load(S_ptr + i * step_S, mask=inside, other=0.0).to(tl.float64)
+            p = x / nuclear
+            tl.store(sd_ptr + row * r + i, p.to(sd_ptr.dtype.element_ty), mask=inside)
+            p = tl.where(inside, p, 0.0)  # a zero spectrum: 0 / 0 beyond its end too
+            square = p * p
+            squares += square
+            fourths += square * square
+            entropies -= tl.where(p == 0, 0.0, p * tl.log(tl.where(p == 0, 1.0, p)))
+            if HAS_PREVIOUS:
+                q = tl.load(previous_ptr + i * step_previous, mask=inside, other=0.0).to(tl.float64)
+                d = tl.abs(p - tl.where(inside, q / nuclear_previous, 0.0))
+                l2 += d * d
+                l1 += d
+                linf = tl.maximum(linf, d)
+            if HAS_REFERENCE:
+                q = tl.load(reference_ptr + i * step_reference, mask=inside, other=0.0).to(tl.float64)
+                products += p * q
+                squares_reference += q * q
+
+        # maximum and minimum drop NaN; the sums keep it
+        sum_l1 = tl.sum(l1, axis=0)
+        sigma_max, sigma_min = tl.max(largest, axis=0), tl.min(smallest, axis=0)
+        sigma_max = tl.where(nuclear == nuclear, sigma_max, nuclear)
+        sigma_min = tl.where(nuclear == nuclear, sigma_min, nuclear)
+        square = tl.sum(squares, axis=0)
+        entropy = tl.sum(entropies, axis=0)
+        p_max = sigma_max / nuclear
+        out = statistics_ptr + row * 12
+        if HAS_PREVIOUS:
+            tl.store(out, tl.sqrt(tl.sum(l2, axis=0)))
+            tl.store(out + 1, sum_l1)
+            tl.store(out + 2, tl.where(sum_l1 == sum_l1, tl.max(linf, axis=0), sum_l1))
+        if HAS_REFERENCE:
+            tl.store(out + 3, tl.sum(products, axis=0) / tl.sqrt(square * tl.sum(squares_reference, axis=0)))
+        tl.store(out + 4, nuclear)
+        tl.store(out + 5, tl.where(nuclear == 0, 0.0, nuclear * tl.sqrt(square)))
+        tl.store(out + 6, sigma_max)
+        tl.store(out + 7, sigma_min)
+        tl.store(out + 8, square / (p_max * p_max))
+        tl.store(out + 9, tl.exp(entropy))
+        tl.store(out + 10, entropy)
+        tl.store(out + 11, square * square / tl.sum(fourths, axis=0))
 
 
 class Distribution(NamedTuple):
@@ -56,23 +148,47 @@ def singular_distribution(S: Tensor, previous: Tensor | None = None, reference: 
     for name, other in (("previous", previous), ("reference", reference)):
         if other is not None:
             _check(name, other, S)
-    if S.device.type != "cpu":
-        return singular_distribution_ref(S, previous, reference)
-    if kernels._C is None:
-        kernels.warn_no_extension()
+    triton_takes_it = kernels.on_triton(S)
+    if not triton_takes_it and (S.device.type != "cpu" or kernels._C is None):
+        if S.device.type == "cpu":
+            kernels.warn_no_extension()
         return singular_distribution_ref(S, previous, reference)
 
-    rows = (t if t is None else t.detach().to(S.dtype).reshape(-1, S.shape[-1]) for t in (S, previous, reference))
-    S2, previous2, reference2 = (t if t is None else t.contiguous().numpy() for t in rows)
+    rows = [t if t is None else t.detach().reshape(-1, S.shape[-1]) for t in (S, previous, reference)]
     sd = torch.empty_like(S, memory_format=torch.contiguous_format, requires_grad=False)
-    statistics = torch.empty(S2.shape[0], len(Distribution._fields) - 1, dtype=torch.float64)
-    kernels._C.singular_distribution(S2, previous2, reference2, sd.view(S2.shape).numpy(), statistics.numpy())
+    statistics = torch.empty(rows[0].shape[0], len(Distribution._fields) - 1, dtype=torch.float64, device=S.device)
+    if triton_takes_it:
+        _launch(*rows, sd, statistics)
+    else:
+        S2, previous2, reference2 = (t if t is None else t.to(S.dtype).contiguous().numpy() for t in rows)
+        kernels._C.singular_distribution(S2, previous2, reference2, sd.view(S2.shape).numpy(), statistics.numpy())
     columns = [column.reshape(S.shape[:-1]) for column in statistics.unbind(1)]
     if previous is None:
         columns[:3] = [None] * 3
     if reference is None:
         columns[3] = None
     return Distribution(sd, *columns)
+
+
+def _launch(S: Tensor, previous: Tensor | None, reference: Tensor | None, sd: Tensor, statistics: Tensor):
+    if not S.shape[0]:
+        return
+    strides = {}
+    for name, t in (("S", S), ("previous", previous), ("reference", reference)):
+        strides[f"stride_{name}"], strides[f"step_{name}"] = (0, 0) if t is None else t.stride()
+    _singular_distribution_kernel[(S.shape[0],)](
+        S_ptr=S,
+        previous_ptr=S if previous is None else previous,
+        reference_ptr=S if reference is None else reference,
+        sd_ptr=sd,
+        statistics_ptr=statistics,
+        r=S.shape[1],
+        **strides,
+        HAS_PREVIOUS=previous is not None,
+        HAS_REFERENCE=reference is not None,
+        BLOCK=min(BLOCK, triton.next_power_of_2(S.shape[1])),
+        num_warps=4,
+    )
 
 
 def singular_distribution_ref(S: Tensor, previous=None, reference=None) -> Distribution:

@@ -1,7 +1,27 @@
+import importlib.util
 import logging
+import os
 
+import numpy as np
 import pytest
 import torch
+
+if importlib.util.find_spec("triton"):  # before sosd_fast, which then defines its kernels
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    from triton import knobs
+    from triton.runtime import interpreter
+
+    import sosd_fast  # noqa: F401
+
+    if os.environ.pop("TRITON_INTERPRET", None):  # not for the processes that tests start
+        knobs.runtime.interpret = True
+
+    def patch_index(tensor, scope, patch=interpreter._patch_lang_tensor):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())  # NumPy 2.4 refuses int(array([1]))
+
+    interpreter._patch_lang_tensor = patch_index
 
 from sosd_fast import kernels
 
@@ -25,3 +45,16 @@ def path(request, monkeypatch):
     else:
         assert kernels._C is not None, "the C++ extension is not built"
     return request.param
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Where the Triton kernels run: on the GPU, or in Triton's interpreter on CPU tensors."""
+    if torch.cuda.is_available():
+        yield "cuda"
+        return
+    if kernels.triton is None:
+        pytest.skip("Triton is not installed")
+    monkeypatch.setattr(kernels, "interpreted", True)
+    with np.errstate(all="ignore"):  # NaN and Inf are values on a GPU
+        yield "cpu"

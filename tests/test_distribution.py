@@ -8,6 +8,15 @@ from sosd_fast import kernels
 from sosd_fast.kernels.distribution import singular_distribution, singular_distribution_ref
 
 
+@pytest.fixture(params=["extension", "torch", "triton"])
+def place(request):
+    """Runs a test on each path, and says on which device: the C++ kernels, torch's operations, the Triton kernel."""
+    if request.param == "triton":
+        return request.getfixturevalue("device")
+    request.getfixturevalue("monkeypatch").setattr(kernels, "_C", kernels._C if request.param == "extension" else None)
+    return "cpu"
+
+
 def spectra(*shape, dtype=torch.float64, seed=0):
     S = torch.rand(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     return S.sort(-1, descending=True).values.to(dtype)
@@ -15,8 +24,8 @@ def spectra(*shape, dtype=torch.float64, seed=0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(1,), (5,), (3, 127), (2, 4, 64), (0, 8)], ids=str)
-def test_against_the_reference(path, dtype, shape):
-    S, previous, reference = (spectra(*shape, dtype=dtype, seed=i) for i in range(3))
+def test_against_the_reference(place, dtype, shape):
+    S, previous, reference = (spectra(*shape, dtype=dtype, seed=i).to(place) for i in range(3))
     copies = [t.clone() for t in (S, previous, reference)]
     d = singular_distribution(S, previous, reference)
     expected = singular_distribution_ref(S.double(), previous.double(), reference.double())
@@ -29,10 +38,9 @@ def test_against_the_reference(path, dtype, shape):
     assert all(torch.equal(a, b) for a, b in zip((S, previous, reference), copies, strict=True))
 
 
-def test_by_hand(path):
+def test_by_hand(place):
     d = sosd_fast.singular_distribution(
-        torch.tensor([3.0, 1.0], dtype=torch.float64), previous=torch.tensor([1.0, 1.0], dtype=torch.float64),
-        reference=torch.tensor([4.0, 3.0], dtype=torch.float64),
+        *torch.tensor([[3.0, 1.0], [1.0, 1.0], [4.0, 3.0]], dtype=torch.float64, device=place)
     )  # fmt: skip
     assert d.sd.tolist() == [0.75, 0.25]
     assert d.variation_l2.item() == pytest.approx(math.sqrt(0.125))
@@ -48,14 +56,14 @@ def test_by_hand(path):
     assert d.participation_ratio.item() == pytest.approx(100 / 82)
 
 
-def test_each_row_is_compared_with_its_own(path):
-    S = spectra(4, 50)
+def test_each_row_is_compared_with_its_own(place):
+    S = spectra(4, 50).to(place)
     d = singular_distribution(S, S * 7, S)
     assert d.variation_l2.max() < 1e-16 and (d.cosine - 1).abs().max() < 1e-15
 
 
-def test_small_variations_survive(path):
-    S = spectra(1, 256)
+def test_small_variations_survive(place):
+    S = spectra(1, 256).to(place)
     other = S.clone()
     other[0, 0] += 1e-8 * S.sum()
     d = singular_distribution(S, other)
@@ -63,16 +71,16 @@ def test_small_variations_survive(path):
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_scale(path, scale):
-    S = spectra(2, 40)
+def test_scale(place, scale):
+    S = spectra(2, 40).to(place)
     plain, scaled = singular_distribution(S), singular_distribution((S * scale).float())
     for name in ("stable_rank", "effective_rank", "spectral_entropy", "participation_ratio"):
         torch.testing.assert_close(getattr(scaled, name), getattr(plain, name), rtol=1e-6, atol=0)
     torch.testing.assert_close(scaled.frobenius_norm / scale, plain.frobenius_norm, rtol=1e-6, atol=0)
 
 
-def test_zero_and_nan_spectra_give_nan_and_leave_the_others_alone(path):
-    S = spectra(4, 10)
+def test_zero_and_nan_spectra_give_nan_and_leave_the_others_alone(place):
+    S = spectra(4, 10).to(place)
     whole = singular_distribution(S, S.flip(-1), S)
     S[1] = 0
     S[2, 3] = math.nan
@@ -86,15 +94,22 @@ def test_zero_and_nan_spectra_give_nan_and_leave_the_others_alone(path):
     assert d.nuclear_norm[1] == d.frobenius_norm[1] == d.sigma_max[1] == 0
 
 
-def test_views(path):
-    S = spectra(6, 40)
+def test_spectra_longer_than_a_block(place):
+    S, previous = spectra(2, 2500, seed=1).to(place), spectra(2, 2500, seed=2).to(place).float()
+    d, expected = singular_distribution(S, previous, S.flip(0)), singular_distribution_ref(S, previous, S.flip(0))
+    for name in d._fields:
+        torch.testing.assert_close(getattr(d, name), getattr(expected, name), rtol=1e-7 if place == "cpu" else 1e-12, atol=0)
+
+
+def test_views(place):
+    S = spectra(6, 40).to(place)
     d, expected = singular_distribution(S[::2, ::2], S[1::2, ::2]), singular_distribution_ref(S[::2, ::2], S[1::2, ::2])
     torch.testing.assert_close(d.variation_l2, expected.variation_l2)
     torch.testing.assert_close(d.sd, expected.sd)
 
 
-def test_without_previous_and_reference(path):
-    d = singular_distribution(spectra(3))
+def test_without_previous_and_reference(place):
+    d = singular_distribution(spectra(3).to(place))
     assert d.variation_l2 is d.variation_l1 is d.variation_linf is d.cosine is None
 
 
