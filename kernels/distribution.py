@@ -58,7 +58,15 @@ if triton is not None:
         nuclear = tl.sum(total, axis=0)
         nuclear_previous = tl.sum(total_previous, axis=0)
 
-        squares, fourths, entropies, l2, l1, products, squares_reference = zeros, zeros, zeros, zeros, zeros, zeros, zeros
+        squares, fourths, entropies, l2, l1, products, squares_reference = (
+            zeros,
+            zeros,
+            zeros,
+            zeros,
+            zeros,
+            zeros,
+            zeros,
+        )
         linf = zeros
         for first in range(0, r, BLOCK):
             i = first + lanes

@@ -25,7 +25,8 @@ class Muon(torch.optim.Optimizer):
         ns_steps: iterations.
         adjust_lr_fn: "original" or None: sqrt(max(1, m / n)); "match_rms_adamw": 0.2 sqrt(max(m, n)).
 
-    The iteration runs in the dtype of the parameter; torch's runs in bfloat16.
+    Parameters of one shape are updated together. The iteration runs in half precision on CUDA, else in the dtype of the
+    gradient; torch's runs in bfloat16.
 
     Raises:
         ValueError: a parameter that is no matrix, or an unknown adjust_lr_fn.
@@ -81,19 +82,28 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            alike = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, group)
+                    alike.setdefault((p.shape, p.dtype, p.grad.dtype, p.device), []).append(p)
+            for params in alike.values():
+                self._update(params, group)
         return loss
 
-    def _update(self, p: Tensor, group: dict):
-        state = self.state[p]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(p.grad)
-        momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-        update = p.grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        update = newton_schulz(update, steps=group["ns_steps"], coefficients=group["ns_coefficients"], eps=group["eps"])
-        m, n = p.shape
+    def _update(self, params: list[Tensor], group: dict):
+        """Updates parameters of one shape, dtype and device together."""
+        grads = [p.grad for p in params]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+        momenta = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
+        updates = torch.stack([u.bfloat16() if u.is_cuda else u for u in updates])  # (B, m, n)
+        updates = newton_schulz(
+            updates, steps=group["ns_steps"], coefficients=group["ns_coefficients"], eps=group["eps"]
+        )
+        m, n = params[0].shape
         ratio = 0.2 * math.sqrt(max(m, n)) if group["adjust_lr_fn"] == "match_rms_adamw" else math.sqrt(max(1, m / n))
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.add_(update, alpha=-group["lr"] * ratio)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, list(updates.to(params[0].dtype).unbind(0)), alpha=-group["lr"] * ratio)

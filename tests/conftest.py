@@ -9,6 +9,7 @@ import torch
 if importlib.util.find_spec("triton"):  # before sosd_fast, which then defines its kernels
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language
     from triton import knobs
     from triton.runtime import interpreter
 
@@ -17,11 +18,22 @@ if importlib.util.find_spec("triton"):  # before sosd_fast, which then defines i
     if os.environ.pop("TRITON_INTERPRET", None):  # not for the processes that tests start
         knobs.runtime.interpret = True
 
-    def patch_index(tensor, scope, patch=interpreter._patch_lang_tensor):
+    def patch_tensor(tensor, scope, patch=interpreter._patch_lang_tensor):
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())  # NumPy 2.4 refuses int(array([1]))
 
-    interpreter._patch_lang_tensor = patch_index
+    def create_dot(self, a, b, *rest, dot=interpreter.InterpreterBuilder.create_dot):
+        # bfloat16 is kept as bits, which Triton 3.6 multiplies as integers
+        wide = [
+            interpreter.TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), triton.language.float32)
+            if t.dtype == triton.language.bfloat16
+            else t
+            for t in (a, b)
+        ]
+        return dot(self, *wide, *rest)
+
+    interpreter._patch_lang_tensor = patch_tensor
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 from sosd_fast import kernels
 

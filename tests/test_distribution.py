@@ -98,7 +98,9 @@ def test_spectra_longer_than_a_block(place):
     S, previous = spectra(2, 2500, seed=1).to(place), spectra(2, 2500, seed=2).to(place).float()
     d, expected = singular_distribution(S, previous, S.flip(0)), singular_distribution_ref(S, previous, S.flip(0))
     for name in d._fields:
-        torch.testing.assert_close(getattr(d, name), getattr(expected, name), rtol=1e-7 if place == "cpu" else 1e-12, atol=0)
+        torch.testing.assert_close(
+            getattr(d, name), getattr(expected, name), rtol=1e-7 if place == "cpu" else 1e-12, atol=0
+        )
 
 
 def test_views(place):

@@ -1,0 +1,197 @@
+r"""Symmetric product: out = alpha s^2 A B^T + beta C + shift I, one triangle computed and mirrored.
+
+With B = A = W or W^T it is the Gram matrix of the short side; with A = B = C = X X^T it is Newton-Schulz's b C + c C^2,
+and any product of its commuting polynomials in C.
+
+In float32 each product is three of TF32's on tensor cores (Ootomo & Yokota 2022, arXiv 2203.03341). Tensor cores round
+their sums towards zero, which would bias a long sum of squares by 1e-5, so the partial sum of each BLOCK_K columns is
+added to the total by ordinary, rounding additions.
+"""
+
+import torch
+from torch import Tensor
+
+from sosd_fast import kernels
+from sosd_fast.kernels import tl, triton
+
+# Shipped configurations, by input dtype.
+CONFIGS = {
+    torch.float32: {"BLOCK": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+    torch.bfloat16: {"BLOCK": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+    torch.float16: {"BLOCK": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+}
+
+if triton is not None:
+
+    @triton.jit
+    def _syrk_kernel(
+        A_ptr,  # (B, m, k), by strides
+        B_ptr,  # (B, m, k), by strides
+        C_ptr,  # (B, m, m), by strides
+        scale_ptr,  # (B,)
+        out_ptr,  # (B, m, m), contiguous
+        m,
+        k,
+        stride_ab,
+        stride_am,
+        stride_ak,
+        stride_bb,
+        stride_bm,
+        stride_bk,
+        stride_cb,
+        stride_cm,
+        stride_cn,
+        alpha,
+        beta,
+        shift,
+        HAS_C: tl.constexpr,
+        HAS_SCALE: tl.constexpr,
+        PRECISION: tl.constexpr,
+        ROUND: tl.constexpr,
+        BLOCK: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):
+        # tile 0 is (0, 0), tiles 1 and 2 are (1, 0) and (1, 1), ...
+        tile = tl.program_id(0)
+        row = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)
+        row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
+        row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
+        column = tile - row * (row + 1) // 2
+        batch = tl.program_id(1).to(tl.int64)
+
+        rows = row * BLOCK + tl.arange(0, BLOCK)
+        columns = column * BLOCK + tl.arange(0, BLOCK)
+        inner = tl.arange(0, BLOCK_K)
+        left_ptr = A_ptr + batch * stride_ab + rows.to(tl.int64)[:, None] * stride_am + inner[None, :] * stride_ak
+        right_ptr = B_ptr + batch * stride_bb + columns.to(tl.int64)[None, :] * stride_bm + inner[:, None] * stride_bk
+        total = tl.zeros([BLOCK, BLOCK], tl.float32)
+        if HAS_SCALE:
+            scale = tl.load(scale_ptr + batch).to(tl.float32)
+        for first in range(0, k, BLOCK_K):
+            left = tl.load(left_ptr, mask=(rows[:, None] < m) & (inner[None, :] < k - first), other=0.0)
+            right = tl.load(right_ptr, mask=(columns[None, :] < m) & (inner[:, None] < k - first), other=0.0)
+            if HAS_SCALE:
+                left = (left.to(tl.float32) * scale).to(A_ptr.dtype.element_ty)  # exact
+                right = (right.to(tl.float32) * scale).to(A_ptr.dtype.element_ty)
+            if ROUND:
+                # a nonzero bound keeps the compiler from folding the addition into the product
+                total += tl.dot(left, right, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_K)
+            else:
+                total = tl.dot(left, right, total, input_precision=PRECISION)
+            left_ptr += BLOCK_K * stride_ak
+            right_ptr += BLOCK_K * stride_bk
+
+        total *= alpha
+        lower = rows[:, None] >= columns[None, :]  # on the diagonal tile the other half may differ in the last bit
+        inside = (rows[:, None] < m) & (columns[None, :] < m) & lower
+        if HAS_C:
+            C_ptr += batch * stride_cb
+            C = tl.load(
+                C_ptr + rows.to(tl.int64)[:, None] * stride_cm + columns[None, :] * stride_cn, mask=inside, other=0.0
+            )
+            total += beta * C.to(tl.float32)
+        total += tl.where(rows[:, None] == columns[None, :], shift, 0.0)
+        result = total.to(out_ptr.dtype.element_ty)
+        out_ptr += batch * m * m
+        tl.store(out_ptr + rows.to(tl.int64)[:, None] * m + columns[None, :], result, mask=inside)
+        mirrored = (columns[:, None] < m) & (rows[None, :] < m) & (rows[None, :] > columns[:, None])
+        tl.store(out_ptr + columns.to(tl.int64)[:, None] * m + rows[None, :], tl.trans(result), mask=mirrored)
+
+
+def syrk(
+    A: Tensor,
+    B: Tensor | None = None,
+    C: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    shift: float = 0.0,
+    scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    rounded: bool = True,
+) -> Tensor:
+    """Computes alpha s^2 A B^T + beta C + shift I where that is symmetric; the result is so exactly.
+
+    Args:
+        A: (..., m, k), float64, float32, bfloat16 or float16, any strides. Not modified.
+        B: like A, such that A B^T is symmetric; None takes A itself. Not modified.
+        C: (..., m, m), symmetric, any strides. Not modified.
+        alpha: factor of the product.
+        beta: factor of C.
+        shift: added to the diagonal.
+        scale: (...), s, a power of two for each matrix, so that entries of any size neither overflow nor vanish.
+        out_dtype: of the result; float64 for float64, else float32.
+        rounded: add partial sums by rounding additions; Newton-Schulz in half precision does without.
+
+    Returns:
+        (..., m, m), contiguous.
+
+    Accuracy:
+        Half-precision A is widened exactly and float32 split in three, with float32 sums: entries err by
+        at most about 2^-21 |a_i| |a_j|. float64 runs in float64.
+
+    Raises:
+        ValueError: other dtypes, fewer than two dimensions, a C of another shape or device.
+    """
+    if not isinstance(A, Tensor) or A.ndim < 2 or A.dtype not in (*CONFIGS, torch.float64):
+        got = f"{tuple(A.shape)} {A.dtype}" if isinstance(A, Tensor) else type(A).__name__
+        raise ValueError(
+            f"syrk: expected matrices (..., m, k) in float64, float32, bfloat16 or float16, got A={got}. Convert them."
+        )
+    *batch, m, k = A.shape
+    if B is not None and (B.shape != A.shape or B.device != A.device or B.dtype != A.dtype):
+        raise ValueError(
+            f"syrk: expected B like A, {tuple(A.shape)} {A.dtype} on {A.device}, got B={tuple(B.shape)} {B.dtype} on "
+            f"{B.device}. Leave it out for A A^T."
+        )
+    if C is not None and (C.shape != (*batch, m, m) or C.device != A.device):
+        raise ValueError(
+            f"syrk: expected C of shape {(*batch, m, m)} on {A.device}, got C={tuple(C.shape)} on {C.device}. "
+            "Its sides are the rows of A."
+        )
+    out_dtype = out_dtype or (torch.float64 if A.dtype == torch.float64 else torch.float32)
+    if A.dtype == torch.float64 or not A.numel() or not kernels.on_triton(A):
+        return syrk_ref(A, B, C, alpha=alpha, beta=beta, shift=shift, scale=scale, out_dtype=out_dtype)
+    A, B, C = (None if t is None else t.detach().reshape(-1, *t.shape[-2:]) for t in (A, A if B is None else B, C))
+    out = torch.empty(*batch, m, m, dtype=out_dtype, device=A.device)
+    config = CONFIGS[A.dtype]
+    tiles = triton.cdiv(m, config["BLOCK"])
+    # the batch is the second dimension of the grid, which ends at 65535
+    for first in range(0, A.shape[0], 65535):
+        some = slice(first, first + 65535)
+        _syrk_kernel[(tiles * (tiles + 1) // 2, A[some].shape[0])](
+            A_ptr=A[some],
+            B_ptr=B[some],
+            C_ptr=A if C is None else C[some],
+            scale_ptr=A if scale is None else scale.reshape(-1)[some],
+            out_ptr=out.view(-1, m, m)[some],
+            m=m,
+            k=k,
+            **dict(zip(("stride_ab", "stride_am", "stride_ak"), A.stride(), strict=True)),
+            **dict(zip(("stride_bb", "stride_bm", "stride_bk"), B.stride(), strict=True)),
+            **dict(zip(("stride_cb", "stride_cm", "stride_cn"), (0, 0, 0) if C is None else C.stride(), strict=True)),
+            alpha=float(alpha),
+            beta=float(beta),
+            shift=float(shift),
+            HAS_C=C is not None,
+            HAS_SCALE=scale is not None,
+            PRECISION="tf32x3",
+            ROUND=rounded,
+            **config,
+        )
+    return out
+
+
+def syrk_ref(A: Tensor, B=None, C=None, *, alpha=1.0, beta=0.0, shift=0.0, scale=None, out_dtype=None) -> Tensor:
+    """`syrk` in plain torch: products in float32, or in float64 where A is."""
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    A, B = (t.detach().to(dtype) for t in (A, A if B is None else B))
+    if scale is not None:
+        A, B = (t * scale[..., None, None].to(dtype) for t in (A, B))
+    with kernels.full_precision(A.device.type):
+        out = alpha * (A @ B.mT)
+    if C is not None:
+        out += beta * C.to(A.dtype)
+    out.diagonal(dim1=-2, dim2=-1).add_(shift)
+    lower = out.tril()
+    return (lower + out.tril(-1).mT).to(out_dtype or A.dtype)

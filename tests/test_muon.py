@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+import sosd_fast
+
+OPTIONS = [
+    {"lr": 0.02},
+    {"lr": 0.02, "nesterov": False, "weight_decay": 0.0},
+    {"lr": 0.02, "adjust_lr_fn": "match_rms_adamw", "momentum": 0.9},
+]
+NAMES = ["default", "no nesterov", "match rms"]
+
+
+def train(optimizer_class, steps=20, **options):
+    torch.manual_seed(0)
+    shapes = ((30, 50), (50, 30), (40, 40), (30, 50), (20, 90), (30, 50))  # of one shape are updated together
+    weights = [torch.nn.Parameter(0.1 * torch.randn(s)) for s in shapes]
+    targets = [torch.randn_like(w) for w in weights]
+    optimizer = optimizer_class(weights, **options)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum((w - t).square().mean() for w, t in zip(weights, targets, strict=True)).backward()
+        optimizer.step()
+    return torch.cat([w.detach().flatten() for w in weights])
+
+
+class PlainMuon(torch.optim.Optimizer):
+    """The rule, matrix by matrix, in float32."""
+
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn=None):
+        super().__init__(params, {})
+        self.rule = lr, weight_decay, momentum, nesterov, adjust_lr_fn
+
+    @torch.no_grad()
+    def step(self):
+        lr, weight_decay, momentum, nesterov, adjust = self.rule
+        for p in self.param_groups[0]["params"]:
+            M = self.state[p].get("M", torch.zeros_like(p)) * momentum + (1 - momentum) * p.grad
+            self.state[p]["M"] = M
+            X = (1 - momentum) * p.grad + momentum * M if nesterov else M
+            m, n = p.shape
+            X = X.T if m > n else X
+            X = X / X.norm()
+            for _ in range(5):
+                A = X @ X.T
+                X = 3.4445 * X + (-4.775 * A + 2.0315 * A @ A) @ X
+            X = X.T if m > n else X
+            ratio = 0.2 * max(m, n) ** 0.5 if adjust else max(1, m / n) ** 0.5
+            p.copy_(p - lr * weight_decay * p - lr * ratio * X)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
+def test_muon_agrees_with_the_plain_rule(options):
+    ours, plain = train(sosd_fast.Muon, **options), train(PlainMuon, **options)
+    assert (ours - plain).norm() <= 1e-5 * plain.norm()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch < 2.9 has no Muon to compare with")
+def test_muon_agrees_with_torch(options):
+    ours, theirs = train(sosd_fast.Muon, **options), train(torch.optim.Muon, **options)
+    assert (ours - theirs).norm() <= 2e-2 * theirs.norm()  # torch iterates in bfloat16
+
+
+def test_muon_refuses_what_is_no_matrix():
+    with pytest.raises(ValueError, match=r"Muon: expected matrices, got a parameter of shape \(3,\)"):
+        sosd_fast.Muon([torch.nn.Parameter(torch.ones(3))])
+    with pytest.raises(ValueError, match="got adjust_lr_fn='rms'"):
+        sosd_fast.Muon([torch.nn.Parameter(torch.ones(3, 3))], adjust_lr_fn="rms")
+    with pytest.raises(ValueError, match="got lr=-1"):
+        sosd_fast.Muon([torch.nn.Parameter(torch.ones(3, 3))], lr=-1)
+
+
+def test_muon_takes_a_closure_and_skips_what_has_no_gradient():
+    used, unused = (torch.nn.Parameter(torch.ones(3, 3)) for _ in range(2))
+    optimizer = sosd_fast.Muon([used, unused], lr=0.1, weight_decay=0.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = used.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 9
+    assert not torch.equal(used, torch.ones(3, 3)) and torch.equal(unused, torch.ones(3, 3))
