@@ -20,7 +20,7 @@ triton = tl = None
 if torch.version.cuda is not None or "triton" in sys.modules:
     with contextlib.suppress(ImportError):
         import triton
-        import triton.language as tl
+        import triton.language as tl  # noqa: F401
 
 interpreted = False  # tests set it: CPU tensors then take the Triton kernels, in Triton's interpreter
 

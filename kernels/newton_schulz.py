@@ -112,12 +112,12 @@ def _iterate(G: Tensor, triples, eps: float, form: str, symmetric: bool) -> Tens
 
 
 def _multiply(A: Tensor, B: Tensor, symmetric: bool) -> Tensor:
-    """A B^T, for a symmetric result."""
+    """Returns A B^T, which is symmetric."""
     return syrk(A, B, out_dtype=A.dtype, rounded=False) if symmetric else A @ B.mT
 
 
 def _polynomial(A: Tensor, a: float, b: float, c: float, symmetric: bool) -> Tensor:
-    """a I + b A + c A^2, of a symmetric A."""
+    """Returns a I + b A + c A^2, of a symmetric A."""
     if symmetric:
         return syrk(A, C=A, alpha=c, beta=b, shift=a, out_dtype=A.dtype, rounded=False)
     P = torch.baddbmm(A, A, A, beta=b, alpha=c) if A.ndim == 3 else (A @ A).mul_(c).add_(A, alpha=b)
