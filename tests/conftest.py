@@ -15,8 +15,8 @@ if importlib.util.find_spec("triton"):  # before sosd_fast, which then defines i
 
     import sosd_fast  # noqa: F401
 
-    if os.environ.pop("TRITON_INTERPRET", None):  # not for the processes that tests start
-        knobs.runtime.interpret = True
+    knobs.runtime.interpret = not torch.cuda.is_available()
+    os.environ.pop("TRITON_INTERPRET", None)  # not for the processes that tests start
 
     def patch_tensor(tensor, scope, patch=interpreter._patch_lang_tensor):
         patch(tensor, scope)
