@@ -1,0 +1,332 @@
+r"""Householder reduction of symmetric matrices to tridiagonal form, in panels.
+
+Column j of a panel is updated by the panel's finished reflectors, a = A_j - V W_j^T - W V_j^T, and reflected:
+v = (a - beta e_1) / (a_1 - beta), tau = (beta - a_1) / beta. Then, with y = A v and the unmodified trailing A,
+p = y - V (W^T v) - W (V^T v) and w = tau (p - 1/2 tau (p^T v) v). After the panel A <- A - V W^T - W V^T.
+
+Reading A costs most: r^3 / 6 elements, of one triangle. Several programs share a matrix where there are few matrices.
+Everything but y, V^T v, W^T v and the trailing update is computed by each of them alike, bit for bit, so that they need
+to wait for one another once a column only.
+
+Source: Dongarra, Hammarling & Sorensen (1989); LAPACK sytrd and latrd.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from sosd_fast import kernels
+from sosd_fast.kernels import tl, triton
+
+PANEL = 16
+ALIGNED = 16  # elements: passes over rows begin at a multiple
+# Shipped configurations: tiles of ROWS x COLUMNS with four of a row (two in float64) to a thread, so that sums over
+# rows stay inside a thread, and at most 128 registers, so that PER_SM programs share a multiprocessor.
+CONFIGS = {
+    torch.float32: {"ROWS": 8, "COLUMNS": 512, "num_warps": 4},
+    torch.float64: {"ROWS": 8, "COLUMNS": 256, "num_warps": 4},
+}
+PER_SM = 4
+MOST_PROGRAMS = 16  # to a matrix
+
+if triton is not None:
+
+    @triton.jit
+    def _wait(counter_ptr, arrivals, COOPERATIVE: tl.constexpr):
+        """Waits for all threads of the matrix; the counter has then seen that many arrivals."""
+        tl.debug_barrier()
+        if COOPERATIVE:
+            tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+            while tl.atomic_add(counter_ptr, 0, sem="acq_rel", scope="gpu") < arrivals:
+                pass
+            tl.debug_barrier()
+
+    @triton.jit
+    def _tridiagonal_kernel(
+        A_ptr,  # (B, r, r) contiguous; the upper triangle is read and overwritten
+        d_ptr,  # (B, r)
+        e_ptr,  # (B, r)
+        tau_ptr,  # (B, r)
+        panel_ptr,  # (B, 2 PANEL, pitch): V_0 W_0 V_1 W_1 ...
+        y_ptr,  # (B, 2, programs + 1, pitch): parts of A v, of this event and the last
+        t_ptr,  # (B, 2, 2 PANEL): V_0^T v, W_0^T v, V_1^T v ...
+        counter_ptr,  # (B, 32) zeros
+        r,
+        pitch,
+        programs,
+        first_event,
+        last_event,
+        COOPERATIVE: tl.constexpr,
+        PANEL: tl.constexpr,
+        ALIGNED: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+    ):
+        matrix = tl.program_id(0).to(tl.int64)
+        program = tl.program_id(1)
+        dtype = A_ptr.dtype.element_ty
+        A_ptr += matrix * r * r
+        d_ptr += matrix * r
+        e_ptr += matrix * r
+        tau_ptr += matrix * r
+        panel_ptr += matrix * 2 * PANEL * pitch
+        y_ptr += matrix * 2 * (programs + 1) * pitch
+        t_ptr += matrix * 4 * PANEL
+        counter_ptr += matrix * 32
+        lanes = tl.arange(0, COLUMNS)
+        strip = tl.arange(0, ROWS)
+        reflectors = tl.arange(0, PANEL)
+
+        # An event is a column, or the update before the first column of a panel.
+        for event in range(first_event, last_event):
+            if event > first_event:
+                _wait(counter_ptr, programs * (event - first_event), COOPERATIVE)
+            block = event // (PANEL + 1)
+            step = event % (PANEL + 1)
+            updates = step == 0
+            j = block * PANEL + tl.maximum(step - 1, 0)
+            finished = tl.where(updates, PANEL, step - 1)  # reflectors in the panel, the last one still without its w
+            q = tl.maximum(finished - 1, 0)
+            start = j // ALIGNED * ALIGNED
+            y_now = y_ptr + (event % 2) * (programs + 1) * pitch
+            y_last = y_ptr + ((event + 1) % 2) * (programs + 1) * pitch
+            t_now = t_ptr + (event % 2) * 2 * PANEL
+            t_last = t_ptr + ((event + 1) % 2) * 2 * PANEL
+            own = y_now + (program + 1) * pitch
+
+            # the last reflector's w, from y = A v
+            tau = tl.zeros([], dtype)
+            half_dot = tl.zeros([], dtype)  # 1/2 tau p^T v
+            w_j = tl.zeros([], dtype)
+            if finished > 0:
+                tau = tl.load(tau_ptr + j - 1)
+                products = tl.zeros([COLUMNS], dtype)
+                for i0 in range(start, r, COLUMNS):
+                    i = i0 + lanes
+                    inside = (i >= j) & (i < r)
+                    v = tl.load(panel_ptr + 2 * q * pitch + i, mask=inside, other=0.0)
+                    for part in range(programs + 1):
+                        products += v * tl.load(y_last + part * pitch + i, mask=inside, other=0.0)
+                earlier = reflectors < q
+                t_v = tl.load(t_last + 2 * reflectors, mask=earlier, other=0.0)
+                t_w = tl.load(t_last + 2 * reflectors + 1, mask=earlier, other=0.0)
+                row_v = tl.load(panel_ptr + 2 * reflectors * pitch + j, mask=earlier, other=0.0)
+                row_w = tl.load(panel_ptr + (2 * reflectors + 1) * pitch + j, mask=earlier, other=0.0)
+                half_dot = 0.5 * tau * (tl.sum(products, axis=0) - 2.0 * tl.sum(t_v * t_w, axis=0))
+                w_j = -tl.sum(row_v * t_w + row_w * t_v, axis=0) - half_dot
+                for part in range(programs + 1):
+                    w_j += tl.load(y_last + part * pitch + j)
+                w_j *= tau
+
+            # one pass over the panel: w, and column j of the updated matrix into `own`
+            squares = tl.zeros([COLUMNS], dtype)
+            head = tl.zeros([COLUMNS], dtype)
+            subhead = tl.zeros([COLUMNS], dtype)
+            for i0 in range(start, r, COLUMNS):
+                i = i0 + lanes
+                inside = (i >= j) & (i < r)
+                a = tl.load(A_ptr + j * r + i, mask=inside, other=0.0)
+                if finished > 0:
+                    w = tl.zeros([COLUMNS], dtype)
+                    for part in range(programs + 1):
+                        w += tl.load(y_last + part * pitch + i, mask=inside, other=0.0)
+                    for m0 in range(0, 2 * q, ROWS):
+                        m = m0 + strip
+                        earlier = m < 2 * q
+                        tile = tl.load(
+                            panel_ptr + m[:, None] * pitch + i[None, :],
+                            mask=earlier[:, None] & inside[None, :],
+                            other=0.0,
+                        )
+                        # V goes with W's coefficients, and W with V's
+                        t = tl.load(t_last + (m ^ 1), mask=earlier, other=0.0)
+                        row = tl.load(panel_ptr + (m ^ 1) * pitch + j, mask=earlier, other=0.0)
+                        w -= tl.sum(tile * t[:, None], axis=0)
+                        a -= tl.sum(tile * row[:, None], axis=0)
+                    v = tl.load(panel_ptr + 2 * q * pitch + i, mask=inside, other=0.0)
+                    w = tau * (w - half_dot * v)
+                    tl.store(panel_ptr + (2 * q + 1) * pitch + i, w, mask=inside)
+                    a -= v * w_j + w  # v_j is 1
+                tl.store(own + i, a, mask=inside)
+                squares += tl.where(i > j + 1, a * a, 0.0)
+                head += tl.where(i == j, a, 0.0)
+                subhead += tl.where(i == j + 1, a, 0.0)
+
+            if updates:
+                tl.debug_barrier()
+                # the trailing matrix, each program its strips of rows
+                row_strip = j // ROWS
+                row_strip += (program + programs - row_strip % programs) % programs
+                for s in range(row_strip, (r + ROWS - 1) // ROWS, programs):
+                    k = s * ROWS + strip
+                    rows_inside = (k >= j) & (k < r)
+                    for i0 in range(s * ROWS, r, COLUMNS):
+                        i = i0 + lanes
+                        inside = rows_inside[:, None] & (i[None, :] >= k[:, None]) & (i[None, :] < r)
+                        tile_ptr = A_ptr + k[:, None] * r + i[None, :]
+                        tile = tl.load(tile_ptr, mask=inside, other=0.0)
+                        for m in range(2 * PANEL):
+                            left = tl.load(panel_ptr + m * pitch + k, mask=rows_inside, other=0.0)
+                            right = tl.load(panel_ptr + (m ^ 1) * pitch + i, mask=(i >= j) & (i < r), other=0.0)
+                            tile -= left[:, None] * right[None, :]
+                        tl.store(tile_ptr, tile, mask=inside)
+            else:
+                # in float64: an approximate square root would make H = I - tau v v^T a little less than orthogonal
+                alpha = tl.sum(subhead, axis=0)
+                square = tl.sum(squares, axis=0).to(tl.float64)
+                norm = tl.sqrt(alpha.to(tl.float64) * alpha.to(tl.float64) + square)
+                live = square != 0  # also NaN, to be passed on
+                beta = tl.where(live, tl.where(alpha > 0, -norm, norm), alpha.to(tl.float64))
+                divisor = tl.where(live, alpha.to(tl.float64) - beta, 1.0)
+                inverse = tl.where(live, 1.0 / divisor, 0.0).to(dtype)
+                tau = tl.where(live, -divisor / tl.where(live, beta, 1.0), 0.0).to(dtype)
+                if program == 0:
+                    tl.store(d_ptr + j, tl.sum(head, axis=0))
+                    tl.store(e_ptr + j, beta.to(dtype))
+                    tl.store(tau_ptr + j, tau)
+                v_ptr = panel_ptr + 2 * finished * pitch
+                for i0 in range(start, r, COLUMNS):
+                    i = i0 + lanes
+                    inside = i < r
+                    a = tl.load(own + i, mask=inside & (i >= j), other=0.0)  # this thread's own
+                    v = tl.where(i > j + 1, a * inverse, tl.where(i == j + 1, 1.0, 0.0)).to(dtype)
+                    tl.store(v_ptr + i, v, mask=inside)
+                    tl.store(own + i, tl.zeros([COLUMNS], dtype), mask=inside)
+                tl.debug_barrier()
+
+                # V^T v and W^T v, each program some of them
+                for m0 in range(program * ROWS, 2 * finished, programs * ROWS):
+                    m = m0 + strip
+                    products = tl.zeros([ROWS, COLUMNS], dtype)
+                    for i0 in range(start, r, COLUMNS):
+                        i = i0 + lanes
+                        inside = (i > j) & (i < r)
+                        v = tl.load(v_ptr + i, mask=inside, other=0.0)
+                        tile = tl.load(
+                            panel_ptr + m[:, None] * pitch + i[None, :],
+                            mask=(m < 2 * finished)[:, None] & inside[None, :],
+                            other=0.0,
+                        )
+                        products += tile * v[None, :]
+                    tl.store(t_now + m, tl.sum(products, axis=1), mask=m < 2 * finished)
+
+                # y = A v from the upper triangle, each program its strips of rows: part 0 of y gets what a row gives
+                # itself, part `program` + 1 what it gives the columns right of it
+                row_strip = (j + 1) // ROWS
+                row_strip += (program + programs - row_strip % programs) % programs
+                for s in range(row_strip, (r + ROWS - 1) // ROWS, programs):
+                    k = s * ROWS + strip
+                    rows_inside = (k > j) & (k < r)
+                    v_rows = tl.load(v_ptr + k, mask=rows_inside, other=0.0)
+                    sums = tl.zeros([ROWS, COLUMNS], dtype)
+                    for i0 in range(s * ROWS // ALIGNED * ALIGNED, r, COLUMNS):
+                        i = i0 + lanes
+                        right_of = i[None, :] > k[:, None]
+                        inside = rows_inside[:, None] & (i[None, :] >= k[:, None]) & (i[None, :] < r)
+                        tile = tl.load(A_ptr + k[:, None] * r + i[None, :], mask=inside, other=0.0)
+                        v = tl.load(v_ptr + i, mask=(i > j) & (i < r), other=0.0)
+                        sums += tile * v[None, :]
+                        given = tl.sum(tl.where(right_of, tile, 0.0) * v_rows[:, None], axis=0)
+                        owned = (i >= start) & (i < r)
+                        # a thread adds to what it stored itself
+                        tl.store(own + i, tl.load(own + i, mask=owned, other=0.0) + given, mask=owned)
+                    tl.store(y_now + k, tl.sum(sums, axis=1), mask=rows_inside)
+
+
+def tridiagonal(A: Tensor, *, overwrite: bool = False, programs: int | None = None) -> tuple[Tensor, Tensor]:
+    """Reduces symmetric matrices to tridiagonal ones with the same eigenvalues.
+
+    Args:
+        A: (..., r, r), float32 or float64, symmetric: one triangle is read. Not modified, unless `overwrite`.
+        overwrite: A may be used as workspace, which saves a copy if it is contiguous.
+        programs: to share a matrix, on a GPU; None takes as many as fit.
+
+    Returns:
+        d (..., r) and e (..., r - 1), the diagonal and the off-diagonal (of either sign) of T = Q^T A Q.
+
+    Accuracy:
+        Backward stable: the eigenvalues of T are those of A within a modest multiple of eps |A|_2. A matrix that holds
+        NaN or Inf gives NaN and leaves the others as they are.
+
+    Raises:
+        ValueError: another dtype, no square matrix.
+    """
+    if not isinstance(A, Tensor) or A.dtype not in CONFIGS or A.ndim < 2 or A.shape[-1] != A.shape[-2]:
+        got = f"{tuple(A.shape)} {A.dtype}" if isinstance(A, Tensor) else type(A).__name__
+        raise ValueError(
+            f"tridiagonal: expected square float32 or float64 matrices (..., r, r), got A={got}. Pass a Gram matrix."
+        )
+    *batch, r = A.shape[:-1]
+    if not A.numel() or not kernels.on_triton(A):
+        return tridiagonal_ref(A)
+    work = A.detach().reshape(-1, r, r)
+    work = work.contiguous() if overwrite else work.clone(memory_format=torch.contiguous_format)
+    d, e = _launch(work, programs)
+    return d.reshape(*batch, r), e[:, : r - 1].reshape(*batch, r - 1)
+
+
+def _launch(A: Tensor, programs: int | None) -> tuple[Tensor, Tensor]:
+    B, r, _ = A.shape
+    one_by_one = not A.is_cuda  # the interpreter runs programs in turn: none could wait for another
+    if programs is None:
+        programs = 1 if one_by_one else _programs(B, r, A.device)
+    pitch = triton.cdiv(r, 32) * 32
+    d, e, tau = A.new_empty(3, B, r).unbind(0)
+    arguments = {
+        "A_ptr": A,
+        "d_ptr": d,
+        "e_ptr": e,
+        "tau_ptr": tau,
+        "panel_ptr": A.new_empty(B, 2 * PANEL, pitch),
+        "y_ptr": A.new_empty(B, 2, programs + 1, pitch),
+        "t_ptr": A.new_empty(B, 2, 2 * PANEL),
+        "counter_ptr": torch.zeros(B, 32, dtype=torch.int32, device=A.device),
+        "r": r,
+        "pitch": pitch,
+        "programs": programs,
+        "PANEL": PANEL,
+        "ALIGNED": ALIGNED,
+        **CONFIGS[A.dtype],
+    }
+    last = (r - 1) // PANEL * (PANEL + 1) + (r - 1) % PANEL + 2
+    launch = _tridiagonal_kernel[(B, programs)]
+    if one_by_one:
+        for event in range(1, last):
+            launch(**arguments, first_event=event, last_event=event + 1, COOPERATIVE=False)
+    elif programs == 1:
+        launch(**arguments, first_event=1, last_event=last, COOPERATIVE=False)
+    else:
+        # cooperative: the driver refuses what could not run all at once, instead of waiting for ever
+        launch(**arguments, first_event=1, last_event=last, COOPERATIVE=True, launch_cooperative_grid=True)
+    return d, e
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _programs(B: int, r: int, device: torch.device) -> int:
+    """As many programs a matrix as run at once, with work for each."""
+    return max(1, min(_multiprocessors(device) * PER_SM // B, MOST_PROGRAMS, r // 32))
+
+
+def tridiagonal_ref(A: Tensor) -> tuple[Tensor, Tensor]:
+    """`tridiagonal` in plain torch, a column at a time."""
+    A = A.detach().clone()
+    r = A.shape[-1]
+    for j in range(r - 2):
+        a = A[..., j + 1 :, j]
+        alpha, norm = a[..., :1], torch.linalg.vector_norm(a, dim=-1, keepdim=True)
+        beta = torch.where(alpha > 0, -norm, norm)
+        v = a.clone()
+        v[..., :1] -= beta
+        square = v.square().sum(-1, keepdim=True)
+        v = v * torch.where(square == 0, 0.0, (2 / square).sqrt())  # H = I - v v^T
+        trailing = A[..., j + 1 :, j + 1 :]
+        p = (trailing @ v.unsqueeze(-1)).squeeze(-1)
+        w = p - 0.5 * (p * v).sum(-1, keepdim=True) * v
+        trailing -= v.unsqueeze(-1) * w.unsqueeze(-2) + w.unsqueeze(-1) * v.unsqueeze(-2)
+        A[..., j + 1 : j + 2, j] = beta
+    return A.diagonal(dim1=-2, dim2=-1).clone(), A.diagonal(offset=-1, dim1=-2, dim2=-1).clone()
