@@ -12,15 +12,18 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.harness import finish, parser, show
-from sosd_fast.kernels import distribution, syrk
+from sosd_fast.kernels import distribution, sturm, syrk, tridiagonal
 
 TARGETS = (80, 90, 100)
-UNIT_STRIDES = ("stride_ak", "stride_bk", "stride_cn", "step_S", "step_previous", "step_reference")
+UNIT_STRIDES = ("stride_ak", "stride_bk", "stride_cn", "step_S", "step_previous", "step_reference", "step_d", "step_e")
+COUNTS = ("programs", "first_event", "last_event")  # may be anything
+NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 MMA = re.compile(r"\b(wgmma|tcgen05|mma)\.")  # in PTX
 
 
@@ -53,7 +56,7 @@ def cases() -> list[Case]:
         )
     factors = {name: "fp32" for name in ("alpha", "beta", "shift")}
     for dtype, config in syrk.CONFIGS.items():
-        t = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(dtype).split(".")[1]]
+        t = NAMES[dtype]
         options = {k: v for k, v in config.items() if k.startswith("num_")}
         blocks = {k: v for k, v in config.items() if k not in options} | {"PRECISION": "tf32x3"}
         pointers = {name: f"*{t}" for name in ("A_ptr", "B_ptr", "C_ptr")}
@@ -68,6 +71,27 @@ def cases() -> list[Case]:
                 Case(f"symmetric update {t}", syrk._syrk_kernel, update | factors,
                      blocks | {"HAS_C": True, "HAS_SCALE": False, "ROUND": False}, options, mma=True)
             )  # fmt: skip
+    for dtype, config in tridiagonal.CONFIGS.items():
+        t = NAMES[dtype]
+        types = {f"{name}_ptr": f"*{t}" for name in ("A", "out", "panel", "y", "t")} | {"counter_ptr": "*i32"}
+        blocks = {"ROWS": config["ROWS"], "COLUMNS": config["COLUMNS"]}
+        blocks |= {"PANEL": tridiagonal.PANEL, "ALIGNED": tridiagonal.ALIGNED}
+        for cooperative in (False, True):
+            found.append(
+                Case(
+                    f"tridiagonal {t}{' cooperative' if cooperative else ''}",
+                    tridiagonal._tridiagonal_kernel,
+                    types,
+                    blocks | {"COOPERATIVE": cooperative},
+                    {k: v for k, v in config.items() if k not in blocks} | {"launch_cooperative_grid": cooperative},
+                    most_registers=65536 // (32 * config["num_warps"] * tridiagonal.PER_SM),
+                )
+            )
+    for t, rescale in (("fp32", 4), ("fp64", 8)):
+        types = {f"{name}_ptr": f"*{t}" for name in ("d", "e", "scaled", "limits", "values")}
+        found.append(Case(f"scale {t}", sturm._scale_kernel, types, {"BLOCK": sturm.SCALE_BLOCK}, {"num_warps": 4}))
+        blocks = {"RESCALE": rescale, "BLOCK": sturm.BLOCK}
+        found.append(Case(f"sturm {t}", sturm._sturm_kernel, types, blocks, {"num_warps": 1}))
     return found
 
 

@@ -22,15 +22,24 @@ from sosd_fast.kernels import tl, triton
 PANEL = 16
 ALIGNED = 16  # elements: passes over rows begin at a multiple
 # Shipped configurations: tiles of ROWS x COLUMNS with four of a row (two in float64) to a thread, so that sums over
-# rows stay inside a thread, and at most 128 registers, so that PER_SM programs share a multiprocessor.
+# rows stay inside a thread. Fewer registers, for more programs on a multiprocessor, spill (128: 80 bytes on sm_90).
 CONFIGS = {
-    torch.float32: {"ROWS": 8, "COLUMNS": 512, "num_warps": 4},
-    torch.float64: {"ROWS": 8, "COLUMNS": 256, "num_warps": 4},
+    torch.float32: {"ROWS": 8, "COLUMNS": 512, "num_warps": 4, "maxnreg": 255},
+    torch.float64: {"ROWS": 8, "COLUMNS": 256, "num_warps": 4, "maxnreg": 255},
 }
-PER_SM = 4
+PER_SM = 2  # programs that fit on a multiprocessor
 MOST_PROGRAMS = 16  # to a matrix
 
 if triton is not None:
+
+    @triton.jit
+    def _sqrt(x):
+        """Rounds to nearest: approximations would leave H = I - tau v v^T less than orthogonal."""
+        return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
+
+    @triton.jit
+    def _divide(x, y):
+        return tl.div_rn(x, y) if y.dtype == tl.float32 else x / y
 
     @triton.jit
     def _wait(counter_ptr, arrivals, COOPERATIVE: tl.constexpr):
@@ -45,9 +54,7 @@ if triton is not None:
     @triton.jit
     def _tridiagonal_kernel(
         A_ptr,  # (B, r, r) contiguous; the upper triangle is read and overwritten
-        d_ptr,  # (B, r)
-        e_ptr,  # (B, r)
-        tau_ptr,  # (B, r)
+        out_ptr,  # (B, 3, r): d, e, tau
         panel_ptr,  # (B, 2 PANEL, pitch): V_0 W_0 V_1 W_1 ...
         y_ptr,  # (B, 2, programs + 1, pitch): parts of A v, of this event and the last
         t_ptr,  # (B, 2, 2 PANEL): V_0^T v, W_0^T v, V_1^T v ...
@@ -67,9 +74,7 @@ if triton is not None:
         program = tl.program_id(1)
         dtype = A_ptr.dtype.element_ty
         A_ptr += matrix * r * r
-        d_ptr += matrix * r
-        e_ptr += matrix * r
-        tau_ptr += matrix * r
+        out_ptr += matrix * 3 * r
         panel_ptr += matrix * 2 * PANEL * pitch
         y_ptr += matrix * 2 * (programs + 1) * pitch
         t_ptr += matrix * 4 * PANEL
@@ -100,7 +105,7 @@ if triton is not None:
             half_dot = tl.zeros([], dtype)  # 1/2 tau p^T v
             w_j = tl.zeros([], dtype)
             if finished > 0:
-                tau = tl.load(tau_ptr + j - 1)
+                tau = tl.load(out_ptr + 2 * r + j - 1)
                 products = tl.zeros([COLUMNS], dtype)
                 for i0 in range(start, r, COLUMNS):
                     i = i0 + lanes
@@ -166,25 +171,24 @@ if triton is not None:
                         inside = rows_inside[:, None] & (i[None, :] >= k[:, None]) & (i[None, :] < r)
                         tile_ptr = A_ptr + k[:, None] * r + i[None, :]
                         tile = tl.load(tile_ptr, mask=inside, other=0.0)
-                        for m in range(2 * PANEL):
+                        for m in range(2 * finished):
                             left = tl.load(panel_ptr + m * pitch + k, mask=rows_inside, other=0.0)
                             right = tl.load(panel_ptr + (m ^ 1) * pitch + i, mask=(i >= j) & (i < r), other=0.0)
                             tile -= left[:, None] * right[None, :]
                         tl.store(tile_ptr, tile, mask=inside)
             else:
-                # in float64: an approximate square root would make H = I - tau v v^T a little less than orthogonal
                 alpha = tl.sum(subhead, axis=0)
-                square = tl.sum(squares, axis=0).to(tl.float64)
-                norm = tl.sqrt(alpha.to(tl.float64) * alpha.to(tl.float64) + square)
+                square = tl.sum(squares, axis=0)
                 live = square != 0  # also NaN, to be passed on
-                beta = tl.where(live, tl.where(alpha > 0, -norm, norm), alpha.to(tl.float64))
-                divisor = tl.where(live, alpha.to(tl.float64) - beta, 1.0)
-                inverse = tl.where(live, 1.0 / divisor, 0.0).to(dtype)
-                tau = tl.where(live, -divisor / tl.where(live, beta, 1.0), 0.0).to(dtype)
+                norm = _sqrt(alpha * alpha + square)
+                beta = tl.where(live, tl.where(alpha > 0, -norm, norm), alpha)
+                divisor = tl.where(live, alpha - beta, 1.0)
+                inverse = tl.where(live, _divide(1.0, divisor), 0.0)
+                tau = tl.where(live, _divide(-divisor, tl.where(live, beta, 1.0)), 0.0)
                 if program == 0:
-                    tl.store(d_ptr + j, tl.sum(head, axis=0))
-                    tl.store(e_ptr + j, beta.to(dtype))
-                    tl.store(tau_ptr + j, tau)
+                    tl.store(out_ptr + j, tl.sum(head, axis=0))
+                    tl.store(out_ptr + r + j, beta)
+                    tl.store(out_ptr + 2 * r + j, tau)
                 v_ptr = panel_ptr + 2 * finished * pitch
                 for i0 in range(start, r, COLUMNS):
                     i = i0 + lanes
@@ -272,12 +276,10 @@ def _launch(A: Tensor, programs: int | None) -> tuple[Tensor, Tensor]:
     if programs is None:
         programs = 1 if one_by_one else _programs(B, r, A.device)
     pitch = triton.cdiv(r, 32) * 32
-    d, e, tau = A.new_empty(3, B, r).unbind(0)
+    out = A.new_empty(B, 3, r)
     arguments = {
         "A_ptr": A,
-        "d_ptr": d,
-        "e_ptr": e,
-        "tau_ptr": tau,
+        "out_ptr": out,
         "panel_ptr": A.new_empty(B, 2 * PANEL, pitch),
         "y_ptr": A.new_empty(B, 2, programs + 1, pitch),
         "t_ptr": A.new_empty(B, 2, 2 * PANEL),
@@ -299,7 +301,7 @@ def _launch(A: Tensor, programs: int | None) -> tuple[Tensor, Tensor]:
     else:
         # cooperative: the driver refuses what could not run all at once, instead of waiting for ever
         launch(**arguments, first_event=1, last_event=last, COOPERATIVE=True, launch_cooperative_grid=True)
-    return d, e
+    return out[:, 0], out[:, 1]
 
 
 @functools.cache
