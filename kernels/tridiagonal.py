@@ -272,9 +272,8 @@ def tridiagonal(A: Tensor, *, overwrite: bool = False, programs: int | None = No
 
 def _launch(A: Tensor, programs: int | None) -> tuple[Tensor, Tensor]:
     B, r, _ = A.shape
-    one_by_one = not A.is_cuda  # the interpreter runs programs in turn: none could wait for another
     if programs is None:
-        programs = 1 if one_by_one else _programs(B, r, A.device)
+        programs = _programs(B, r, A.device) if A.is_cuda else 1
     pitch = triton.cdiv(r, 32) * 32
     out = A.new_empty(B, 3, r)
     arguments = {
@@ -293,14 +292,14 @@ def _launch(A: Tensor, programs: int | None) -> tuple[Tensor, Tensor]:
     }
     last = (r - 1) // PANEL * (PANEL + 1) + (r - 1) % PANEL + 2
     launch = _tridiagonal_kernel[(B, programs)]
-    if one_by_one:
-        for event in range(1, last):
-            launch(**arguments, first_event=event, last_event=event + 1, COOPERATIVE=False)
-    elif programs == 1:
+    if programs == 1:
         launch(**arguments, first_event=1, last_event=last, COOPERATIVE=False)
-    else:
+    elif A.is_cuda:
         # cooperative: the driver refuses what could not run all at once, instead of waiting for ever
         launch(**arguments, first_event=1, last_event=last, COOPERATIVE=True, launch_cooperative_grid=True)
+    else:  # the interpreter runs programs in turn: none could wait for another
+        for event in range(1, last):
+            launch(**arguments, first_event=event, last_event=event + 1, COOPERATIVE=False)
     return out[:, 0], out[:, 1]
 
 

@@ -11,6 +11,7 @@ if importlib.util.find_spec("triton"):  # before sosd_fast, which then defines i
         os.environ["TRITON_INTERPRET"] = "1"
     import triton.language
     from triton import knobs
+    from triton.language import core as tl_core
     from triton.runtime import interpreter
 
     import sosd_fast  # noqa: F401
@@ -32,6 +33,15 @@ if importlib.util.find_spec("triton"):  # before sosd_fast, which then defines i
         ]
         return dot(self, *wide, *rest)
 
+    def patch_once(fn, patch=interpreter._patch_lang, done=set()):  # noqa: B006
+        # At every call of every function Triton puts its language in the interpreter's place: half of the time.
+        modules = frozenset(name for name, value in fn.__globals__.items() if value is triton.language or value is tl_core)
+        if modules not in done:
+            done.add(modules)
+            patch(fn)
+        return interpreter._LangPatchScope()  # and nothing to put back
+
+    interpreter._patch_lang = patch_once
     interpreter._patch_lang_tensor = patch_tensor
     interpreter.InterpreterBuilder.create_dot = create_dot
 
