@@ -77,6 +77,7 @@ if triton is not None:
         slack = 1e-6 if dtype == tl.float32 else 1e-14
         tl.store(limits_ptr, (low * to_unit - slack).to(dtype))
         tl.store(limits_ptr + 1, (high * to_unit + slack).to(dtype))
+        power = tl.where(norm == 0, 0.0, power)  # the values of a zero matrix are exact
         tl.store(limits_ptr + 2, (power + 0.0 * finite).to(dtype))  # NaN if T holds NaN or Inf
 
     @triton.jit

@@ -6,9 +6,13 @@ Squaring costs accuracy in the small values, so the precision is chosen per matr
 error of its singular distribution is well below `SD_TOLERANCE`, otherwise the matrix is redone in float64, and where
 that is not enough either (a matrix of deficient rank) directly from W, without the Gram matrix, in float64.
 
-CPU tensors take the C++ kernels (kernels/cpu); others, and all where those are not built, torch's operations.
+CPU tensors take the C++ kernels (kernels/cpu), CUDA tensors the Triton ones, all on the current stream and without
+waiting for the device; torch's operations stand in where either is missing. On CUDA nothing is redone, for that would
+wait: the precision follows from an earlier spectrum, and the third step is left to method="exact".
 """
 
+import functools
+import importlib.util
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,9 +20,15 @@ import torch
 from torch import Tensor
 
 from sosd_fast import kernels
+from sosd_fast.kernels.sturm import sturm
+from sosd_fast.kernels.syrk import syrk
+from sosd_fast.kernels.tridiagonal import tridiagonal
 
 METHODS = ("auto", "gram32", "gram64", "exact")
 SD_TOLERANCE = 1e-6  # on |SD - SD_true|_2; published variations settle near 1e-5
+
+LARGEST_REDUCED = 2048  # sides of Gram matrices that the Triton kernels take; beyond, cuSOLVER is faster
+CHUNK_BYTES = 2**29  # of copies of weights and of Gram matrices at a time
 
 _LADDER = ("gram32", "gram64", "direct64")
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -48,7 +58,7 @@ def svdvals(W: Tensor, *, method: str = "auto", return_bound: bool = False) -> T
         (S, bound), both of that shape. A matrix that holds NaN or Inf gives NaN, and leaves the others as they are.
 
     Accuracy:
-        "auto": |SD - SD_true|_2 <= 1e-6 for SD = S / sum(S). "gram32" and "gram64": with
+        "auto": |SD - SD_true|_2 <= 1e-6 for SD = S / sum(S); on CUDA 2e-6 for deficient rank. "gram32", "gram64": with
         d = c * eps * S[0]**2, a value s errs by at most d / (s + sqrt(max(s**2 - d, 0))), so values below about
         sqrt(eps) * S[0] are lost; "exact": c * eps * S[0]. In units of eps / 2, c = 32 + 2 sqrt(r) + sqrt(K) / 8 for
         the C++ kernels (K = max(m, n)) and 32 + 16 sqrt(r) for torch's operations. Both were calibrated against
@@ -82,27 +92,30 @@ def spectra(matrices: Sequence[Tensor], method: str = "auto", previous: Tensor |
     """Computes the spectra of B matrices of one shape, dtype and device, read in place.
 
     Args:
-        matrices: B tensors (m, n). Not modified.
+        matrices: B tensors (m, n), on CUDA of any shapes with one short side. Not modified.
         method: as in `svdvals`.
         previous: (B, r) float64, spectra of the same matrices a little earlier. They tell which precision to start
-            from.
+            from. For CUDA matrices pass them on the CPU: reading them from the device would wait for it.
 
     Returns:
-        A `Spectra`. With "auto" on CUDA nothing is redone, for that would wait for the device: the precision is the
-        one that `previous` asks for, float64 without it.
+        A `Spectra`, on the device of the matrices. With "auto" on CUDA nothing is redone, for that would wait for the
+        device: the precision is the one that `previous` asks for, float64 without it.
     """
-    if matrices[0].device.type == "cpu" and method != "exact":
+    if matrices[0].device.type == "cpu" and method != "exact" and not kernels.interpreted:
         if kernels._C is not None:
             return _compiled(matrices, method, previous)
         kernels.warn_no_extension()
     m, n = matrices[0].shape
     count, r, device = len(matrices), min(m, n), matrices[0].device
     methods = [method] * count
+    launched = method != "exact" and kernels.on_triton(matrices[0])
     if method == "auto":
         lowest = "gram64" if matrices[0].dtype == torch.float64 else "gram32"
-        methods = [lowest if device.type == "cpu" else "gram64"] * count
+        methods = ["gram64" if launched or device.type != "cpu" else lowest] * count
         if previous is not None:
-            methods = _sufficient(previous, max(m, n), lowest)
+            methods = _sufficient(previous, max(map(max, (W.shape for W in matrices))), lowest)
+    if launched:
+        return _launched(matrices, ["gram64" if name == "direct64" else name for name in methods])
     S = torch.empty(count, r, dtype=torch.float64, device=device)
     bound, sd_error = torch.empty_like(S), torch.empty_like(S[:, 0])
     todo = range(count)
@@ -143,6 +156,82 @@ def _compiled(matrices: Sequence[Tensor], method: str, previous: Tensor | None) 
     if direct.any():
         sd_error[direct] = _bounds(S[direct], 2.0**-52, max(m, n), squared=False)[1]
     return Spectra(S, bound, sd_error, methods)
+
+
+def _launched(matrices: Sequence[Tensor], methods: list[str]) -> Spectra:
+    """`spectra` by the Triton kernels, each matrix by its method; queues work and waits for none of it.
+
+    The matrices need only have their short side in common: those of a model go through the reduction together.
+    """
+    rows: dict[int, tuple[Tensor, ...]] = {}
+    for name in sorted(set(methods)):
+        dtype = torch.float32 if name == "gram32" else torch.float64
+        chunk, size = [], 0
+        for i in (i for i, other in enumerate(methods) if other == name):
+            m, n = matrices[i].shape
+            size += dtype.itemsize * (m * n + min(m, n) ** 2)
+            if chunk and size > CHUNK_BYTES:
+                rows |= _launched_alike(matrices, chunk, dtype)
+                chunk, size = [], dtype.itemsize * (m * n + min(m, n) ** 2)
+            chunk.append(i)
+        rows |= _launched_alike(matrices, chunk, dtype)
+    return Spectra(
+        *(torch.stack(column) for column in zip(*(rows[i] for i in sorted(rows)), strict=True)), tuple(methods)
+    )
+
+
+def _launched_alike(matrices: Sequence[Tensor], at: list[int], dtype: torch.dtype) -> dict[int, tuple[Tensor, ...]]:
+    """The rows of the `Spectra` of some of the matrices, by their index."""
+    shapes: dict[torch.Size, list[int]] = {}
+    for i in at:
+        shapes.setdefault(matrices[i].shape, []).append(i)
+    grams, scales = [], []
+    for (m, n), some in shapes.items():
+        given = [matrices[i].detach() for i in some]
+        finite, scale = _scales(torch.stack(torch._foreach_norm(given, torch.inf)), dtype)
+        W = torch.stack(given)  # (B, m, n)
+        W = W if m <= n else W.mT
+        if W.dtype == torch.float16:  # its squares stay in range, and scaling could round its small values
+            scale = torch.ones_like(scale)
+        if dtype == torch.float32:
+            grams.append(syrk(W.float() if W.dtype == torch.float64 else W, scale=scale))
+        else:
+            grams.append(syrk(W.double() * scale[:, None, None]))
+        scales.append((finite, scale))
+    S = _eigenvalues(torch.cat(grams) if len(grams) > 1 else grams.pop()).flip(-1).double().clamp(min=0).sqrt()
+    rows: dict[int, tuple[Tensor, ...]] = {}
+    values = S.split([len(some) for some in shapes.values()])
+    for (shape, some), part, (finite, scale) in zip(shapes.items(), values, scales, strict=True):
+        found = _unscaled(part, torch.finfo(dtype).eps, max(shape), True, finite, scale)
+        rows |= dict(zip(some, zip(*(t.unbind(0) for t in found), strict=True), strict=True))
+    return rows
+
+
+def _eigenvalues(G: Tensor) -> Tensor:
+    """Eigenvalues of Gram matrices (B, r, r), ascending. G is used up."""
+    if G.shape[-1] <= LARGEST_REDUCED and kernels.on_triton(G):
+        return sturm(*tridiagonal(G, overwrite=True))
+    return eigvalsh(G)
+
+
+def eigvalsh(G: Tensor) -> Tensor:
+    """`torch.linalg.eigvalsh` of a batch, by CuPy on CUDA where torch would loop over it (before 2.12)."""
+    if G.is_cuda and G.ndim > 2 and torch.__version__ < (2, 12):
+        if importlib.util.find_spec("cupy"):
+            import cupy
+
+            with cupy.cuda.Device(G.device.index), cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+                return torch.from_dlpack(cupy.linalg.eigvalsh(cupy.from_dlpack(G.contiguous())))
+        _warn_loop()
+    return torch.linalg.eigvalsh(G)
+
+
+@functools.cache
+def _warn_loop():
+    kernels.log.warning(
+        "sosd_fast: this torch takes the eigenvalues of CUDA matrices one by one. Install torch >= 2.12, or CuPy with "
+        "`pip install cupy-cuda12x` (13x for CUDA 13), for all at once."
+    )
 
 
 def _sufficient(previous: Tensor, inner: int, lowest: str) -> list[str]:
@@ -187,12 +276,8 @@ def _spectra(matrices: Sequence[Tensor], method: str) -> tuple[Tensor, Tensor, T
     dtype = dtype or (given if given.itemsize >= 4 else torch.float32)
     m, n = matrices[0].shape
     r = min(m, n)
-    # Powers of two bring entries of any size to where their squares neither overflow nor vanish, without rounding.
     largest = torch.stack([torch.linalg.vector_norm(W, torch.inf) for W in matrices]).to(torch.float64)
-    finite = torch.isfinite(largest)
-    limit = 126 if dtype == torch.float32 else 1022
-    exponent = torch.frexp(torch.where(finite & (largest > 0), largest, 1.0)).exponent.clamp(-limit, limit)
-    scale = torch.ldexp(torch.ones_like(largest), -exponent)
+    finite, scale = _scales(largest, dtype)
     if matrices[0].device.type == "cpu":
         plain = [bool(p) for p in finite & (largest > 2.0**-30) & (largest < 2.0**30)]
         scale = torch.where(torch.tensor(plain), 1.0, scale)
@@ -214,9 +299,23 @@ def _spectra(matrices: Sequence[Tensor], method: str) -> tuple[Tensor, Tensor, T
             for i in range(len(matrices)):
                 W = ready(i)
                 torch.mm(W, W.mT, out=G[i]) if m <= n else torch.mm(W.mT, W, out=G[i])
-            S = torch.linalg.eigvalsh(G).flip(-1).double().clamp(min=0).sqrt()
+            S = eigvalsh(G).flip(-1).double().clamp(min=0).sqrt()
 
-    bound, sd_error = _bounds(S, torch.finfo(dtype).eps, max(m, n), squared=method not in ("exact", "direct64"))
+    return _unscaled(S, torch.finfo(dtype).eps, max(m, n), method not in ("exact", "direct64"), finite, scale)
+
+
+def _scales(largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Which matrices are finite, and the powers of two that bring entries to where their squares stay in range."""
+    largest = largest.double()
+    finite = torch.isfinite(largest)
+    limit = 126 if dtype == torch.float32 else 1022
+    exponent = torch.frexp(torch.where(finite & (largest > 0), largest, 1.0)).exponent.clamp(-limit, limit)
+    return finite, torch.ldexp(torch.ones_like(largest), -exponent)
+
+
+def _unscaled(S: Tensor, eps: float, inner: int, squared: bool, finite: Tensor, scale: Tensor):
+    """The values S of scaled matrices and their bounds, of the matrices as they are; NaN where not finite."""
+    bound, sd_error = _bounds(S, eps, inner, squared)
     S, bound = S / scale[:, None], bound / scale[:, None]
     return tuple(torch.where(finite if t.ndim == 1 else finite[:, None], t, torch.nan) for t in (S, bound, sd_error))
 

@@ -35,7 +35,9 @@ if importlib.util.find_spec("triton"):  # before sosd_fast, which then defines i
 
     def patch_once(fn, patch=interpreter._patch_lang, done=set()):  # noqa: B006
         # At every call of every function Triton puts its language in the interpreter's place: half of the time.
-        modules = frozenset(name for name, value in fn.__globals__.items() if value is triton.language or value is tl_core)
+        modules = frozenset(
+            name for name, value in fn.__globals__.items() if value is triton.language or value is tl_core
+        )
         if modules not in done:
             done.add(modules)
             patch(fn)

@@ -35,7 +35,7 @@ def test_against_lapack(device, name, dtype, monkeypatch):
         assert values.dtype == dtype and values.shape == d.shape
         # counts are exact for a matrix that is off by a few eps; the bracket ends at 2^-28 or 2^-53; LAPACK errs too
         units = 6 if dtype == torch.float32 else 16
-        assert ((values.double() - truth).abs() <= units * EPS[dtype] * norm + (1e-36 if name == "zero" else 0)).all()
+        assert ((values.double() - truth).abs() <= units * EPS[dtype] * norm).all()
         assert (values[1:] >= values[:-1]).all()
         assert torch.equal(d, copies[0]) and torch.equal(e, copies[1])
 
@@ -49,9 +49,9 @@ def test_scale(device, size):
 
 
 def test_batches_strides_and_nan(device):
-    pairs = [tridiagonal("random", 12, seed) for seed in range(6)]
-    d = torch.stack([p[0] for p in pairs]).reshape(2, 3, 12).to(device)
-    e = torch.stack([p[1] for p in pairs]).reshape(2, 3, 11).to(device)
+    pairs = [tridiagonal("random", 8, seed) for seed in range(6)]
+    d = torch.stack([p[0] for p in pairs]).reshape(2, 3, 8).to(device)
+    e = torch.stack([p[1] for p in pairs]).reshape(2, 3, 7).to(device)
     whole = sturm(d, e)
     torch.testing.assert_close(whole, sturm_ref(d, e), rtol=0, atol=1e-13)
     wide_d, wide_e = (torch.stack([t, t], -1)[..., 0].transpose(0, 1) for t in (d, e))
@@ -62,7 +62,7 @@ def test_batches_strides_and_nan(device):
         assert values[i, j].isnan().all()
         values[i, j] = whole[i, j]
     assert torch.equal(values, whole)
-    assert sturm(d[:0], e[:0]).shape == (0, 3, 12)
+    assert sturm(d[:0], e[:0]).shape == (0, 3, 8)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,196 @@
+"""The operations put together on a GPU; without one, on small matrices in Triton's interpreter."""
+
+import sys
+
+import pytest
+import torch
+
+import sosd_fast
+from sosd_fast import kernels
+from sosd_fast.kernels.newton_schulz import _fastest, newton_schulz_ref
+from sosd_fast.svdvals import SD_TOLERANCE, eigvalsh, spectra
+from sosd_fast.testing import assert_svdvals_close, matrix, sd_distance
+
+native = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def truth(W):
+    return torch.linalg.svdvals(W.double().cpu())
+
+
+@pytest.fixture
+def forbid_waiting():
+    """Makes whatever waits for the device an error, as far as torch notices."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("name", "shape"), [("gaussian", (11, 17)), ("log4", (12, 10))])
+def test_spectra_meet_their_bounds(device, name, shape, dtype):
+    matrices = [matrix(name, *shape, dtype=dtype).to(device)]
+    for method, eps in (("gram32", 2.0**-24), ("gram64", 2.0**-53)):
+        if method == "gram32" and dtype == torch.float64:
+            continue
+        found = spectra(matrices, method)
+        assert found.methods == (method,) and found.S.device.type == device
+        for i, W in enumerate(matrices):
+            limit = found.bound[i]
+            assert_svdvals_close(found.S[i], truth(W), eps=eps**0.5, size=max(shape), limit=limit)
+            assert sd_distance(found.S[i].cpu(), truth(W)) <= found.sd_error[i]
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (1, 1), (2, 2, 9, 7), (0, 3, 4)], ids=str)
+def test_shapes(device, shape):
+    W = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
+    before = W.clone()
+    S, bound = sosd_fast.svdvals(W, return_bound=True)
+    expected = torch.linalg.svdvals(W.double()) if W.numel() else S.double()
+    assert S.shape == bound.shape == (*shape[:-2], min(shape[-2:])) and S.device == W.device
+    assert ((S - expected).abs() <= bound).all() and torch.equal(W, before)
+
+
+def test_precision_follows_from_an_earlier_spectrum(device):
+    matrices = [matrix(name, 12, 12).to(device) for name in ("gaussian", "log4", "rank_one", "zero")]
+    first = spectra(matrices)
+    assert first.methods == ("gram64",) * 4
+    second = spectra(matrices, previous=first.S.cpu())
+    assert second.methods[:3] == ("gram32", "gram64", "gram64")
+    for i in range(3):
+        assert sd_distance(second.S[i].cpu(), truth(matrices[i])) <= max(SD_TOLERANCE, float(second.sd_error[i]))
+    assert torch.equal(second.S[3], torch.zeros_like(second.S[3])) and first.S[3].sum() == 0
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_scale_and_nan(device, size):
+    matrices = [matrix("gaussian", 6, 9, seed=seed).to(device) for seed in range(3)]
+    expected = truth(matrices[0]) * size
+    matrices[0] = matrices[0] * size
+    matrices[1][2, 3] = torch.nan if size < 1 else torch.inf
+    for method in ("gram32", "gram64"):
+        found = spectra(matrices, method)
+        torch.testing.assert_close(found.S[0].cpu(), expected, rtol=1e-4, atol=0)
+        assert found.S[1].isnan().all() and found.bound[1].isnan().all() and found.sd_error[1].isnan()
+        assert torch.equal(found.S[2], spectra(matrices[2:], method).S[0])
+
+
+def test_chunks_agree_with_the_whole(device, monkeypatch):
+    matrices = [matrix("gaussian", 7, 4, seed=seed).to(device) for seed in range(3)]
+    whole = spectra(matrices, "gram32")
+    monkeypatch.setattr(sys.modules["sosd_fast.svdvals"], "CHUNK_BYTES", 2 * 4 * (7 * 4 + 4 * 4))
+    parts = spectra(matrices, "gram32")
+    mixed = spectra([matrices[0], matrix("gaussian", 4, 9).to(device), matrices[2]], "gram32")
+    assert torch.equal(mixed.S[::2], whole.S[::2])  # shapes with one short side go together
+    assert torch.equal(parts.S, whole.S) and torch.equal(parts.bound, whole.bound)
+
+
+def test_wider_than_the_kernels_goes_to_the_library(device, monkeypatch):
+    W = matrix("gaussian", 24, 30).to(device)
+    monkeypatch.setattr(sys.modules["sosd_fast.svdvals"], "LARGEST_REDUCED", 16)
+    monkeypatch.setattr(sys.modules["sosd_fast.svdvals"], "tridiagonal", None)
+    found = spectra([W], "gram64")
+    assert sd_distance(found.S[0].cpu(), truth(W)) <= 1e-12
+
+
+def test_a_missing_triton_is_said_once(monkeypatch, caplog):
+    class Cuda:
+        device, is_cuda = torch.device("cuda"), True
+
+    monkeypatch.setattr(kernels, "triton", None)
+    kernels.warn_no_triton.cache_clear()
+    assert not kernels.on_triton(Cuda) and not kernels.on_triton(Cuda)
+    assert sum("pip install triton" in message for message in caplog.messages) == 1
+    kernels.warn_no_triton.cache_clear()
+
+
+@native
+@pytest.mark.parametrize(
+    "shape", [(768, 768), (768, 3072), (3072, 768), (1024, 1024), (127, 509), (2048, 2048)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", ["gram32", "gram64"])
+def test_full_sizes(shape, dtype, method):
+    matrices = [matrix("gaussian", *shape, dtype=dtype, seed=seed).cuda() for seed in range(3)]
+    found = spectra(matrices, method)
+    for S, W, bound, sd_error in zip(found.S, matrices, found.bound, found.sd_error, strict=True):
+        assert ((S.cpu() - truth(W)).abs() <= bound.cpu()).all()
+        assert sd_distance(S.cpu(), truth(W)) <= min(float(sd_error), SD_TOLERANCE)
+
+
+@native
+@pytest.mark.parametrize("count", [1, 12, 72, 300])
+def test_programs_of_a_matrix_wait_for_one_another(count):
+    """Many times over: a race would show as a difference."""
+    G = torch.randn(count, 200, 220, device="cuda")
+    G = G @ G.mT
+    d, e = kernels.tridiagonal.tridiagonal(G)
+    expected = torch.linalg.eigvalsh(G.double().cpu())
+    found = kernels.sturm.sturm(d, e).cpu()
+    assert ((found - expected).abs() <= 64 * 2.0**-24 * expected[:, -1:]).all()
+    for _ in range(20):
+        again = kernels.tridiagonal.tridiagonal(G)
+        assert torch.equal(again[0], d) and torch.equal(again[1], e)
+
+
+@native
+def test_nothing_waits_for_the_device(forbid_waiting):
+    matrices = [torch.randn(96, 96, device="cuda") for _ in range(6)]
+    previous = torch.rand(6, 96, dtype=torch.float64).sort(-1, descending=True).values + 0.1
+    previous[3:] = 10.0 ** -torch.linspace(0, 6, 96, dtype=torch.float64)  # these need float64
+    found = spectra(matrices, previous=previous)
+    assert set(found.methods) == {"gram32", "gram64"}
+    sosd_fast.svdvals(torch.stack(matrices))
+    sosd_fast.singular_distribution(found.S, found.S, found.S)
+
+
+@native
+def test_svdvals_runs_on_the_current_stream():
+    W = torch.randn(4, 256, 256, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        S = sosd_fast.svdvals(W)
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.testing.assert_close(S.double(), torch.linalg.svdvals(W.double()), rtol=1e-5, atol=1e-5)
+
+
+@native
+def test_the_library_agrees():
+    G = torch.randn(5, 100, 100, device="cuda", dtype=torch.float64)
+    G = G @ G.mT
+    torch.testing.assert_close(eigvalsh(G).cpu(), torch.linalg.eigvalsh(G.cpu()), rtol=1e-11, atol=1e-11)
+
+
+@native
+@pytest.mark.parametrize("shape", [(2, 768, 768), (2, 768, 3072), (2, 3072, 768), (512, 512), (127, 509)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_newton_schulz(shape, dtype):
+    G = torch.randn(*shape, device="cuda").to(dtype)
+    X = sosd_fast.newton_schulz(G)
+    expected = newton_schulz_ref(G.double(), ((3.4445, -4.7750, 2.0315),) * 5)
+    assert X.dtype == dtype and (X.double() - expected).norm() <= 1.5e-2 * expected.norm()
+    S, S0 = torch.linalg.svdvals(X.double()), torch.linalg.svdvals(G.double())
+    S0 /= torch.linalg.matrix_norm(G.double(), keepdim=True)[..., 0]
+    assert (S < 1.21).all() and ((S > 0.68).sum(-1) >= (S0 > 3e-3).sum(-1)).all()
+    assert _fastest.cache_info().currsize
+
+
+@native
+def test_muon_follows_torch():
+    pytest.importorskip("torch.optim._muon")
+    torch.manual_seed(0)
+    shapes = [(256, 256)] * 3 + [(256, 1024)] * 2
+    start = [0.1 * torch.randn(s, device="cuda") for s in shapes]
+    targets = [torch.randn_like(w) for w in start]
+    ends = []
+    for optimizer_class in (sosd_fast.Muon, torch.optim.Muon):
+        weights = [torch.nn.Parameter(w.clone()) for w in start]
+        optimizer = optimizer_class(weights, lr=0.02)
+        for _ in range(10):
+            optimizer.zero_grad()
+            sum((w - t).square().mean() for w, t in zip(weights, targets, strict=True)).backward()
+            optimizer.step()
+        ends.append(torch.cat([w.detach().flatten() for w in weights]))
+    assert (ends[0] - ends[1]).norm() <= 2e-2 * ends[1].norm()
