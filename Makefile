@@ -1,7 +1,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test test-integrations check bench sanitize install clean
+.PHONY: demo test test-integrations check bench gpu sanitize install clean
 
 demo: install  ## train a small GPT-2 on real text with the tracker on (about 4 minutes)
 	$(PYTHON) training/run.py --tracker=fast
@@ -23,6 +23,11 @@ check: test  ## what a change must pass: lint, tests, README code, benchmark smo
 bench: install  ## the headline table, and one benchmark a kernel
 	$(PYTHON) -m bench.svd_overhead
 	$(PYTHON) -m pytest -q bench --benchmark-only
+
+# With the system's python and what it has: torch with CUDA, Triton and, better, CuPy. Nothing is downloaded.
+gpu:  ## what a GPU has to prove, in 8 minutes: native tests, then every benchmark; JSON under bench/results/<gpu name>/
+	python3 -m pip install --quiet --no-deps --no-build-isolation -e .
+	python3 -m bench.gpu
 
 sanitize: install  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, then ThreadSanitizer
 	$(PYTHON) -m pip install --quiet cmake ninja

@@ -1,6 +1,7 @@
 """What all benchmarks share: the card, interleaved timing, the table, the JSON line."""
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -8,6 +9,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ def card() -> dict:
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "triton": metadata.version("triton") if importlib.util.find_spec("triton") else None,
         "python": platform.python_version(),
         "commit": commit.stdout.strip() or "unknown",
         "date": time.strftime("%Y-%m-%d"),
@@ -54,6 +57,24 @@ def interleaved(variants: dict[str, Callable], repeats: int, warmup: int = 2) ->
                 torch.cuda.synchronize()
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - began)
+    return {name: quantiles(times) for name, times in seconds.items()}
+
+
+def interleaved_cuda(variants: dict[str, Callable], repeats: int, warmup: int = 2) -> dict[str, dict[str, float]]:
+    """`interleaved` by CUDA events, with a cold L2 and the host running ahead, as in a training step."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")  # several times any L2
+    for i in range(warmup + repeats):
+        for name, run in variants.items():
+            began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            torch.cuda._sleep(4_000_000)  # about 2 ms, in which the host queues the launches
+            began.record()
+            run()
+            ended.record()
+            ended.synchronize()
+            if i >= warmup:
+                seconds[name].append(1e-3 * began.elapsed_time(ended))
     return {name: quantiles(times) for name, times in seconds.items()}
 
 

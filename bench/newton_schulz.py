@@ -2,10 +2,13 @@
 
 import torch
 
-from bench.harness import card, finish, interleaved, parser, show
-from sosd_fast.kernels.newton_schulz import newton_schulz
+from bench.harness import card, finish, interleaved, interleaved_cuda, parser, show
+from sosd_fast.kernels.newton_schulz import COEFFICIENTS, _fastest, _iterate, newton_schulz, newton_schulz_ref
 from sosd_fast.testing import matrix
 
+CUDA_SHAPES = [(768, 768), (768, 3072), (1024, 1024), (1024, 4096), (2048, 2048), (2048, 8192)]
+CUDA_BATCH = 12
+CUDA_GATE = 1.5e-2  # half precision against float64
 SHAPES = [(256, 256), (256, 1024), (768, 768), (768, 1536), (768, 3072), (1024, 4096)]
 GATE = 2e-4  # relative in the Frobenius norm, float32 against float64, Gaussian
 
@@ -17,12 +20,54 @@ def torch_muon(G):
     return _zeropower_via_newtonschulz(G, (3.4445, -4.7750, 2.0315), 5, 1e-7)
 
 
+def on_cuda(repeats: int) -> dict:
+    """The forms in bfloat16 on a batch, over the plain iteration by cuBLAS; errors and the band of the result."""
+    triples = COEFFICIENTS["muon"] * 5
+    rows, results = [], {}
+    for shape in CUDA_SHAPES:
+        G = torch.randn(CUDA_BATCH, *shape, device="cuda").bfloat16()
+        truth = newton_schulz_ref(G[:1].double(), triples)
+        variants = {
+            "auto": lambda G=G: newton_schulz(G),
+            "plain, cuBLAS": lambda G=G: newton_schulz_ref(G, triples),
+            "plain, symmetric": lambda G=G: _iterate(G, triples, 1e-7, "plain", True),
+            "gram, symmetric": lambda G=G: _iterate(G, triples, 1e-7, "gram", True),
+            "gram, cuBLAS": lambda G=G: _iterate(G, triples, 1e-7, "gram", False),
+        }
+        X = {name: run()[:1].double() for name, run in variants.items()}
+        errors = {name: float((x - truth).norm() / truth.norm()) for name, x in X.items()}
+        if max(error for name, error in errors.items() if name != "plain, cuBLAS") > CUDA_GATE:
+            raise SystemExit(f"gate: {shape}: relative errors {errors} exceed {CUDA_GATE:g}")
+        S = torch.linalg.svdvals(X["auto"])
+        times = interleaved_cuda(variants, repeats)
+        name = f"{CUDA_BATCH}x{shape[0]}x{shape[1]}"
+        r, k = min(shape), max(shape)
+        flops = 5 * CUDA_BATCH * (4 * r * r * k + 2 * r**3)  # of the plain iteration
+        form, symmetric = _fastest((CUDA_BATCH, r, k), G.dtype, G.device, 5, None)
+        results[name] = {n: t | {"relative_error": errors[n]} for n, t in times.items()}
+        results[name] |= {"chosen": [form, symmetric], "band": [float(S.min()), float(S.max())]}
+        plain = times["plain, cuBLAS"]["ms"]
+        rows.append(
+            [name, *(f"{t['ms']:.2f}" for t in times.values()), f"{plain / times['auto']['ms']:.2f}",
+             f"{flops / plain * 1e-9:.0f}", f"{errors['auto']:.0e}", f"{S.min():.2f}..{S.max():.2f}"]
+        )  # fmt: skip
+    columns = ["shape", *(f"{n} ms" for n in times), "x plain", "plain TFLOP/s", "error", "band"]
+    show("5 steps, bfloat16", columns, rows)
+    return results
+
+
 def main():
     """Gate, table, JSON."""
     p = parser(__doc__)
     p.add_argument("--repeats", type=int, default=7, help="interleaved repetitions")
     args = p.parse_args()
     print("  ".join(f"{k} {v}" for k, v in card().items() if v))
+    if torch.cuda.is_available():
+        finish(
+            {"benchmark": "newton_schulz", "settings": vars(args), "gate": True, "rows": on_cuda(args.repeats)},
+            args.json,
+        )
+        return
     rows, results = [], {}
     for shape in SHAPES:
         G = matrix("gaussian", *shape)

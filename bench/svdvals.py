@@ -1,9 +1,13 @@
-"""All singular values on this machine: the C++ kernels against torch and SciPy, interleaved, error beside time."""
+"""All singular values on this machine: our kernels against the libraries, interleaved, error beside time."""
 
-import scipy.linalg
+import importlib.util
+
 import torch
 
-from bench.harness import card, finish, interleaved, parser, show
+from bench.harness import card, finish, interleaved, interleaved_cuda, parser, show
+from sosd_fast.kernels.sturm import sturm
+from sosd_fast.kernels.syrk import syrk
+from sosd_fast.kernels.tridiagonal import tridiagonal
 from sosd_fast.svdvals import spectra
 from sosd_fast.testing import matrix, sd_distance
 
@@ -40,8 +44,84 @@ def variants(Ws, slow):
         "eigvalsh of the Gram": lambda: [torch.linalg.eigvalsh(g) for g in G],
     }
     if slow:
+        import scipy.linalg
+
         runs["SciPy svdvals"] = lambda: [scipy.linalg.svdvals(upright(W).float().numpy()) for W in Ws]
     return runs
+
+
+def best_driver(W):
+    """The fastest of cuSOLVER's drivers for torch.linalg.svdvals, and its ms for one matrix."""
+    runs = {d: lambda d=d: torch.linalg.svdvals(upright(W), driver=d) for d in ("gesvd", "gesvdj", "gesvda")}
+    times = {}
+    for driver, run in runs.items():
+        try:
+            times[driver] = interleaved_cuda({driver: run}, 2, 1)[driver]["ms"]
+        except RuntimeError as error:
+            print(f"svdvals with {driver}: {error}")
+    return min(times.items(), key=lambda item: item[1])
+
+
+def on_cuda(model: str, repeats: int) -> dict:
+    """A model's body at once: the whole, its stages, and the libraries on the same Gram matrices."""
+    groups = SETS[model]
+    torch.manual_seed(0)
+    Ws = [torch.randn(m, n, device="cuda") for (m, n), count in groups for _ in range(count)]
+    truth = {i: torch.linalg.svdvals(Ws[i].double().cpu()) for i in {W.shape: i for i, W in enumerate(Ws)}.values()}
+    variants = {
+        "sosd_fast, float32": lambda: spectra(Ws, "gram32"),
+        "sosd_fast, float64": lambda: spectra(Ws, "gram64"),
+    }
+    errors = {}
+    for name, run in variants.items():
+        found = run()
+        sd_errors = {i: sd_distance(found.S[i].cpu(), S) for i, S in truth.items()}
+        errors[name] = max(sd_errors.values())
+        if errors[name] > 1e-6 or any(error > found.sd_error[i] for i, error in sd_errors.items()):
+            raise SystemExit(f"gate: {model}, {name}: SD errors {sd_errors}")
+
+    def gram():
+        return torch.cat([syrk(torch.stack([W for W in Ws if W.shape == shape])) for shape, _ in groups])
+
+    G = gram()
+    d, e = tridiagonal(G)
+    stages = {
+        "gram": gram,
+        "tridiagonal": lambda: tridiagonal(G),
+        "sturm": lambda: sturm(d, e),
+        "copy of the Gram matrices": lambda: G.clone(),  # a part of the time of tridiagonal
+    }
+    for programs in (1, 2, 3, 4):
+        if programs * len(G) <= 2 * torch.cuda.get_device_properties(0).multi_processor_count:
+            stages[f"tridiagonal, {programs} to a matrix"] = lambda n=programs: tridiagonal(G, programs=n)
+    libraries = {}
+    if torch.__version__ >= (2, 12):
+        libraries["torch eigvalsh of the Gram"] = lambda: torch.linalg.eigvalsh(G)
+    if importlib.util.find_spec("cupy"):
+        import cupy
+
+        same = cupy.from_dlpack(G)
+        libraries["CuPy eigvalsh of the Gram"] = lambda: cupy.linalg.eigvalsh(same)
+        S = torch.from_dlpack(cupy.linalg.eigvalsh(same)).flip(-1).clamp(min=0).sqrt()
+        errors["CuPy eigvalsh of the Gram"] = max(sd_distance(S[i].cpu(), truth[i]) for i in truth)
+    times = interleaved_cuda(variants | stages, repeats) | interleaved_cuda(libraries, 2, 1)
+    driver, one = best_driver(Ws[0])
+    times[f"torch svdvals, one by one, {driver}"] = {"ms": one * len(Ws)}
+    ours = times["sosd_fast, float32"]["ms"]
+    floor = 1e3 * 4 * sum(min(W.shape) ** 3 for W in Ws) / 6 / 4.3e12
+    rows = [
+        [
+            name,
+            f"{t['ms']:.2f}",
+            f"{t['low']:.2f}..{t['high']:.2f}" if "low" in t else "",
+            f"{t['ms'] / ours:.1f}",
+            f"{errors[name]:.1e}" if name in errors else "",
+        ]
+        for name, t in times.items()
+    ]
+    title = f"{model}, {len(Ws)} matrices; to read a triangle of each once a column takes {floor:.1f} ms at 4.3 TB/s"
+    show(title, ["", "ms", "20..80 %", "x float32", "SD error"], rows)
+    return {k: t | ({"sd_error": errors[k]} if k in errors else {}) for k, t in times.items()} | {"floor_ms": floor}
 
 
 def main():
@@ -55,6 +135,10 @@ def main():
     dtype = getattr(torch, args.dtype)
     print("  ".join(f"{k} {v}" for k, v in card().items() if v))
 
+    if torch.cuda.is_available():
+        sets = {model: on_cuda(model, args.repeats) for model in (SETS if args.sets else ["gpt2-small"])}
+        finish({"benchmark": "svdvals", "settings": vars(args), "gate": True, "sets": sets}, args.json)
+        return
     A = torch.randn(1024, 1024)
     rate = 2 * 1024**3 / (interleaved({"mm": lambda: A @ A}, 10)["mm"]["ms"] * 1e-3)
     print(f"matrix products: {rate / 1e9:.0f} GFLOP/s in float32, what the floor is taken from")

@@ -28,7 +28,7 @@ METHODS = ("auto", "gram32", "gram64", "exact")
 SD_TOLERANCE = 1e-6  # on |SD - SD_true|_2; published variations settle near 1e-5
 
 LARGEST_REDUCED = 2048  # sides of Gram matrices that the Triton kernels take; beyond, cuSOLVER is faster
-CHUNK_BYTES = 2**29  # of copies of weights and of Gram matrices at a time
+CHUNK_BYTES = 2**30  # of copies of weights and of Gram matrices at a time
 
 _LADDER = ("gram32", "gram64", "direct64")
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

@@ -1,0 +1,41 @@
+"""Fused normalize-and-diff of a shape group's spectra, against the same in eager torch and torch.compile."""
+
+import torch
+
+from bench.harness import card, finish, interleaved, interleaved_cuda, parser, show
+from sosd_fast.kernels.distribution import singular_distribution, singular_distribution_ref
+
+GROUPS = [(72, 768), (48, 768), (105, 1280), (24, 2048), (12, 256)]  # spectra, values in each
+
+
+def main():
+    """Gate, table, JSON."""
+    p = parser(__doc__)
+    p.add_argument("--repeats", type=int, default=20, help="interleaved repetitions")
+    args = p.parse_args()
+    print("  ".join(f"{k} {v}" for k, v in card().items() if v))
+    cuda = torch.cuda.is_available()
+    compiled = torch.compile(singular_distribution_ref, dynamic=False) if cuda else None
+    rows, results = [], {}
+    for B, r in GROUPS:
+        S = [torch.rand(B, r, dtype=torch.float64, device="cuda" if cuda else "cpu") for _ in range(3)]
+        variants = {
+            "sosd_fast": lambda S=S: singular_distribution(*S),
+            "torch": lambda S=S: singular_distribution_ref(*S),
+        }
+        if cuda:
+            variants["torch.compile"] = lambda S=S: compiled(*S)
+        expected = singular_distribution_ref(*(s.cpu() for s in S))
+        for name, value in singular_distribution(*S)._asdict().items():
+            if not torch.allclose(value.cpu(), getattr(expected, name), rtol=1e-10, atol=1e-15):
+                raise SystemExit(f"gate: {B}x{r}: {name} differs")
+        times = (interleaved_cuda if cuda else interleaved)(variants, args.repeats)
+        ours = times["sosd_fast"]["ms"]
+        results[f"{B}x{r}"] = times
+        rows.append([f"{B}x{r}", f"{1e3 * ours:.1f}", *(f"{times[k]['ms'] / ours:.1f}" for k in list(variants)[1:])])
+    show("float64 spectra, previous and reference", ["spectra", "us", *(f"x {k}" for k in list(variants)[1:])], rows)
+    finish({"benchmark": "distribution", "settings": vars(args), "gate": True, "rows": results}, args.json)
+
+
+if __name__ == "__main__":
+    main()
