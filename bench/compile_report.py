@@ -37,6 +37,7 @@ class Case:
     constexprs: dict
     options: dict = field(default_factory=dict)
     mma: bool = False
+    wide: bool = False  # 16-byte loads are meant
     most_registers: int = 255
 
 
@@ -84,6 +85,7 @@ def cases() -> list[Case]:
                     types,
                     blocks | {"COOPERATIVE": cooperative},
                     {k: v for k, v in config.items() if k not in blocks} | {"launch_cooperative_grid": cooperative},
+                    wide=True,
                     most_registers=65536 // (32 * config["num_warps"] * tridiagonal.PER_SM),
                 )
             )
@@ -111,6 +113,7 @@ def build(case: Case, target: int) -> dict:
         "shared": binary.metadata.shared,
         "mma": sorted(set(MMA.findall(binary.asm["ptx"]))),
         "async": "cp.async" in binary.asm["ptx"],
+        "wide": len(re.findall(r"ld\.global\.(?:v4\.b32|v2\.b64)", binary.asm["ptx"])),
         "seconds": seconds,
     }
 
@@ -133,6 +136,8 @@ def faults(case: Case, row: dict) -> list[str]:
         found.append(f"{row['spill']} bytes of stack")
     if case.mma and not row["mma"]:
         found.append("no tensor-core instruction")
+    if case.wide and not row["wide"]:
+        found.append("no 16-byte loads")
     if row["registers"] > case.most_registers:
         found.append(f"more than {case.most_registers} registers")
     return found
@@ -155,9 +160,20 @@ def main():
                 rows.append({"kernel": case.name, "target": target} | row)
                 table.append(
                     [case.name, f"sm_{target}", row["registers"], row["shared"], row["spill"], "+".join(row["mma"]),
-                     "yes" if row["async"] else "", f"{row['seconds']:.1f}", ", ".join(row["faults"])]
+                     "yes" if row["async"] else "", row["wide"] or "", f"{row['seconds']:.1f}", ", ".join(row["faults"])]
                 )  # fmt: skip
-    columns = ["kernel", "target", "registers", "shared", "spill", "tensor cores", "async copies", "s", "faults"]
+    columns = [
+        "kernel",
+        "target",
+        "registers",
+        "shared",
+        "spill",
+        "tensor cores",
+        "async copies",
+        "16 B loads",
+        "s",
+        "faults",
+    ]
     show(f"Triton {triton.__version__}", columns, table)
     finish({"benchmark": "compile_report", "triton": triton.__version__, "rows": rows}, args.json)
     raise SystemExit(1 if wrong else 0)

@@ -83,7 +83,8 @@ if triton is not None:
         strip = tl.arange(0, ROWS)
         reflectors = tl.arange(0, PANEL)
 
-        # An event is a column, or the update before the first column of a panel.
+        # Masks end at multiples of 16, so that accesses stay 16 bytes wide; what lies left of column j is selected
+        # away. An event is a column, or the update before the first column of a panel.
         for event in range(first_event, last_event):
             if event > first_event:
                 _wait(counter_ptr, programs * (event - first_event), COOPERATIVE)
@@ -109,10 +110,11 @@ if triton is not None:
                 products = tl.zeros([COLUMNS], dtype)
                 for i0 in range(start, r, COLUMNS):
                     i = i0 + lanes
-                    inside = (i >= j) & (i < r)
+                    inside = i < r
                     v = tl.load(panel_ptr + 2 * q * pitch + i, mask=inside, other=0.0)
                     for part in range(programs + 1):
-                        products += v * tl.load(y_last + part * pitch + i, mask=inside, other=0.0)
+                        y = tl.load(y_last + part * pitch + i, mask=inside, other=0.0)
+                        products += tl.where(i >= j, v * y, 0.0)
                 earlier = reflectors < q
                 t_v = tl.load(t_last + 2 * reflectors, mask=earlier, other=0.0)
                 t_w = tl.load(t_last + 2 * reflectors + 1, mask=earlier, other=0.0)
@@ -130,7 +132,7 @@ if triton is not None:
             subhead = tl.zeros([COLUMNS], dtype)
             for i0 in range(start, r, COLUMNS):
                 i = i0 + lanes
-                inside = (i >= j) & (i < r)
+                inside = i < r
                 a = tl.load(A_ptr + j * r + i, mask=inside, other=0.0)
                 if finished > 0:
                     w = tl.zeros([COLUMNS], dtype)
@@ -150,7 +152,7 @@ if triton is not None:
                         w -= tl.sum(tile * t[:, None], axis=0)
                         a -= tl.sum(tile * row[:, None], axis=0)
                     v = tl.load(panel_ptr + 2 * q * pitch + i, mask=inside, other=0.0)
-                    w = tau * (w - half_dot * v)
+                    w = tl.where(i >= j, tau * (w - half_dot * v), 0.0)
                     tl.store(panel_ptr + (2 * q + 1) * pitch + i, w, mask=inside)
                     a -= v * w_j + w  # v_j is 1
                 tl.store(own + i, a, mask=inside)
@@ -166,14 +168,14 @@ if triton is not None:
                 for s in range(row_strip, (r + ROWS - 1) // ROWS, programs):
                     k = s * ROWS + strip
                     rows_inside = (k >= j) & (k < r)
-                    for i0 in range(s * ROWS, r, COLUMNS):
+                    for i0 in range(s * ROWS // ALIGNED * ALIGNED, r, COLUMNS):
                         i = i0 + lanes
-                        inside = rows_inside[:, None] & (i[None, :] >= k[:, None]) & (i[None, :] < r)
+                        inside = rows_inside[:, None] & (i[None, :] < r)
                         tile_ptr = A_ptr + k[:, None] * r + i[None, :]
                         tile = tl.load(tile_ptr, mask=inside, other=0.0)
                         for m in range(2 * finished):
                             left = tl.load(panel_ptr + m * pitch + k, mask=rows_inside, other=0.0)
-                            right = tl.load(panel_ptr + (m ^ 1) * pitch + i, mask=(i >= j) & (i < r), other=0.0)
+                            right = tl.load(panel_ptr + (m ^ 1) * pitch + i, mask=i < r, other=0.0)
                             tile -= left[:, None] * right[None, :]
                         tl.store(tile_ptr, tile, mask=inside)
             else:
@@ -193,7 +195,7 @@ if triton is not None:
                 for i0 in range(start, r, COLUMNS):
                     i = i0 + lanes
                     inside = i < r
-                    a = tl.load(own + i, mask=inside & (i >= j), other=0.0)  # this thread's own
+                    a = tl.load(own + i, mask=inside, other=0.0)  # this thread's own
                     v = tl.where(i > j + 1, a * inverse, tl.where(i == j + 1, 1.0, 0.0)).to(dtype)
                     tl.store(v_ptr + i, v, mask=inside)
                     tl.store(own + i, tl.zeros([COLUMNS], dtype), mask=inside)
@@ -205,14 +207,14 @@ if triton is not None:
                     products = tl.zeros([ROWS, COLUMNS], dtype)
                     for i0 in range(start, r, COLUMNS):
                         i = i0 + lanes
-                        inside = (i > j) & (i < r)
+                        inside = i < r
                         v = tl.load(v_ptr + i, mask=inside, other=0.0)
                         tile = tl.load(
                             panel_ptr + m[:, None] * pitch + i[None, :],
                             mask=(m < 2 * finished)[:, None] & inside[None, :],
                             other=0.0,
                         )
-                        products += tile * v[None, :]
+                        products += tl.where(i[None, :] > j, tile * v[None, :], 0.0)
                     tl.store(t_now + m, tl.sum(products, axis=1), mask=m < 2 * finished)
 
                 # y = A v from the upper triangle, each program its strips of rows: part 0 of y gets what a row gives
@@ -224,17 +226,18 @@ if triton is not None:
                     rows_inside = (k > j) & (k < r)
                     v_rows = tl.load(v_ptr + k, mask=rows_inside, other=0.0)
                     sums = tl.zeros([ROWS, COLUMNS], dtype)
-                    for i0 in range(s * ROWS // ALIGNED * ALIGNED, r, COLUMNS):
+                    # from the same column, up to whole tiles, for all strips: a thread adds to what it stored itself
+                    for i0 in range(start + (s * ROWS - start) // COLUMNS * COLUMNS, r, COLUMNS):
                         i = i0 + lanes
-                        right_of = i[None, :] > k[:, None]
-                        inside = rows_inside[:, None] & (i[None, :] >= k[:, None]) & (i[None, :] < r)
-                        tile = tl.load(A_ptr + k[:, None] * r + i[None, :], mask=inside, other=0.0)
-                        v = tl.load(v_ptr + i, mask=(i > j) & (i < r), other=0.0)
+                        inside = (i < r) & (i >= s * ROWS // ALIGNED * ALIGNED)
+                        tile = tl.load(
+                            A_ptr + k[:, None] * r + i[None, :], mask=rows_inside[:, None] & inside[None, :], other=0.0
+                        )
+                        tile = tl.where(i[None, :] >= k[:, None], tile, 0.0)
+                        v = tl.load(v_ptr + i, mask=inside, other=0.0)
                         sums += tile * v[None, :]
-                        given = tl.sum(tl.where(right_of, tile, 0.0) * v_rows[:, None], axis=0)
-                        owned = (i >= start) & (i < r)
-                        # a thread adds to what it stored itself
-                        tl.store(own + i, tl.load(own + i, mask=owned, other=0.0) + given, mask=owned)
+                        given = tl.sum(tl.where(i[None, :] > k[:, None], tile, 0.0) * v_rows[:, None], axis=0)
+                        tl.store(own + i, tl.load(own + i, mask=inside, other=0.0) + given, mask=inside)
                     tl.store(y_now + k, tl.sum(sums, axis=1), mask=rows_inside)
 
 
@@ -296,7 +299,11 @@ def _launch(A: Tensor, programs: int | None) -> tuple[Tensor, Tensor]:
         launch(**arguments, first_event=1, last_event=last, COOPERATIVE=False)
     elif A.is_cuda:
         # cooperative: the driver refuses what could not run all at once, instead of waiting for ever
-        launch(**arguments, first_event=1, last_event=last, COOPERATIVE=True, launch_cooperative_grid=True)
+        try:
+            launch(**arguments, first_event=1, last_event=last, COOPERATIVE=True, launch_cooperative_grid=True)
+        except RuntimeError as error:
+            _warn_alone(str(error))
+            return _launch(A, 1)
     else:  # the interpreter runs programs in turn: none could wait for another
         for event in range(1, last):
             launch(**arguments, first_event=event, last_event=event + 1, COOPERATIVE=False)
@@ -306,6 +313,15 @@ def _launch(A: Tensor, programs: int | None) -> tuple[Tensor, Tensor]:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _warn_alone(error: str):
+    kernels.log.warning(
+        "sosd_fast: the GPU did not take several programs to a matrix (%s), so one has to do, more slowly. "
+        "Leave it more of the GPU.",
+        error,
+    )
 
 
 def _programs(B: int, r: int, device: torch.device) -> int:

@@ -27,8 +27,8 @@ def test_resources(target):
 def test_a_spill_is_a_fault():
     from bench.compile_report import Case, faults
 
-    case = Case("name", None, {}, {}, mma=True, most_registers=128)
-    row = {"registers": 128, "spill": 0, "mma": ["mma"]}
+    case = Case("name", None, {}, {}, mma=True, wide=True, most_registers=128)
+    row = {"registers": 128, "spill": 0, "mma": ["mma"], "wide": 8}
     assert not faults(case, row)
-    for change in ({"registers": 129}, {"spill": 8}, {"mma": []}):
+    for change in ({"registers": 129}, {"spill": 8}, {"mma": []}, {"wide": 0}):
         assert len(faults(case, row | change)) == 1
