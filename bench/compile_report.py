@@ -160,7 +160,8 @@ def main():
                 rows.append({"kernel": case.name, "target": target} | row)
                 table.append(
                     [case.name, f"sm_{target}", row["registers"], row["shared"], row["spill"], "+".join(row["mma"]),
-                     "yes" if row["async"] else "", row["wide"] or "", f"{row['seconds']:.1f}", ", ".join(row["faults"])]
+                     "yes" if row["async"] else "", row["wide"] or "", f"{row['seconds']:.1f}",
+                     ", ".join(row["faults"])]
                 )  # fmt: skip
     columns = [
         "kernel",
