@@ -158,7 +158,8 @@ def _fastest(shape, dtype: torch.dtype, device: torch.device, steps: int, form: 
     candidates = [c for c in candidates if form or c[0] == "plain" or long >= 2 * short]
     if torch.cuda.is_current_stream_capturing():
         return candidates[0]
-    G = torch.randn(*shape, device=device, dtype=dtype)
+    own = torch.Generator(device).manual_seed(0)  # the caller's random numbers stay as they are
+    G = torch.randn(*shape, device=device, dtype=dtype, generator=own)
     triples = COEFFICIENTS["muon"] * steps
     times = {c: [] for c in candidates}
     with torch.cuda.device(device):
