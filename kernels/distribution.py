@@ -184,19 +184,20 @@ def _launch(S: Tensor, previous: Tensor | None, reference: Tensor | None, sd: Te
     strides = {}
     for name, t in (("S", S), ("previous", previous), ("reference", reference)):
         strides[f"stride_{name}"], strides[f"step_{name}"] = (0, 0) if t is None else t.stride()
-    _singular_distribution_kernel[(S.shape[0],)](
-        S_ptr=S,
-        previous_ptr=S if previous is None else previous,
-        reference_ptr=S if reference is None else reference,
-        sd_ptr=sd,
-        statistics_ptr=statistics,
-        r=S.shape[1],
-        **strides,
-        HAS_PREVIOUS=previous is not None,
-        HAS_REFERENCE=reference is not None,
-        BLOCK=min(BLOCK, triton.next_power_of_2(S.shape[1])),
-        num_warps=4,
-    )
+    with torch.cuda.device_of(S):
+        _singular_distribution_kernel[(S.shape[0],)](
+            S_ptr=S,
+            previous_ptr=S if previous is None else previous,
+            reference_ptr=S if reference is None else reference,
+            sd_ptr=sd,
+            statistics_ptr=statistics,
+            r=S.shape[1],
+            **strides,
+            HAS_PREVIOUS=previous is not None,
+            HAS_REFERENCE=reference is not None,
+            BLOCK=min(BLOCK, triton.next_power_of_2(S.shape[1])),
+            num_warps=4,
+        )
 
 
 def singular_distribution_ref(S: Tensor, previous=None, reference=None) -> Distribution:

@@ -163,31 +163,32 @@ def sturm(d: Tensor, e: Tensor) -> Tensor:
     e = e.detach().reshape(-1, r - 1) if r > 1 else d
     B, pitch = d.shape[0], triton.cdiv(r, PADDED_TO) * PADDED_TO
     scaled, limits, values = d.new_empty(B, 2, pitch), d.new_empty(B, 3), d.new_empty(*batch, r)
-    _scale_kernel[(B,)](
-        d_ptr=d,
-        e_ptr=e,
-        scaled_ptr=scaled,
-        limits_ptr=limits,
-        r=r,
-        pitch=pitch,
-        stride_d=d.stride(0),
-        step_d=d.stride(1),
-        stride_e=e.stride(0),
-        step_e=e.stride(1),
-        BLOCK=SCALE_BLOCK,
-        num_warps=4,
-    )
-    _sturm_kernel[(B, triton.cdiv(r, BLOCK))](
-        scaled_ptr=scaled,
-        limits_ptr=limits,
-        values_ptr=values,
-        r=r,
-        pitch=pitch,
-        iterations=ITERATIONS[d.dtype],
-        RESCALE=RESCALE[d.dtype],
-        BLOCK=BLOCK,
-        num_warps=1,
-    )
+    with torch.cuda.device_of(d):
+        _scale_kernel[(B,)](
+            d_ptr=d,
+            e_ptr=e,
+            scaled_ptr=scaled,
+            limits_ptr=limits,
+            r=r,
+            pitch=pitch,
+            stride_d=d.stride(0),
+            step_d=d.stride(1),
+            stride_e=e.stride(0),
+            step_e=e.stride(1),
+            BLOCK=SCALE_BLOCK,
+            num_warps=4,
+        )
+        _sturm_kernel[(B, triton.cdiv(r, BLOCK))](
+            scaled_ptr=scaled,
+            limits_ptr=limits,
+            values_ptr=values,
+            r=r,
+            pitch=pitch,
+            iterations=ITERATIONS[d.dtype],
+            RESCALE=RESCALE[d.dtype],
+            BLOCK=BLOCK,
+            num_warps=1,
+        )
     return values
 
 

@@ -157,28 +157,31 @@ def syrk(
     config = CONFIGS[A.dtype]
     tiles = triton.cdiv(m, config["BLOCK"])
     # the batch is the second dimension of the grid, which ends at 65535
-    for first in range(0, A.shape[0], 65535):
-        some = slice(first, first + 65535)
-        _syrk_kernel[(tiles * (tiles + 1) // 2, A[some].shape[0])](
-            A_ptr=A[some],
-            B_ptr=B[some],
-            C_ptr=A if C is None else C[some],
-            scale_ptr=A if scale is None else scale.reshape(-1)[some],
-            out_ptr=out.view(-1, m, m)[some],
-            m=m,
-            k=k,
-            **dict(zip(("stride_ab", "stride_am", "stride_ak"), A.stride(), strict=True)),
-            **dict(zip(("stride_bb", "stride_bm", "stride_bk"), B.stride(), strict=True)),
-            **dict(zip(("stride_cb", "stride_cm", "stride_cn"), (0, 0, 0) if C is None else C.stride(), strict=True)),
-            alpha=float(alpha),
-            beta=float(beta),
-            shift=float(shift),
-            HAS_C=C is not None,
-            HAS_SCALE=scale is not None,
-            PRECISION="tf32x3",
-            ROUND=rounded,
-            **config,
-        )
+    with torch.cuda.device_of(A):
+        for first in range(0, A.shape[0], 65535):
+            some = slice(first, first + 65535)
+            _syrk_kernel[(tiles * (tiles + 1) // 2, A[some].shape[0])](
+                A_ptr=A[some],
+                B_ptr=B[some],
+                C_ptr=A if C is None else C[some],
+                scale_ptr=A if scale is None else scale.reshape(-1)[some],
+                out_ptr=out.view(-1, m, m)[some],
+                m=m,
+                k=k,
+                **dict(zip(("stride_ab", "stride_am", "stride_ak"), A.stride(), strict=True)),
+                **dict(zip(("stride_bb", "stride_bm", "stride_bk"), B.stride(), strict=True)),
+                **dict(
+                    zip(("stride_cb", "stride_cm", "stride_cn"), (0, 0, 0) if C is None else C.stride(), strict=True)
+                ),
+                alpha=float(alpha),
+                beta=float(beta),
+                shift=float(shift),
+                HAS_C=C is not None,
+                HAS_SCALE=scale is not None,
+                PRECISION="tf32x3",
+                ROUND=rounded,
+                **config,
+            )
     return out
 
 

@@ -269,7 +269,8 @@ def tridiagonal(A: Tensor, *, overwrite: bool = False, programs: int | None = No
         return tridiagonal_ref(A)
     work = A.detach().reshape(-1, r, r)
     work = work.contiguous() if overwrite else work.clone(memory_format=torch.contiguous_format)
-    d, e = _launch(work, programs)
+    with torch.cuda.device_of(work):
+        d, e = _launch(work, programs)
     return d.reshape(*batch, r), e[:, : r - 1].reshape(*batch, r - 1)
 
 
