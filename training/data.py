@@ -1,25 +1,53 @@
-"""Text as byte tokens: Python's own standard library by default (no network), or any file or folder of text."""
+"""Tokens and batches: shards that prepare.py wrote, or text as bytes; by default Python's own standard library."""
 
+import json
 import sysconfig
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from training.shards import Shards
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A corpus: train and val are 1-D uint8 tensors, vocab counts the token ids, source says where it came from."""
+    """A corpus: train and val are 1-D uint8 tensors or `Shards`, vocab counts the token ids, source says from where."""
 
-    train: Tensor
-    val: Tensor
+    train: Tensor | Shards
+    val: Tensor | Shards
     vocab: int
     source: str
+
+
+def load_data(path: str | Path | None = None, vocab: int = 50304) -> Tokens:
+    """Open a folder of token shards, or read text as `load_text` does.
+
+    Args:
+        path: a folder with ``*train*.bin`` and ``*val*.bin``, or text.
+        vocab: of shards that no meta.json says it of.
+
+    Raises:
+        ValueError: neither shards nor text, shards without a part for training or validation, or a damaged one.
+    """
+    names = sorted(Path(path).glob("*.bin")) if path is not None and Path(path).is_dir() else []
+    parts = [[name for name in names if kind in name.name] for kind in ("train", "val")]
+    if not any(parts):
+        return load_text(path)
+    if not all(parts):
+        raise ValueError(
+            f"load_data: expected files *train*.bin and *val*.bin, got path={str(path)!r} with {len(parts[0])} and "
+            f"{len(parts[1])}. Write both with training/prepare.py."
+        )
+    meta = Path(path) / "meta.json"
+    vocab = json.loads(meta.read_text())["vocab"] if meta.exists() else vocab
+    return Tokens(*(Shards(files, vocab) for files in parts), vocab, str(path))
 
 
 def load_text(path: str | Path | None = None, val_fraction: float = 0.05) -> Tokens:
@@ -79,12 +107,15 @@ def _tensor(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
 
 
-def _windows(tokens: Tensor, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    windows = tokens[starts[:, None] + torch.arange(context + 1)].long()  # (B, context + 1)
+def _windows(tokens: Tensor | Shards, starts: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    if isinstance(tokens, Shards):
+        windows = torch.stack([tokens.read(start, context + 1) for start in starts.tolist()])
+    else:
+        windows = tokens[starts[:, None] + torch.arange(context + 1)].long()  # (B, context + 1)
     return windows[:, :-1], windows[:, 1:]
 
 
-def _check_length(who: str, tokens: Tensor, context: int) -> None:
+def _check_length(who: str, tokens: Tensor | Shards, context: int) -> None:
     if len(tokens) < context + 1:
         raise ValueError(
             f"{who}: expected at least context + 1 = {context + 1} tokens, got len(tokens)={len(tokens)}. "
@@ -110,7 +141,54 @@ def batches(
     return draw()  # a generator of its own, so that the check above runs at the call and not at the first batch
 
 
-def fixed_batches(tokens: Tensor, batch_size: int, context: int, sequences: int) -> list[tuple[Tensor, Tensor]]:
+def passes(
+    tokens: Tensor | Shards, batch_size: int, context: int, seed: int, done: int = 0, rank: int = 0, ranks: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows end to end, each once a pass, in an order shuffled anew for each pass; without end.
+
+    What batch number i holds depends on (seed, i) alone, so a run continues exactly by its number of steps.
+
+    Args:
+        tokens: the corpus.
+        batch_size: sequences of the global batch.
+        context: tokens of a sequence.
+        seed: of the orders.
+        done: batches to leave out.
+        rank: which of ``ranks`` equal parts of each batch to read.
+        ranks: must divide batch_size.
+
+    Returns:
+        An iterator of inputs and next tokens, each (batch_size / ranks, context), int64.
+    """
+    _check_length("passes", tokens, context)
+    if batch_size % ranks:
+        raise ValueError(
+            f"passes: expected a batch that {ranks} ranks can share equally, got batch_size={batch_size}. "
+            "Take a multiple."
+        )
+    count = (len(tokens) - 1) // context
+
+    def draw():
+        orders: dict[int, np.ndarray] = {}
+        position = done * batch_size + rank * (batch_size // ranks)
+        while True:
+            windows = []
+            for place in range(position, position + batch_size // ranks):
+                number = place // count
+                if number not in orders:
+                    orders.pop(number - 1, None)
+                    order = np.arange(count, dtype=np.uint32 if count < 2**32 else np.uint64)
+                    orders[number] = np.random.Generator(np.random.PCG64([seed, number])).permutation(order)
+                windows.append(int(orders[number][place % count]))
+            yield _windows(tokens, torch.tensor(windows) * context, context)
+            position += batch_size
+
+    return draw()
+
+
+def fixed_batches(
+    tokens: Tensor | Shards, batch_size: int, context: int, sequences: int
+) -> list[tuple[Tensor, Tensor]]:
     """The same evenly spaced windows every time, at most ``sequences`` in all, for validation."""
     _check_length("fixed_batches", tokens, context)
     count = min(sequences, (len(tokens) - 1) // context)
