@@ -58,6 +58,16 @@ PRESETS = {
 PRESETS["nano"] = PRESETS["gpt2-nano"]
 
 
+def flops_per_token(config: Config) -> float:
+    """Floating-point operations of training on one token: 6 a weight of every product, and attention in full.
+
+    Source: Chowdhery et al., PaLM (arXiv 2204.02311), appendix B.
+    """
+    mlp = (3 if config.activation == "swiglu" else 2) * config.ff_width
+    weights = config.n_layer * config.width * (4 * config.width + mlp) + config.vocab * config.width
+    return 6 * weights + 12 * config.n_layer * config.width * config.context
+
+
 def rope_tables(context: int, head_width: int, base: float = 10000.0, device=None) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angles t * base^(-2i/head_width), each (context, head_width / 2), float32."""
     frequencies = base ** (-torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width)

@@ -1,4 +1,4 @@
-"""Train a small language model on text with the spectral probe on: ``python training/run.py --tracker=fast``."""
+"""Train a language model on text with the spectral probe on: ``python training/run.py --tracker=fast``."""
 
 import sys
 from pathlib import Path
@@ -6,10 +6,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
+import contextlib
 import json
 import math
+import os
 import platform
+import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,47 +25,75 @@ import sosd_fast
 from sosd_fast.phases import onset_of_stability
 from sosd_fast.plot import plot_run, variation_by_kind
 from sosd_fast.records import JsonLines, RunWriter
-from training.data import batches, fixed_batches, load_text
-from training.model import PRESETS, Transformer
+from training import checkpoint
+from training.data import fixed_batches, load_data, passes
+from training.model import PRESETS, Transformer, flops_per_token
+from training.optimizers import DEFAULT_LR, build_optimizers
+from training.parallel import KINDS, setup
+from training.presets import RUNS
 from training.schedule import SCHEDULES
 
 METHODS = {"fast": "auto", "full": "full", "topk": "topk", "exact": "exact"}
-# Validation loss of gpt2-nano after 150 steps of 8 x 256 bytes, wsd, warm-up 20:
-# adamw 5e-4 2.08, 1e-3 1.99, 2e-3 2.09, 4e-3 2.46, 8e-3 2.71; muon 0.02 2.00, 0.04 2.00.
-DEFAULT_LR = {"adamw": 1e-3, "muon": 0.02}
+# Dense bfloat16 FLOP/s by the data sheets; the first name found in the device's decides.
+PEAK_FLOPS = {"B200": 2.25e15, "H200": 9.89e14, "H100": 9.89e14, "A100": 3.12e14, "L40S": 3.62e14, "4090": 1.65e14}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the flags; a wrong value ends with a message that names the choices."""
     parser = argparse.ArgumentParser(
-        description=__doc__.split(":")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.split(":")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     positive, fraction = _number(int, 1), _number(float, 0)
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--preset", choices=list(RUNS), help="defaults of the other flags: a run of the paper, or nano")
+    parser.add_argument("--resume", metavar="RUN_DIR", help="go on from its last checkpoint, with its flags")
     # The probe
     parser.add_argument("--tracker", choices=[*METHODS, "off"], default="fast", help="how spectra are measured")
     parser.add_argument("--tracker-budget", type=fraction, default=0.03, help="part of the step time it may take")
     parser.add_argument("--tracker-k", type=positive, default=32, help="leading singular values kept of each matrix")
     # Model
     parser.add_argument("--model", choices=list(PRESETS), default="gpt2-nano", help="preset of training/model.py")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
+    parser.add_argument("--context", type=positive, help="tokens of a sequence; None is the model's")
+    parser.add_argument("--compile", action=switch, default=False, help="torch.compile the model")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is by autocast")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of compute, not of weights"
+    )
+    parser.add_argument("--parallel", choices=KINDS, default="none", help="over the processes that torchrun started")
+    parser.add_argument("--replicas", type=positive, help="with hsdp, copies of the model; None is one a machine")
+    parser.add_argument("--timeout", type=fraction, default=600.0, help="seconds to wait for another rank")
     # Optimization
     parser.add_argument("--optimizer", choices=list(DEFAULT_LR), default="adamw", help="muon: for the body's matrices")
     parser.add_argument("--lr", type=fraction, help=f"peak learning rate of the body; None means {DEFAULT_LR}")
     parser.add_argument("--adam-lr", type=fraction, help="with muon, that of embedding, head and gains; None: adamw's")
-    parser.add_argument("--weight-decay", type=fraction, default=0.0, help="on the body's matrices only")
+    parser.add_argument("--weight-decay", type=fraction, default=0.0, help="on the body's matrices")
+    parser.add_argument("--decay-all", action=switch, default=False, help="on embedding and head, too")
+    parser.add_argument("--clip", type=fraction, help="largest norm of the gradient; None clips nothing")
     parser.add_argument("--schedule", choices=list(SCHEDULES), default="wsd", help="learning rate over the steps")
     parser.add_argument("--warmup", type=_number(int, 0), default=20, help="steps of linear warm-up")
     parser.add_argument("--steps", type=positive, default=350, help="optimizer steps")
-    parser.add_argument("--batch-size", type=positive, default=8, help="sequences in a step")
+    parser.add_argument("--batch-size", type=positive, default=8, help="sequences in a step, over all ranks")
+    parser.add_argument("--batch-tokens", type=positive, help="tokens in a step instead; a multiple of the context")
+    parser.add_argument("--micro-batch-size", type=positive, help="sequences at a time on a rank; None: all of its")
     # Data and results
-    parser.add_argument("--data", help="a text file or folder of text; None is Python's standard library, as bytes")
+    parser.add_argument("--data", help="token shards (training/prepare.py), or text; None: Python's standard library")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the batches")
     parser.add_argument("--eval-every", type=positive, default=25, help="steps between validations")
     parser.add_argument("--eval-sequences", type=positive, default=32, help="sequences of a validation")
+    parser.add_argument("--checkpoint-every", type=positive, help="steps between checkpoints; None: only when stopped")
     parser.add_argument("--run-dir", help="new folder for the results; None is runs/MODEL-OPTIMIZER-SCHEDULE-sSEED")
     parser.add_argument("--quiet", action="store_true", help="no progress and no tables")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run, on no device, and end")
+
+    base, _ = parser.parse_known_args(argv)
+    if base.resume:
+        try:
+            saved = json.loads((Path(base.resume) / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            parser.error(f"argument --resume: expected a folder with a config.json, got {base.resume!r} ({error}).")
+        parser.set_defaults(**{k: v for k, v in saved.items() if k not in ("resume", "versions")})
+    elif base.preset:
+        parser.set_defaults(**RUNS[base.preset])
     args = parser.parse_args(argv)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -69,9 +101,24 @@ def parse_args(argv=None) -> argparse.Namespace:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"argument --device: expected a usable device, got {args.device!r} ({error}). Try --device=cpu.")
+    if args.batch_tokens:
+        context = args.context or PRESETS[args.model].context
+        if args.batch_tokens % context:
+            parser.error(f"argument --batch-tokens: expected a multiple of {context}, got {args.batch_tokens}.")
+        args.batch_size = args.batch_tokens // context
+    ranks = int(os.environ.get("WORLD_SIZE", "1")) if args.parallel != "none" else 1
+    args.micro_batch_size = min(args.micro_batch_size or args.batch_size, max(1, args.batch_size // ranks))
+    if args.batch_size % (ranks * args.micro_batch_size):
+        parser.error(
+            f"argument --batch-size: expected a multiple of {ranks} ranks x --micro-batch-size="
+            f"{args.micro_batch_size}, got {args.batch_size}."
+        )
     given = None if args.run_dir is None else Path(args.run_dir)
-    if given is not None and given.exists() and not (given.is_dir() and not any(given.iterdir())):
-        parser.error(f"argument --run-dir: expected a new or empty folder, got {args.run_dir!r}. Choose another.")
+    if args.resume:
+        args.run_dir = args.resume
+    elif given is not None and int(os.environ.get("RANK", "0")) == 0:
+        if given.exists() and not (given.is_dir() and not any(given.iterdir())):
+            parser.error(f"argument --run-dir: expected a new or empty folder, got {args.run_dir!r}. Choose another.")
     args.lr = DEFAULT_LR[args.optimizer] if args.lr is None else args.lr
     args.adam_lr = DEFAULT_LR["adamw"] if args.adam_lr is None else args.adam_lr
     args.run_dir = args.run_dir or _fresh(f"runs/{args.model}-{args.optimizer}-{args.schedule}-s{args.seed}")
@@ -97,44 +144,6 @@ def _fresh(run_dir: str) -> str:
     return str(candidate)
 
 
-def build_optimizers(
-    model: torch.nn.Module, optimizer: str, lr: float, weight_decay: float = 0.0, adam_lr: float | None = None
-) -> list[torch.optim.Optimizer]:
-    """AdamW for every parameter, or Muon for the body's matrices (those in ``h``) and AdamW for the rest.
-
-    Args:
-        model: a Transformer.
-        optimizer: "adamw" or "muon".
-        lr: peak learning rate of the body, kept as each group's "initial_lr" for the schedule.
-        weight_decay: on the body's matrices; embedding, head and gains have none.
-        adam_lr: with "muon", the learning rate of embedding, head and gains; None is AdamW's default.
-
-    Returns:
-        The optimizers, the body's first.
-    """
-    named = list(model.named_parameters())
-    body = [p for name, p in named if name.startswith("h.") and p.ndim == 2]
-    rest = [p for name, p in named if not (name.startswith("h.") and p.ndim == 2)]
-    device = named[0][1].device.type
-    adam = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": device in ("cpu", "cuda")}
-    if optimizer == "muon":
-        adam_lr = DEFAULT_LR["adamw"] if adam_lr is None else adam_lr
-        optimizers = [
-            sosd_fast.Muon(body, lr=lr, weight_decay=weight_decay, momentum=0.95),
-            torch.optim.AdamW(rest, lr=adam_lr, **adam),
-        ]
-    elif optimizer == "adamw":
-        groups = [{"params": body, "weight_decay": weight_decay}, {"params": rest}]
-        optimizers = [torch.optim.AdamW(groups, lr=lr, **adam)]
-    else:
-        raise ValueError(
-            f"build_optimizers: expected one of {list(DEFAULT_LR)}, got optimizer={optimizer!r}. Choose one."
-        )
-    for group in (group for each in optimizers for group in each.param_groups):
-        group["initial_lr"] = group["lr"]
-    return optimizers
-
-
 def closing_table(run) -> Table:
     """SD variation of each kind of matrix: now, at its peak, and the onset of stability where there is one."""
     table = Table("module", "SD variation now", "at its peak", "peak step", "onset of stability")
@@ -150,56 +159,120 @@ def closing_table(run) -> Table:
     return table
 
 
-def main(argv=None) -> int:
-    """Train as the flags say; returns the exit status: 0, 1 after a non-finite loss, 130 after Ctrl-C."""
-    args = parse_args(argv)
-    console = Console(quiet=args.quiet)
-    device = torch.device(args.device)
+def describe(args: argparse.Namespace, config, source: str) -> str:
+    """One line: the model, its parameters, and what it will be trained on."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in Transformer(config).parameters())
+    tokens = args.batch_size * config.context
+    size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+    return (
+        f"{args.model}: {size} parameters, {source}, {args.steps} steps of {args.batch_size} x {config.context} = "
+        f"{tokens:,} tokens ({args.steps * tokens / 1e9:.3g} B in all, {flops_per_token(config) * tokens / 1e12:.3g} "
+        f"TFLOP a step), {args.optimizer}, {args.schedule}, tracker {args.tracker}"
+    )
 
-    # Data, then the run directory: a wrong --data leaves no folder behind
-    run_dir = Path(args.run_dir)
-    config = PRESETS[args.model]
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yields a list that SIGTERM and Ctrl-C are put on, so that the step ends first; a later Ctrl-C ends at once."""
+    received, since = [], math.inf
+
+    def stop(number, _frame):
+        nonlocal since
+        if number == signal.SIGINT and time.monotonic() > since + 1:  # a terminal and torchrun send it twice at once
+            raise KeyboardInterrupt
+        received.append(number)
+        since = min(since, time.monotonic())
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        tokens = load_text(args.data)
-        train = batches(tokens.train, args.batch_size, config.context, torch.Generator().manual_seed(args.seed))
-        validation = fixed_batches(tokens.val, args.batch_size, config.context, args.eval_sequences)
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main(argv=None) -> int:
+    """Train as the flags say; returns the exit status: 0, 1 after a non-finite loss, 128 + n after signal n."""
+    args = parse_args(argv)
+    config = PRESETS[args.model]
+    config = replace(config, context=args.context or config.context)
+    if args.dry_run:
+        print(describe(args, config, args.data or "no data yet"))
+        return 0
+
+    # Processes and data, then the run directory: a wrong --data leaves no folder behind
+    try:
+        parallel = setup(args.parallel, args.device, args.replicas, args.timeout)
+        args.run_dir = parallel.agree(args.run_dir)
+        run_dir = Path(args.run_dir)
+        first = checkpoint.latest(run_dir) if args.resume else None
+        done = checkpoint.step_of(first) if first else 0
+        tokens = load_data(args.data, config.vocab)
+        config = replace(config, vocab=max(config.vocab, -(-tokens.vocab // 64) * 64))
+        ranks = parallel.ranks
+        train = passes(tokens.train, args.batch_size, config.context, args.seed, done, parallel.rank, ranks)
+        validation = fixed_batches(tokens.val, args.micro_batch_size * ranks, config.context, args.eval_sequences)
         run_dir.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
-        print(f"run: cannot start with --data={args.data}, --run-dir={run_dir}: {error}", file=sys.stderr)
+        print(f"run: cannot start with --data={args.data}, --run-dir={args.run_dir}: {error}", file=sys.stderr)
         return 2
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    (run_dir / "config.json").write_text(json.dumps({**vars(args), "versions": versions}, indent=2) + "\n")
+    console, device = Console(quiet=args.quiet or not parallel.main), parallel.device
+    if parallel.main and not args.resume:
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+        (run_dir / "config.json").write_text(json.dumps({**vars(args), "versions": versions}, indent=2) + "\n")
 
     # Model, optimizers, probe
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # every rank draws the whole model, so that it is the same however it is spread
     model = Transformer(config).to(device)
     if args.compile:
         model.compile()
-    optimizers = build_optimizers(model, args.optimizer, args.lr, args.weight_decay, args.adam_lr)
+    spread = parallel.wrap(model, args.dtype)
+    optimizers = build_optimizers(
+        model, args.optimizer, args.lr, args.weight_decay, args.adam_lr, decay_all=args.decay_all
+    )
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    probe_state = checkpoint.load(first, spread, optimizers, parallel) if first else None
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # loading replaces them
     probe = None
     if args.tracker != "off":
-        method = METHODS[args.tracker]
-        probe = sosd_fast.track(model, method=method, budget=args.tracker_budget, k=args.tracker_k, run_dir=run_dir)
-    else:
+        settings = {"method": METHODS[args.tracker], "budget": args.tracker_budget, "k": args.tracker_k}
+        probe = sosd_fast.track(spread, **settings, run_dir=run_dir, step=done if args.resume else None)
+        if probe_state:
+            probe.load_state_dict(probe_state)
+    elif parallel.main:
         RunWriter(run_dir).close()  # no records, but a run directory whose log sosd_fast.load can read
-    console.print(
-        f"{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-        f"{len(tokens.train) / 1e6:.1f} + {len(tokens.val) / 1e6:.1f} MB of text ({tokens.source}), {args.steps} steps "
-        f"of {args.batch_size} x {config.context} tokens, tracker {args.tracker}"
-    )
+    source = f"{len(tokens.train) / 1e6:.1f} + {len(tokens.val) / 1e6:.1f} M tokens ({tokens.source})"
+    console.print(describe(args, config, source) + (f", from step {done}" if done else ""))
 
     @torch.no_grad()
     def validation_loss() -> float:
-        with autocast:
-            losses = [model(x.to(device), y.to(device)) for x, y in validation]
-        sizes = torch.tensor([len(x) for x, _ in validation])
-        return float((torch.stack(losses).cpu() * sizes).sum() / sizes.sum())
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        for x, y in validation:
+            own = -(-len(x) // ranks)
+            rows = slice(parallel.rank * own, (parallel.rank + 1) * own)
+            count = len(x[rows])
+            rows = rows if count else slice(0, 1)  # a rank without a sequence must still join the others' forward
+            with autocast:
+                loss = spread(x[rows].to(device), y[rows].to(device))
+            total += torch.stack((loss.double() * count, torch.tensor(count, device=device)))
+        value, count = parallel.sum(total).tolist()
+        return value / count
+
+    def save(step: int):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        if step:
+            checkpoint.save(run_dir, step, spread, optimizers, parallel, probe)
 
     # The loop
-    log = JsonLines(run_dir / "log.jsonl")
+    log = JsonLines(run_dir / "log.jsonl", done if args.resume else None) if parallel.main else None
     multiplier = SCHEDULES[args.schedule]
-    train_time, loss, val_loss, status = 0.0, math.nan, math.nan, 0
+    micro_batches = args.batch_size // (ranks * args.micro_batch_size)
+    step_tokens = args.batch_size * config.context
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    train_time, loss, val_loss, status, step = 0.0, math.nan, math.nan, 0, done
     progress = Progress(
         TextColumn("step"),
         BarColumn(),
@@ -208,22 +281,30 @@ def main(argv=None) -> int:
         TextColumn("{task.fields[rate]:,.0f} tok/s  tracker {task.fields[overhead]:.1%}"),
         TimeRemainingColumn(),
         console=console,
-        disable=args.quiet,
+        disable=console.quiet,
     )
     bar = progress.add_task("", total=args.steps, loss=loss, val=val_loss, rate=0.0, overhead=0.0)
     try:
-        with progress:
-            for step in range(1, args.steps + 1):
+        with progress, stop_signals() as stops:
+            for step in range(done + 1, args.steps + 1):
                 start = time.perf_counter()
-                for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                for group in groups:
                     group["lr"] = group["initial_lr"] * multiplier(step - 1, args.steps, args.warmup)
-                x, y = (part.to(device) for part in next(train))  # (B, T)
-                with autocast:
-                    loss_tensor = model(x, y)
-                loss_tensor.backward()
-                loss = loss_tensor.item()
+                batch = [part.to(device).split(args.micro_batch_size) for part in next(train)]  # (B, T) each
+                totals = torch.zeros(2, device=device)  # loss, whether a rank was told to stop
+                for i, (x, y) in enumerate(zip(*batch, strict=True), 1):
+                    with parallel.accumulating(spread, last=i == micro_batches):
+                        with autocast:
+                            loss_tensor = spread(x, y) / micro_batches
+                        loss_tensor.backward()
+                    totals[0] += loss_tensor.detach()
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip) if args.clip else None
+                totals[1] = len(stops)
+                loss, stopped = parallel.sum(totals).tolist()
+                loss /= ranks
                 if not math.isfinite(loss):  # before the update, so that the weights stay as they were
                     status = 1
+                    save(step - 1)
                     break
                 for optimizer in optimizers:
                     optimizer.step()
@@ -234,48 +315,64 @@ def main(argv=None) -> int:
                 line = {
                     "step": step,
                     "loss": loss,
-                    "lr": optimizers[0].param_groups[0]["lr"],
-                    "tokens": step * y.numel(),
+                    "lr": groups[0]["lr"],
+                    "tokens": step * step_tokens,
                     "step_ms": 1e3 * step_time,
-                    "tokens_per_s": y.numel() / step_time,
+                    "tokens_per_s": step_tokens / step_time,
                     "overhead": overhead,
                 }
+                if norm is not None:
+                    line["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+                if peak:
+                    line["mfu"] = flops_per_token(config) * step_tokens / step_time / (peak * ranks)
                 if step % args.eval_every == 0 or step == args.steps:
                     line["val_loss"] = val_loss = validation_loss()
-                log.write(line)
-                if "val_loss" in line:  # what a kill can cost is bounded by one cadence
-                    log.flush()
+                if log:
+                    log.write(line)
+                due = args.checkpoint_every and (step % args.checkpoint_every == 0 or step == args.steps)
+                if "val_loss" in line or due or stopped:  # what a kill can cost is bounded by one cadence
+                    if log:
+                        log.flush()
                     if probe:
                         probe.flush()
-                    if not console.is_terminal:  # where no bar can move
-                        console.print(
-                            f"step {step}: loss {loss:.3f}, validation {val_loss:.3f}, tracker {overhead:.1%}"
-                        )
-                rate = step * y.numel() / train_time
+                    if due or stopped:
+                        save(step)
+                if "val_loss" in line and not console.is_terminal:  # where no bar can move
+                    console.print(f"step {step}: loss {loss:.3f}, validation {val_loss:.3f}, tracker {overhead:.1%}")
+                rate = (step - done) * step_tokens / train_time
                 progress.update(bar, completed=step, loss=loss, val=val_loss, rate=rate, overhead=overhead)
+                if stopped:
+                    status = 128 + (stops[0] if stops else signal.SIGTERM)
+                    break
     except KeyboardInterrupt:
         status = 130
     finally:
         if probe:
             probe.close()
-        log.close()
+        if log:
+            log.close()
+    parallel.barrier()
+    parallel.close()
+    if not parallel.main:
+        return status
 
     # What came of it
     run = sosd_fast.load(run_dir)
     if status == 1:
         print(
             f"run: expected a finite loss, got loss={loss} at step {step}. Lower --lr (now {args.lr:g}) or lengthen "
-            f"--warmup; the records up to there are in {run_dir}.",
+            f"--warmup; the records and the weights up to there are in {run_dir}.",
             file=sys.stderr,
         )
-    elif status == 130:
-        console.print(f"interrupted after step {len(run.log)} of {args.steps}")
+    elif status:
+        console.print(f"interrupted after step {len(run.log)} of {args.steps}; go on with --resume={run_dir}")
     if probe:
         console.print(closing_table(run))
     if run.log:
-        rate = run.log[-1]["tokens"] / sum(1e-3 * line["step_ms"] for line in run.log)
+        rate = (step - done) * step_tokens / max(train_time, 1e-9)
+        mfu = f", {run.log[-1]['mfu']:.1%} of the peak FLOP/s" if peak else ""
         console.print(
-            f"loss {run.log[-1]['loss']:.3f}, validation {val_loss:.3f}; {rate:,.0f} tokens/s; "
+            f"loss {run.log[-1]['loss']:.3f}, validation {val_loss:.3f}; {rate:,.0f} tokens/s{mfu}; "
             f"tracker overhead {run.log[-1]['overhead']:.2%} of the step"
         )
         plot_run(run).savefig(run_dir / "run.png", dpi=150)
