@@ -93,19 +93,38 @@ def topk_svdvals(
             "Pass state=None when the shape, k or n_oversamples changes."
         )
     with kernels.full_precision(first.device.type) if xp is torch else contextlib.nullcontext():
-        like = _cast(xp, first[..., :1, :1], xp.float64 if first.dtype == xp.float64 else xp.float32)
-        V, P = state or (_start(xp, batch, n, b, like), None)
-        operator = _Operator(xp, matrices or W)
-        S, residual, V, P = _step(xp, operator, V, P, k, variant)
-        host, more, enough = _on_host(xp, S), _COLD_STEPS if state is None else 0, 0.01 * rtol
-        if host and not more and _largest(xp, residual / _positive(xp, S)) ** 2 > _RESIDUAL * rtol:
-            more, enough = _CATCH_UP_STEPS, rtol
-        for _ in range(more):
-            before = S
-            S, residual, V, P = _step(xp, operator, V, P, k, variant)
-            if host and _largest(xp, (S - before) / _positive(xp, S)) <= enough:
-                break
+        S, residual, V, P = iterate(xp, _Operator(xp, matrices or W), batch, n, k, b, state, variant, rtol)
     return TopK(S, residual, State(V, P))
+
+
+def iterate(xp, operator, batch, n, k, b, state=None, variant="m", rtol=1e-3):
+    """Takes the steps of `topk_svdvals`.
+
+    Args:
+        xp: the arrays' namespace.
+        operator: products with the matrices, as `_Operator` makes them.
+        batch: how many matrices, leading dimensions.
+        n: the short side.
+        k: values to return.
+        b: directions to carry.
+        state: of the last step, or None.
+        variant: as above.
+        rtol: as above.
+
+    Returns:
+        S, residual, V, P.
+    """
+    V, P = state or (_start(xp, batch, n, b, operator.like), None)
+    S, residual, V, P = _step(xp, operator, V, P, k, variant)
+    host, more, enough = _on_host(xp, S), _COLD_STEPS if state is None else 0, 0.01 * rtol
+    if host and not more and _largest(xp, residual / _positive(xp, S)) ** 2 > _RESIDUAL * rtol:
+        more, enough = _CATCH_UP_STEPS, rtol
+    for _ in range(more):
+        before = S
+        S, residual, V, P = _step(xp, operator, V, P, k, variant)
+        if host and _largest(xp, (S - before) / _positive(xp, S)) <= enough:
+            break
+    return S, residual, V, P
 
 
 def _step(xp, operator, V, P, k, variant):
@@ -158,7 +177,7 @@ def _expand(xp, operator, V, P, variant):
         D = D - (D @ _t(xp, V)) @ V
     WD = operator.mul(D)
     M = _symmetric(xp, V @ _t(xp, V), D @ _t(xp, V), D @ _t(xp, D))
-    return D, M, _symmetric(xp, H, D @ _t(xp, Z), WD @ _t(xp, WD)), residual
+    return D, M, _symmetric(xp, H, D @ _t(xp, Z), operator.gram(WD)), residual
 
 
 def _rayleigh_ritz(xp, M, H, b):
@@ -209,6 +228,7 @@ class _Operator:
         matrices = [_cast(xp, A, dtype) for A in matrices]
         self.matrices = [A if A.shape[-2] >= A.shape[-1] else _t(xp, A) for A in matrices]
         self.upside_down = [_t(xp, A) for A in self.matrices]
+        self.like = matrices[0][..., :1, :1]
         self.scale = None
 
     def advance(self, V, P):
@@ -236,6 +256,10 @@ class _Operator:
     def tmul(self, Y):
         """Returns (W^T Y^T)^T."""
         return self._clean(self._product(Y, self.matrices))
+
+    def gram(self, Y):
+        """Returns Y Y^T."""
+        return Y @ _t(self.xp, Y)
 
     def _product(self, X, matrices):
         if not self.is_list:

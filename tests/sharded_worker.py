@@ -1,0 +1,146 @@
+"""Run by test_sharded.py under torchrun: spectra of sharded matrices against those of whole ones, on every rank."""
+
+import sys
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from sosd_fast import newton_schulz, sharded
+from sosd_fast.matrices import find_matrices
+from sosd_fast.svdvals import spectra
+from sosd_fast.testing import matrix, sd_distance
+from sosd_fast.topk import topk_svdvals
+
+dist.init_process_group("gloo")
+ranks = dist.get_world_size()
+hybrid = sys.argv[1] == "hybrid"
+mesh = init_device_mesh("cpu", (2, ranks // 2) if hybrid else (ranks,))
+placements = [Replicate(), Shard(0)] if hybrid else [Shard(0)]
+
+
+def noisy(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+tensors = {
+    "tall": noisy(67, 20),  # uneven
+    "tall_again": noisy(67, 20, seed=1),  # measured together with the first
+    "wide": noisy(20, 67),
+    "square": noisy(40, 40),
+    "attn.c_attn.weight": noisy(3 * 34, 34),  # a rank's rows lie in more than one part
+    "experts": noisy(2, 30, 20),  # fewer than four ranks: some hold nothing
+    "row": noisy(1, 50),
+    "column": noisy(50, 1),
+    "graded": matrix("log4", 60, 40),  # float32 does not suffice
+    "rank_one": matrix("rank_one", 60, 40),  # nor does the Gram matrix
+    "tiny": noisy(45, 30) * 1e-30,
+    "huge_wide": noisy(30, 45) * 1e30,
+    "bf16": noisy(50, 30).bfloat16(),
+    "fp64": noisy(50, 30).double(),
+    "zero": torch.zeros(41, 30),
+    "nan": noisy(41, 30).index_fill(0, torch.tensor([40]), torch.nan),
+}
+model = nn.Module()
+whole = nn.Module()
+for name, W in tensors.items():
+    for root, value in ((whole, W), (model, distribute_tensor(W, mesh, placements))):
+        *path, last = name.split(".")
+        for part in path:
+            root.add_module(part, getattr(root, part, nn.Module()))
+            root = getattr(root, part)
+        root.register_parameter(last, nn.Parameter(value.clone()))
+whole.conv = nn.Conv2d(2, 13, 3, bias=False)
+whole.conv.weight.data = noisy(13, 2, 3, 3)
+model.conv = nn.Conv2d(2, 13, 3, bias=False)
+model.conv.weight = nn.Parameter(distribute_tensor(noisy(13, 2, 3, 3), mesh, placements))
+
+expected = {m.name: m.tensor() for m in find_matrices(whole)}
+share = sharded.share(model, find_matrices(model))
+names = [m.name for m in share.matrices]
+everyone = [None] * ranks
+dist.all_gather_object(everyone, (names, [names[i] for i in range(len(names)) if share.rows.mine(i)]))
+assert sorted(name for _, own in everyone for name in own) == sorted(expected)  # each has one owner
+assert (share.rank, share.ranks) == (dist.get_rank(), ranks)
+if hybrid:
+    assert everyone[0][0] == everyone[1][0] and not set(everyone[0][0]) & set(everyone[2][0])
+
+groups = {}
+for i in range(len(names)):
+    groups.setdefault((share.rows.shapes[i], share.matrices[i].parameter.dtype), []).append(i)
+methods, bits = {}, {}
+for at in groups.values():
+    matrices = [expected[names[i]] for i in at]
+    assert tuple(matrices[0].shape) == share.rows.shapes[at[0]]
+    before = [m.parameter.to_local().clone() for m in share.matrices]
+    result = share.rows.spectra(at)
+    ref = spectra([W.double() if W.isfinite().all() else W for W in matrices], "exact")
+    again = share.rows.spectra(at, previous=result.S)
+    for j, i in enumerate(at):
+        methods[names[i]] = result.methods[j]
+        if names[i] == "nan":
+            assert result.S[j].isnan().all()
+        elif names[i] == "zero":
+            assert (result.S[j] == 0).all()
+        else:
+            for found in (result, again):
+                assert sd_distance(found.S[j], ref.S[j]) <= min(1e-6, float(found.sd_error[j])), names[i]
+                assert ((found.S[j] - ref.S[j]).abs() <= found.bound[j] * 1.01 + 1e-30).all(), names[i]
+    bits |= {names[i]: result.S[j].numpy().tobytes() for j, i in enumerate(at)}
+    for m, local in zip(share.matrices, before, strict=True):
+        assert torch.equal(m.parameter.to_local().nan_to_num(7), local.nan_to_num(7))
+
+    k = min(3, min(matrices[0].shape))
+    states = [None] * len(at)
+    state = None
+    for step in range(4):  # cold, then warm
+        S, residual, norms, states = share.rows.topk(at, k, states)
+        one = topk_svdvals(matrices, k, state=state)
+        state = one.state
+        for j, i in enumerate(at):
+            if names[i] == "nan":
+                assert S[j].isnan().all()
+                continue
+            top = ref.S[j, 0]
+            assert ((S[j].double() - one.S[j].double()).abs() <= 2e-5 * top).all(), (names[i], step, S[j], one.S[j])
+            assert abs(norms[j] - matrices[j].double().norm()) <= 1e-6 * top
+told = [None] * ranks
+dist.all_gather_object(told, (methods, bits))
+methods = {name: method for own, _ in told for name, method in own.items()}
+for name in expected:
+    assert len({own[name] for _, own in told if name in own}) == 1, name  # the same on all ranks that know it
+assert methods["tall"] == "gram32" and methods["graded"] == "gram64" and methods["rank_one"] == "direct64", methods
+
+# A function of whole matrices, shared out
+several = [distribute_tensor(noisy(37, 23, seed=s), mesh, placements) for s in range(5)]
+done = sharded.on_whole([t.to_local() for t in several], several[0], newton_schulz)
+for s, (rows, before) in enumerate(zip(done, several, strict=True)):
+    X = DTensor.from_local(rows, mesh, placements, shape=before.shape, stride=before.stride()).full_tensor()
+    torch.testing.assert_close(X, newton_schulz(noisy(37, 23, seed=s)), rtol=0, atol=1e-5)
+    assert torch.equal(before.full_tensor(), noisy(37, 23, seed=s))
+
+# More ranks than matrices
+lone = nn.Module()
+lone.weight = nn.Parameter(distribute_tensor(noisy(9, 5), mesh, placements))
+few = sharded.share(lone, find_matrices(lone))
+if few.matrices:
+    S = few.rows.spectra([0]).S[0]
+    assert sd_distance(S, torch.linalg.svdvals(noisy(9, 5).double())) < 1e-6
+count = [None] * ranks
+dist.all_gather_object(count, sum(few.rows.mine(i) for i in range(len(few.matrices))))
+assert sum(count) == 1
+
+# What cannot be measured is named
+odd = nn.Module()
+odd.weight = nn.Parameter(distribute_tensor(noisy(8, 8), mesh, [Replicate(), Shard(1)] if hybrid else [Shard(1)]))
+try:
+    sharded.share(odd, find_matrices(odd))
+    raise AssertionError("columns were taken for rows")
+except ValueError as error:
+    assert "expected every parameter sharded by rows over one mesh, got weight" in str(error)
+
+print(SimpleNamespace(rank=dist.get_rank(), sent=share.rows.sent_bytes), "all as in one process", flush=True)
+dist.destroy_process_group()

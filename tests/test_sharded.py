@@ -1,0 +1,53 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torchrun import torchrun
+
+from sosd_fast.matrices import Matrix
+from sosd_fast.sharded import assign, cost, held, shape_of
+
+WORKER = Path(__file__).with_name("sharded_worker.py")
+
+
+def test_assignment_takes_the_longest_first():
+    assert assign([5, 4, 3, 3, 3], 2) == [0, 1, 1, 0, 1] or assign([5, 4, 3, 3, 3], 2) == [0, 1, 1, 0, 0]
+    assert assign([1.0, 9.0, 1.0], 2) == [1, 0, 1]
+    assert assign([], 3) == []
+    assert assign([2.0], 3) == [0]
+
+
+def test_gpt2_small_is_shared_equally():
+    shapes = [(768, 768)] * 48 + [(3072, 768)] * 12 + [(768, 3072)] * 12 + [(50304, 768)]
+    costs = [cost(shape) for shape in shapes]
+    for ranks in (2, 3, 4):
+        parts = assign(costs, ranks)
+        load = [sum(c for c, p in zip(costs, parts, strict=True) if p == part) for part in range(ranks)]
+        assert max(load) <= 1.05 * sum(costs) / ranks
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 20])
+def test_every_row_is_held_once(ranks):
+    parameter = torch.empty(17, 5, device="meta")
+    stack = torch.empty(4, 6, 5, device="meta")
+    for m in (
+        Matrix("plain", parameter),
+        *(Matrix("part", parameter, part=(0, start, length)) for start, length in ((0, 6), (6, 6), (12, 5))),
+        Matrix("columns", parameter, part=(1, 2, 3)),
+        *(Matrix("expert", stack, index=(e,)) for e in range(4)),
+    ):
+        ranges = [held(m, rank, ranks) for rank in range(ranks)]
+        rows = [row for first, end in ranges for row in range(first, end)]
+        assert rows == list(range(shape_of(m)[0]))
+
+
+def test_conv_kernels_flatten():
+    assert shape_of(Matrix("conv", nn.Conv2d(2, 13, 3).weight, flatten=True)) == (13, 18)
+
+
+@pytest.mark.parametrize(("ranks", "kind"), [(3, "rows"), (4, "hybrid")])
+def test_spectra_are_those_of_one_process(ranks, kind):
+    done = torchrun(ranks, WORKER, kind)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("all as in one process") == ranks, done.stdout
