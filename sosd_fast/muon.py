@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sosd_fast.kernels.newton_schulz import newton_schulz
+from sosd_fast.sharded import is_sharded, on_whole
 
 
 class Muon(torch.optim.Optimizer):
@@ -25,8 +26,9 @@ class Muon(torch.optim.Optimizer):
         ns_steps: iterations.
         adjust_lr_fn: "original" or None: sqrt(max(1, m / n)); "match_rms_adamw": 0.2 sqrt(max(m, n)).
 
-    Parameters of one shape are updated together. The iteration runs in half precision on CUDA, else in the dtype of the
-    gradient; torch's runs in bfloat16.
+    Parameters of one shape are updated together; row-sharded ones (FSDP2) are gathered matrix by matrix, each to one
+    rank, orthogonalised there and scattered again. The iteration runs in half precision on CUDA, else in the dtype of
+    the gradient; torch's runs in bfloat16.
 
     Raises:
         ValueError: a parameter that is no matrix, or an unknown adjust_lr_fn.
@@ -82,28 +84,41 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            alike = {}
+            alike: dict[object, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    alike.setdefault((p.shape, p.dtype, p.grad.dtype, p.device), []).append(p)
+                    alike.setdefault((p.shape, p.dtype, p.grad.dtype, p.device, is_sharded(p)), []).append(p)
             for params in alike.values():
                 self._update(params, group)
         return loss
 
     def _update(self, params: list[Tensor], group: dict):
         """Updates parameters of one shape, dtype and device together."""
-        grads = [p.grad for p in params]
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-        momenta = [self.state[p]["momentum_buffer"] for p in params]
+        grads = [_local(p.grad) for p in params]
+        momenta = [_local(self.state[p]["momentum_buffer"]) for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
-        updates = torch.stack([u.bfloat16() if u.is_cuda else u for u in updates])  # (B, m, n)
-        updates = newton_schulz(
-            updates, steps=group["ns_steps"], coefficients=group["ns_coefficients"], eps=group["eps"]
-        )
+
+        def orthogonalise(X: Tensor) -> Tensor:  # (B, m, n)
+            return newton_schulz(X, steps=group["ns_steps"], coefficients=group["ns_coefficients"], eps=group["eps"])
+
+        updates = [u.bfloat16() if u.is_cuda else u for u in updates]
+        if is_sharded(params[0]):
+            updates = on_whole(updates, params[0], orthogonalise)
+        else:
+            updates = list(orthogonalise(torch.stack(updates)).unbind(0))
         m, n = params[0].shape
         ratio = 0.2 * math.sqrt(max(m, n)) if group["adjust_lr_fn"] == "match_rms_adamw" else math.sqrt(max(1, m / n))
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, list(updates.to(params[0].dtype).unbind(0)), alpha=-group["lr"] * ratio)
+        local = [_local(p) for p in params]
+        torch._foreach_mul_(local, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(
+            local, [u.to(p.dtype) for u, p in zip(updates, local, strict=True)], alpha=-group["lr"] * ratio
+        )
+
+
+def _local(t: Tensor) -> Tensor:
+    """This rank's part of a DTensor, in place; other tensors as they are."""
+    return t.to_local() if is_sharded(t) else t
