@@ -11,6 +11,7 @@ from torch import Tensor
 from sosd_fast.kernels.distribution import singular_distribution
 from sosd_fast.matrices import Matrix
 from sosd_fast.phases import theory_bound
+from sosd_fast.sharded import RowShards, shape_of
 from sosd_fast.svdvals import spectra
 from sosd_fast.topk import State, topk_svdvals
 
@@ -33,7 +34,9 @@ class Tracked:
     def __init__(self, matrix: Matrix, method: str = "auto", keep_weights: bool = False):
         self.matrix = matrix
         self.name = matrix.name
-        self.shape = tuple(matrix.tensor().shape)
+        self.shape = shape_of(matrix)
+        self.rows: RowShards | None = None  # where ranks have rows of it, and its place among those
+        self.place = 0
         self.method = method  # auto or exact; an audit that fails makes it gram64, then exact64 (exact in float64)
         self.S: Tensor | None = None  # last full spectrum, (r,) float64
         self.S_step: int | None = None
@@ -45,6 +48,15 @@ class Tracked:
         self.W: Tensor | None = None  # at the last full spectrum
         self.usual: float | None = None  # SD variation, smoothed
         self.warned = False
+
+    @property
+    def mine(self) -> bool:
+        """Whether this rank records it."""
+        return self.rows is None or self.rows.mine(self.place)
+
+    def tensor(self) -> Tensor:
+        """Returns the matrix, or this rank's rows of it."""
+        return self.rows.local(self.place) if self.rows else self.matrix.tensor()
 
     def state_dict(self) -> dict:
         """Returns what the next measurement depends on."""
@@ -70,10 +82,13 @@ def measure_full(group: list[Tracked], step: int, every: int, k: int) -> list[di
     Returns:
         The fields of each one's `Record`, but for step, name and shape.
     """
-    matrices = [t.matrix.tensor() for t in group]
+    matrices, rows = [t.tensor() for t in group], group[0].rows
     method, strict = group[0].method, group[0].method == "exact64"
     before = _stack([t.S for t in group], matrices[0].device)
-    result = spectra([W.double() for W in matrices] if strict else matrices, "exact" if strict else method, before)
+    if rows:
+        result = rows.spectra([t.place for t in group], "direct64" if strict else method, before)
+    else:
+        result = spectra([W.double() for W in matrices] if strict else matrices, "exact" if strict else method, before)
     fixed = _stack([t.reference for t in group], matrices[0].device)
     d = singular_distribution(result.S, before, fixed)
     sd_error = result.sd_error.tolist()
@@ -95,7 +110,8 @@ def measure_full(group: list[Tracked], step: int, every: int, k: int) -> list[di
             values |= {"interval": every, "sd_variation": variation[j], "sd_variation_topk": leading_variation[j]}
             values["sd_variation_floor"] = leading_variation[j]
             if t.W is not None:
-                moved = float(torch.linalg.vector_norm(matrices[j].float() - t.W, dtype=torch.float64))
+                moved = torch.linalg.vector_norm(matrices[j].float() - t.W, dtype=torch.float64)
+                moved = math.sqrt(rows.sum(moved.square())) if rows else float(moved)
                 largest = max(float(t.S.sum()), values["nuclear_norm"])
                 values["theory_bound"] = theory_bound(moved, largest, len(S[j])) if largest > 0 else math.nan
         if t.keep_weights:
@@ -114,19 +130,14 @@ def measure_leading(group: list[Tracked], step: int, every: int, k: int) -> list
     Returns:
         As `measure_full`.
     """
-    matrices = [t.matrix.tensor() for t in group]
-    state = None
-    if all(t.state is not None for t in group):
-        state = State(
-            *(torch.stack(rows).to(matrices[0].device) for rows in zip(*(t.state for t in group), strict=True))
-        )
-    result = topk_svdvals(matrices, k, state=state)
-    norms = torch.stack([torch.linalg.vector_norm(W, dtype=torch.float32) for W in matrices])
-    S, residual = result.S.double().cpu().numpy(), result.residual.tolist()
+    states = [t.state for t in group]
+    if group[0].rows:
+        leading, residual, norms, states = group[0].rows.topk([t.place for t in group], k, states)
+    else:
+        leading, residual, norms, states = _leading([t.matrix.tensor() for t in group], k, states)
+    S, residual = leading.double().cpu().numpy(), residual.tolist()
     found = []
     for j, (t, norm) in enumerate(zip(group, norms.tolist(), strict=True)):
-        if S[j, 0] > 0 and not 0 < norm < math.inf:  # squares beyond float32, where the values are not
-            norm = float(torch.linalg.vector_norm(matrices[j], dtype=torch.float64))
         energy = max(norm**2 - float((S[j] ** 2).sum()), 0.0)
         values = {
             "method": "topk",
@@ -138,10 +149,23 @@ def measure_leading(group: list[Tracked], step: int, every: int, k: int) -> list
         }
         if t.leading is not None and step - t.leading[0] == every:
             values |= {"interval": every} | _leading_variation(t, S[j], energy)
-        t.state = State(result.state.V[j], result.state.P[j])
+        t.state = states[j]
         t.leading = (step, S[j], energy)
         found.append(values)
     return found
+
+
+def _leading(matrices: list[Tensor], k: int, states: list[State | None]) -> tuple[Tensor, Tensor, Tensor, list[State]]:
+    """Leading values, residuals, Frobenius norms and the states for the next step, of matrices of one shape."""
+    state = None
+    if None not in states:
+        state = State(*(torch.stack(rows).to(matrices[0].device) for rows in zip(*states, strict=True)))
+    S, residual, state = topk_svdvals(matrices, k, state=state)
+    norms = torch.stack([torch.linalg.vector_norm(W, dtype=torch.float32) for W in matrices]).double()
+    for j, norm in enumerate(norms.tolist()):
+        if not 0 < norm < math.inf:  # squares beyond float32, where the values are not
+            norms[j] = torch.linalg.vector_norm(matrices[j], dtype=torch.float64)
+    return S, residual, norms, [State(*rows) for rows in zip(*state, strict=True)]
 
 
 def _leading_variation(t: Tracked, S: np.ndarray, energy: float) -> dict:
@@ -220,8 +244,11 @@ def audit(t: Tracked, step: int, bound: float) -> Audit | None:
 
     An error beyond the bound makes the matrix be measured more strictly from then on.
     """
-    W = t.matrix.tensor().double()
-    S = torch.linalg.svdvals(W if W.shape[0] >= W.shape[1] else W.mT)
+    if t.rows:
+        S = t.rows.spectra([t.place], "direct64").S[0]
+    else:
+        W = t.matrix.tensor().double()
+        S = torch.linalg.svdvals(W if W.shape[0] >= W.shape[1] else W.mT)
     if not (S.isfinite().all() and S[0] > 0 and math.isfinite(bound)):
         return None
     error = float((t.S / t.S.sum() - S / S.sum()).norm())

@@ -32,6 +32,7 @@ class Share(NamedTuple):
     """What one rank measures of a model's matrices."""
 
     matrices: list[Matrix]  # those of this rank's replica
+    parameters: list[Tensor]  # of all matrices
     rows: "RowShards | None"  # where they are sharded
     rank: int  # of all ranks
     ranks: int
@@ -85,12 +86,13 @@ def share(model: nn.Module, matrices: list[Matrix]) -> Share:
         ValueError: a parameter that is sharded other than by rows over one dimension of a mesh, or parameters on
             several meshes.
     """
-    sharded = [m.parameter for m in matrices if is_sharded(m.parameter)]
+    parameters = [m.parameter for m in matrices]
+    sharded = [p for p in parameters if is_sharded(p)]
     if not sharded:
         if not isinstance(model, nn.parallel.DistributedDataParallel):
-            return Share(matrices, None, 0, 1)
+            return Share(matrices, parameters, None, 0, 1)
         rank, ranks = model.process_group.rank(), model.process_group.size()
-        return Share(_own(matrices, rank, ranks), None, rank, ranks)
+        return Share(_own(matrices, rank, ranks), parameters, None, rank, ranks)
     mesh, placements = sharded[0].device_mesh, sharded[0].placements
     for m in matrices:
         p = m.parameter
@@ -110,7 +112,7 @@ def share(model: nn.Module, matrices: list[Matrix]) -> Share:
     group = mesh.get_group(at)
     own = _own(matrices, replica, replicas)
     rank = replica * group.size() + group.rank()
-    return Share(own, RowShards(own, group), rank, replicas * group.size())
+    return Share(own, parameters, RowShards(own, group), rank, replicas * group.size())
 
 
 def _own(matrices, part, parts):
@@ -178,14 +180,15 @@ class RowShards:
         """Whether this rank owns a matrix."""
         return self.owner[i] == self.rank
 
-    def rows(self, i: int) -> Tensor:
+    def local(self, i: int) -> Tensor:
         """This rank's rows of a matrix."""
         return local_rows(self.matrices[i], self.rank, self.ranks)
 
-    def agree(self, values: Tensor) -> Tensor:
-        """The first rank's values, on every rank."""
-        self._dist.broadcast(values, group=self._group, group_src=0)
-        return values
+    def agree(self, value):
+        """The first rank's value, on every rank."""
+        values = [value]
+        self._dist.broadcast_object_list(values, group=self._group, group_src=0, device=self._device)
+        return values[0]
 
     def spectra(self, indices: Sequence[int], method: str = "auto", previous: Tensor | None = None) -> Spectra:
         """`sosd_fast.svdvals.spectra` of matrices of one shape and dtype, the same on every rank."""
@@ -205,7 +208,7 @@ class RowShards:
                     for j, *values in zip(own, *spectra(matrices, method, before), strict=True):
                         keep(j, *values)
 
-        if m < n or method == "exact":
+        if m < n or method in ("exact", "direct64"):
             whole(range(count), method)
             return self._told(found, r)
         double = self.matrices[indices[0]].parameter.dtype == torch.float64
@@ -213,7 +216,9 @@ class RowShards:
         names = [lowest if on_host else "gram64"] * count
         if previous is not None:
             names = _sufficient(previous, m, lowest)
-        scale, finite = self._scales([self.rows(i) for i in indices])
+        if method == "gram64":
+            names = ["gram64"] * count
+        scale, finite = self._scales([self.local(i) for i in indices])
         todo = list(range(count))
         while todo:
             for name in sorted({names[j] for j in todo}):
@@ -244,8 +249,8 @@ class RowShards:
             call, None where only the owner has one.
         """
         m, n = self.shapes[indices[0]]
-        rows = [self.rows(i) for i in indices]
-        norms = self._sum(torch.stack([A.double().square().sum() for A in rows])).sqrt()
+        rows = [self.local(i) for i in indices]
+        norms = self.sum(torch.stack([A.double().square().sum() for A in rows])).sqrt()
         if m >= n:
             dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
             operator = _RowOperator([A.to(dtype) for A in rows], self)
@@ -265,16 +270,17 @@ class RowShards:
                 found[0, own], found[1, own] = S.double(), residual.double()
                 for j, *each in zip(own, *state, strict=True):
                     kept[j] = State(*each)
-        S, residual = self._sum(found)
+        S, residual = self.sum(found)
         return S, residual, norms, kept
 
-    def _sum(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums a tensor over the ranks, in place."""
         self._dist.all_reduce(values, group=self._group)
         self.sent_bytes += 2 * values.nbytes * (self.ranks - 1) // self.ranks  # a ring's
         return values
 
     def _told(self, found: Tensor, r: int) -> Spectra:
-        told = self._sum(found.clone())
+        told = self.sum(found.clone())
         names = tuple(METHODS[int(name)] for name in told[:, -1].tolist())
         return Spectra(told[:, :r], told[:, r : 2 * r], told[:, -2], names)
 
@@ -290,7 +296,7 @@ class RowShards:
     def _gather(self, indices: Sequence[int]) -> list[Tensor]:
         """The whole matrices that this rank owns among those given."""
         n = self.shapes[indices[0]][1]
-        rows = {i: self.rows(i).reshape(-1) for i in indices}
+        rows = {i: self.local(i).reshape(-1) for i in indices}
         of = [[i for i in indices if self.owner[i] == q] for q in range(self.ranks)]
         empty = next(iter(rows.values()))[:0]
         outgoing = [torch.cat([empty, *(rows[i] for i in of[q])]) for q in range(self.ranks)]
@@ -311,7 +317,7 @@ class RowShards:
         with kernels.full_precision(self._device.type):
             for j, i in enumerate(indices):
                 if self._counts[self.rank][i]:
-                    A = torch.where(finite[j], self.rows(i).to(dtype) * scale[j].to(dtype), 0.0)
+                    A = torch.where(finite[j], self.local(i).to(dtype) * scale[j].to(dtype), 0.0)
                     outgoing[self.owner[i]].append((A.mT @ A)[triangle])
         own = [j for j, i in enumerate(indices) if self.mine(i)]
         held = [[j for j in own if self._counts[p][indices[j]]] for p in range(self.ranks)]
@@ -359,14 +365,14 @@ class _RowOperator:
 
     def tmul(self, Y: list[Tensor]) -> Tensor:
         """(W^T Y^T)^T, summed over the ranks."""
-        Z = self.shards._sum(torch.stack([y @ A for y, A in zip(Y, self.rows, strict=True)]))
+        Z = self.shards.sum(torch.stack([y @ A for y, A in zip(Y, self.rows, strict=True)]))
         if self.plain:
             return Z
         return torch.where(self.finite[:, None, None], Z * self.scale[:, None, None].to(Z.dtype), 0.0)
 
     def gram(self, Y: list[Tensor]) -> Tensor:
         """(W V^T)^T (W V^T), summed over the ranks."""
-        return self.shards._sum(torch.stack([y @ y.mT for y in Y]))
+        return self.shards.sum(torch.stack([y @ y.mT for y in Y]))
 
 
 def on_whole(rows: list[Tensor], like: Tensor, function: Callable[[Tensor], Tensor]) -> list[Tensor]:

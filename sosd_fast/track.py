@@ -17,6 +17,7 @@ from sosd_fast.matrices import DEFAULT_SPLIT, find_matrices
 from sosd_fast.measure import Audit, Auditor, Tracked, audit, measure_full, measure_leading
 from sosd_fast.records import Record, RunWriter, load
 from sosd_fast.rounds import Rounds
+from sosd_fast.sharded import share
 
 METHODS = ("auto", "full", "topk", "exact")
 KEPT_RECORDS = 10_000  # in memory, where no run directory keeps them
@@ -46,6 +47,11 @@ def track(
 
     The probe never writes a weight nor draws a random number: training is bit for bit what it is without it. An error
     inside it is logged, stops the probe, and leaves the run alone.
+
+    Several ranks share the work. Call it on each of them, with the model as DistributedDataParallel or `fully_shard`
+    made it: each measures and records its matrices, and writes them to run_dir/rank-00000 and so on, which
+    `sosd_fast.load(run_dir)` merges. Rows that FSDP2 spread are measured where they are, in steps that all ranks take
+    together: what stops the probe of one of them stops the run at the ranks' time limit.
 
     Args:
         model: any nn.Module. Measured once right away, so that the first step has something to compare with.
@@ -89,7 +95,7 @@ def track(
     this = weakref.ref(model)
 
     def find():
-        return find_matrices(this(), include, exclude, split) if this() is not None else []
+        return share(this(), find_matrices(this(), include, exclude, split)) if this() is not None else None
 
     probe = Probe(
         find, optimizers, method, k, budget, every, reference, run_dir, on_record, step, audit, theory_bound
@@ -99,7 +105,7 @@ def track(
 
 
 class Probe:
-    """Measures a list of matrices; made by `track`.
+    """Measures this rank's matrices; made by `track`.
 
     Attributes:
         audits: the comparisons with float64, the last 10,000.
@@ -110,7 +116,10 @@ class Probe:
     ):
         self._find = find
         self._make = lambda matrix: Tracked(matrix, "exact" if method == "exact" else "auto", theory_bound)
-        self._tracked = [self._make(m) for m in find()]
+        self._tracked: list[Tracked] = []
+        own = self._take(find())
+        if run_dir is not None and own.ranks > 1:
+            run_dir = os.path.join(run_dir, f"rank-{own.rank:05d}")
         self._method, self._k, self._every, self._on_record = method, k, every, on_record
         self._auditor = Auditor() if audit and method != "exact" else None
         self.audits: deque[Audit] = deque(maxlen=KEPT_RECORDS)
@@ -125,16 +134,27 @@ class Probe:
         self._writer = _open(run_dir, settings, [t.name for t in self._tracked], step) if run_dir is not None else None
         written = self._writer.step if self._writer else None
         self._step = step if step is not None else written or 0
+        if self._rows:
+            self._step = self._rows.agree(self._step)
         self._finalizer = weakref.finalize(self, _detach, [], self._writer)
         try:
             self._start(budget, reference, written)
         except BaseException:
             self._finalizer()
             raise
-        self._rounds = Rounds([t.matrix.parameter for t in self._tracked], optimizers)
+        self._rounds = Rounds(own.parameters, optimizers)
         self._size = 0  # of the optimizers
         self._finalizer.detach()
         self._finalizer = weakref.finalize(self, _detach, self._attach(), self._writer)
+
+    def _take(self, own):
+        """Follows the matrices of a `Share`; those already known keep what is remembered of them."""
+        known = {t.name: t for t in self._tracked}
+        self._tracked = [known.get(m.name) or self._make(m) for m in own.matrices]
+        self._rows = own.rows
+        for i, t in enumerate(self._tracked):
+            t.rows, t.place = own.rows, i
+        return own
 
     def step(self):
         """Counts a step and measures it; for loops without a torch optimizer."""
@@ -223,6 +243,9 @@ class Probe:
     def _start(self, budget, reference, written):
         """Measures the matrices as they are: the first spectra and, for "auto", what each measurement costs."""
         everything = list(range(len(self._tracked)))
+        if not everything:  # more ranks than matrices
+            self._initial_reference = reference == "initial"
+            return
         records, full_seconds = self._measure(full=everything, topk=[])
         if written is None or written < self._step:
             self._emit(records)
@@ -230,6 +253,8 @@ class Probe:
             reference = self._writer.first_spectra()
         for t in self._tracked:
             spectrum = t.S if reference == "initial" else (reference or {}).get(t.name)
+            if spectrum is None and reference and not t.mine:
+                spectrum = t.S  # another rank's to record; measured here for the company of its shape
             if spectrum is not None and len(spectrum) != len(t.S):
                 raise ValueError(
                     f"track: expected {len(t.S)} singular values for {t.name}, got a reference with {len(spectrum)}. "
@@ -258,13 +283,13 @@ class Probe:
 
     def _grow(self):
         """Takes up matrices that the optimizers' parameters gained since the last step."""
-        known = {t.name: t for t in self._tracked}
-        matrices = self._find()
-        if [m.name for m in matrices] == list(known):
+        known = {t.name for t in self._tracked}
+        own = self._find()
+        if own is None or [m.name for m in own.matrices] == [t.name for t in self._tracked]:
             return
-        self._tracked = [known.get(m.name) or self._make(m) for m in matrices]
+        self._take(own)
         new = [i for i, t in enumerate(self._tracked) if t.name not in known]
-        self._rounds.follow([t.matrix.parameter for t in self._tracked])
+        self._rounds.follow(own.parameters)
         log.info("sosd_fast: %d more matrices are measured from step %d on.", len(new), self._step)
         records, _ = self._measure(full=new, topk=[])
         self._emit(records)
@@ -283,14 +308,17 @@ class Probe:
                 self._grow()
             self._size = self._rounds.size
         self._step += 1
-        if self._step % self._every:
+        if self._step % self._every or not self._tracked:
             return
         everything = list(range(len(self._tracked)))
         if self._budget:
             full, topk = everything, self._leading  # the first step: how long a step takes is not known yet
             if self._ended is not None:
                 full, topk = self._budget.plan(began - self._planned)
-                self._say_coverage()
+                if self._rows:  # the first rank's clock counts
+                    full, topk = self._rows.agree((full, topk))
+                if not self._rows or self._rows.rank == 0:
+                    self._say_coverage()
             self._planned = began
         elif self._method == "topk":
             topk = self._leading
@@ -327,6 +355,8 @@ class Probe:
         records = []
         for i in sorted(found):
             t = self._tracked[i]
+            if not t.mine:
+                continue
             records.append(Record(step=self._step, name=t.name, shape=t.shape, **found[i]))
             sigma_max = found[i]["sigma_max"]
             if not math.isfinite(sigma_max) or (sigma_max == 0 and self._step > 0):  # zero at first is a usual start
