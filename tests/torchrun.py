@@ -9,9 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def torchrun(ranks: int, *command, timeout: float = 120) -> subprocess.CompletedProcess:
-    """Runs a script under torchrun and returns what came of it, also of a failure."""
-    process = subprocess.Popen(
+def start(ranks: int, *command, **environment) -> subprocess.Popen:
+    """Starts a script under torchrun, in a session of its own."""
+    return subprocess.Popen(
         [
             sys.executable,
             "-m",
@@ -24,12 +24,29 @@ def torchrun(ranks: int, *command, timeout: float = 120) -> subprocess.Completed
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
     )
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes below one, by /proc."""
+    lists = [(task / "children").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    children = [int(child) for each in lists for child in each.split()]
+    return [each for child in children for each in (child, *descendants(child))]
+
+
+def finish(process: subprocess.Popen, timeout: float = 120) -> subprocess.CompletedProcess:
+    """Waits for the end, or makes one."""
     try:
         out, _ = process.communicate(timeout=timeout)
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            for pid in (*descendants(process.pid), process.pid):  # the ranks have sessions of their own
+                os.kill(pid, signal.SIGKILL)
+            process.communicate()
     return subprocess.CompletedProcess(process.args, process.returncode, out)
+
+
+def torchrun(ranks: int, *command, timeout: float = 120, **environment) -> subprocess.CompletedProcess:
+    """Runs a script under torchrun and returns what came of it, also of a failure."""
+    return finish(start(ranks, *command, **environment), timeout)

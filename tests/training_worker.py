@@ -1,14 +1,19 @@
-"""training/run.py on a tiny model; run by test_distributed.py, alone or under torchrun.
+"""training/run.py on tiny models; run by test_distributed.py, alone or under torchrun.
 
-DIE=rank:step kills that rank in that step, HANG=rank:step lets it sleep.
+"--next" separates the flags of runs that follow each other, in one process group. DIE=rank:step kills that rank in that
+step, HANG=rank:step lets it sleep.
 """
 
 import os
 import signal
 import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import torch.distributed as dist
 
 from training import run
 from training.model import PRESETS, Config, Transformer
@@ -27,9 +32,24 @@ def counted(self, *args):
     for what in ("DIE", "HANG"):
         rank, step = map(int, os.environ.get(what, "-1:0").split(":"))
         if int(os.environ.get("RANK", "0")) == rank and steps == step:
-            os.kill(os.getpid(), signal.SIGKILL) if what == "DIE" else time.sleep(1000)
+            if what == "DIE":
+                os.kill(os.getpid(), signal.SIGKILL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # or torchrun waits 30 seconds for the step to end
+            time.sleep(1000)
     return forward(self, *args)
 
 
 Transformer.forward = counted
-sys.exit(run.main(sys.argv[1:]))
+if sys.argv.count("--next"):
+    join, close = dist.init_process_group, dist.destroy_process_group
+    dist.init_process_group = lambda *args, **kwargs: dist.is_initialized() or join(*args, **kwargs)
+    dist.destroy_process_group = lambda: None
+status, argv = 0, []
+for flag in [*sys.argv[1:], "--next"]:
+    if flag == "--next":
+        status, argv = status or run.main(argv), []
+    else:
+        argv.append(flag)
+if "--next" in sys.argv and dist.is_initialized():
+    close()
+sys.exit(status)

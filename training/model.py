@@ -96,8 +96,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Attend over x (B, T, d)."""
         B, T, d = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        (q, k), v = apply_rope(qkv[:2], cos, sin), qkv[2]
+        heads = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).transpose(1, 3)  # (B, H, 3, T, D)
+        q, k, v = heads.unbind(2)  # whose gradient is written once, where slices add up three
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, d))
 

@@ -1,0 +1,220 @@
+"""Training: our models against the same ones of stock torch.nn modules, and what each rank's tracker costs.
+
+--ranks N measures the tracker's share of each of N ranks under DDP, one after the other on the whole machine, and what
+row shards send; --presets starts each run of the paper for a few steps.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bench.harness import ROOT, finish, interleaved, parser, show
+from sosd_fast.matrices import find_matrices
+from sosd_fast.sharded import Share, assign, cost, shape_of
+from sosd_fast.track import Probe
+from training.model import PRESETS, Transformer, flops_per_token
+from training.optimizers import build_optimizers
+from training.presets import RUNS
+
+
+class StockAttention(nn.Module):
+    """Attention with one nn.Linear for each of q, k, v and the rotation written as x cos + rotate(x) sin."""
+
+    def __init__(self, config):
+        super().__init__()
+        d = config.width
+        self.n_head = config.n_head
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d, bias=False) for _ in range(4))
+
+    def forward(self, x, cos, sin):
+        B, T, d = x.shape
+
+        def heads(y):
+            return y.view(B, T, self.n_head, -1).transpose(1, 2)
+
+        def turn(y):
+            a, b = y.chunk(2, dim=-1)
+            return y * cos + torch.cat((-b, a), dim=-1) * sin
+
+        q, k, v = turn(heads(self.q(x))), turn(heads(self.k(x))), heads(self.v(x))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(y.transpose(1, 2).reshape(B, T, d))
+
+
+class StockTransformer(nn.Module):
+    """The modded GPT-2 of stock modules: nn.RMSNorm, nn.Linear, nn.Embedding, nn.CrossEntropyLoss."""
+
+    def __init__(self, ours: Transformer):
+        super().__init__()
+        c = self.config = ours.config
+        d = c.width
+        self.wte, self.head = nn.Embedding(c.vocab, d), nn.Linear(d, c.vocab, bias=False)
+        self.head.weight = self.wte.weight
+        self.attention = nn.ModuleList(StockAttention(c) for _ in range(c.n_layer))
+        self.fc = nn.ModuleList(nn.Linear(d, c.ff_width, bias=False) for _ in range(c.n_layer))
+        self.proj = nn.ModuleList(nn.Linear(c.ff_width, d, bias=False) for _ in range(c.n_layer))
+        self.norm = nn.RMSNorm(d, eps=1e-6, elementwise_affine=False)
+        self.relu, self.loss = nn.ReLU(), nn.CrossEntropyLoss()
+        self.register_buffer("cos", torch.cat((ours.cos, ours.cos), -1))
+        self.register_buffer("sin", torch.cat((ours.sin, ours.sin), -1))
+        with torch.no_grad():
+            self.wte.weight.copy_(ours.wte.weight)
+            for i, block in enumerate(ours.h):
+                for part, W in zip("qkv", block.attn.c_attn.weight.chunk(3), strict=True):
+                    getattr(self.attention[i], part).weight.copy_(W)
+                self.attention[i].o.weight.copy_(block.attn.c_proj.weight)
+                self.fc[i].weight.copy_(block.mlp.c_fc.weight)
+                self.proj[i].weight.copy_(block.mlp.c_proj.weight)
+
+    def forward(self, tokens, targets):
+        T = tokens.shape[1]
+        x = self.wte(tokens)
+        for attention, fc, proj in zip(self.attention, self.fc, self.proj, strict=True):
+            x = x + attention(self.norm(x), self.cos[:T], self.sin[:T])
+            x = x + proj(self.relu(fc(self.norm(x))) ** 2)
+        return self.loss(self.head(self.norm(x)).flatten(0, 1), targets.flatten())
+
+
+def throughput(name: str, batch: int, context: int, repeats: int, device: str) -> dict:
+    """Times a training step of both, of the same weights and tokens, and checks that their losses agree."""
+    config = replace(PRESETS[name], context=context)
+    torch.manual_seed(0)
+    ours = Transformer(config).to(device)
+    models = {"ours": ours, "stock": StockTransformer(ours).to(device)}
+    x = torch.randint(config.vocab, (batch, context + 1), device=device)
+    losses = {each: model(x[:, :-1], x[:, 1:]).item() for each, model in models.items()}
+    gate = abs(losses["ours"] / losses["stock"] - 1) < 1e-5
+
+    def step_of(model):
+        adam = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+        optimizers = build_optimizers(model, "adamw", 1e-4) if model is ours else [adam]
+
+        def step():
+            model(x[:, :-1], x[:, 1:]).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        return step
+
+    steps = {each: step_of(model) for each, model in models.items()}
+    times = interleaved(steps, repeats)
+    ratio = times["stock"]["ms"] / times["ours"]["ms"]
+    tokens = batch * context
+    return {
+        "model": name, "tokens": tokens, "gate": gate, "ratio": ratio, **times,
+        "gflops": flops_per_token(config) * tokens / times["ours"]["ms"] / 1e6,
+    }  # fmt: skip
+
+
+def tracker_shares(name: str, ranks: int, repeats: int) -> dict:
+    """The seconds of measuring everything in full, alone and as each of the ranks of DDP would."""
+    model = Transformer(PRESETS[name])
+    matrices = find_matrices(model)
+    owner = assign([cost(shape_of(m)) for m in matrices], ranks)
+
+    def measured(wanted):
+        own = [m for m, at in zip(matrices, owner, strict=True) if at in wanted]
+        parameters = [m.parameter for m in matrices]
+        own = Share(own, parameters, None, 0, 1)
+        return Probe(
+            lambda: own, [], "full", 32, 0.01, 1, "initial", None, None, None, audit=False, theory_bound=False
+        ).step
+
+    variants = {"alone": measured(range(ranks))} | {f"rank {r}": measured([r]) for r in range(ranks)}
+    times = interleaved(variants, repeats, warmup=1)
+    alone = times["alone"]["ms"]
+    return {"model": name, "ranks": ranks, "shares": {v: t["ms"] / alone for v, t in times.items()}, **times}
+
+
+def bytes_moved(name: str, ranks: int) -> dict:
+    """Bytes that all ranks of row shards send for a full measurement, and to gather every weight on every rank."""
+    with torch.device("meta"):
+        matrices = find_matrices(Transformer(PRESETS[name]))
+    ours = whole = 0
+    for m, n in map(shape_of, matrices):
+        ours += (ranks - 1) * 4 * n * (n + 1) // 2 if m >= n else 4 * m * n * (ranks - 1) // ranks
+        ours += 2 * (ranks - 1) * 8 * (2 * min(m, n) + 2)  # the spectra, told to all
+        whole += (ranks - 1) * 4 * m * n
+    return {"model": name, "ranks": ranks, "sent_mb": ours / 1e6, "gather_mb": whole / 1e6, "ratio": ours / whole}
+
+
+def start_presets(steps: int) -> dict:
+    """Starts each of the paper's runs at 64 tokens a step; the 2 B model is built on the meta device."""
+    found = {}
+    for name in (name for name in RUNS if not name.startswith("nano-")):
+        flags = [f"--preset={name}", "--dry-run"]
+        with tempfile.TemporaryDirectory() as folder:
+            if "2b" not in name:
+                flags = [f"--preset={name}", f"--steps={steps}", "--context=32", "--batch-tokens=64", "--no-compile"]
+                flags += [
+                    "--eval-sequences=1",
+                    "--checkpoint-every=1000000",
+                    "--tracker=off",
+                    f"--run-dir={folder}/run",
+                ]
+            began = time.perf_counter()
+            subprocess.run([sys.executable, ROOT / "training" / "run.py", *flags], check=True, capture_output=True)
+            log = Path(folder) / "run" / "log.jsonl"
+            losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()] if log.exists() else []
+        found[name] = {"seconds": time.perf_counter() - began, "losses": losses}
+    return found
+
+
+def main(argv=None) -> int:
+    """Measures, prints, and returns 1 where a gate is red."""
+    p = parser(__doc__.split(":")[0])
+    p.add_argument("--models", nargs="*", default=["gpt2-nano", "gpt2-small"], help="of the throughput comparison")
+    p.add_argument("--repeats", type=int, default=15)
+    p.add_argument("--ranks", type=int, default=4, help="of the tracker's shares; 0 leaves them out")
+    p.add_argument("--tracker-model", default="gpt2-small", help="whose matrices they share")
+    p.add_argument("--presets", action="store_true", help="only start the paper's runs")
+    args = p.parse_args(argv)
+    if args.presets:
+        found = start_presets(2)
+        show(
+            "Presets", ["run", "seconds", "losses"], [[n, f"{r['seconds']:.0f}", r["losses"]] for n, r in found.items()]
+        )
+        finish({"presets": found}, args.json)
+        return 0
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = {"gpt2-nano": (8, 256), "gpt2-small": (1, 256)} if device == "cpu" else {}
+    rows = [throughput(name, *sizes.get(name, (8, 1024)), args.repeats, device) for name in args.models]
+    show(
+        "A training step over the same model of stock modules",
+        ["model", "tokens", "ours ms", "stock ms", "stock/ours", "GFLOP/s", "losses agree"],
+        [
+            [r["model"], r["tokens"], f"{r['ours']['ms']:.0f}", f"{r['stock']['ms']:.0f}", f"{r['ratio']:.3f}",
+             f"{r['gflops']:.0f}", r["gate"]]
+            for r in rows
+        ],
+    )  # fmt: skip
+    result = {"throughput": rows}
+    if args.ranks:
+        shares = tracker_shares(args.tracker_model, args.ranks, max(3, args.repeats // 5))
+        everything = [bytes_moved(name, ranks) for name in ("gpt2-small", "llama-2b") for ranks in (4, 8)]
+        columns = [f"{v}: {share:.3f}" for v, share in shares["shares"].items()]
+        show(f"The tracker's time under DDP, {shares['model']}, of that alone", ["share"], [[c] for c in columns])
+        show(
+            "MB sent by all ranks for one full measurement of row shards",
+            ["model", "ranks", "ours", "gather everywhere", "ratio"],
+            [
+                [b["model"], b["ranks"], f"{b['sent_mb']:.0f}", f"{b['gather_mb']:.0f}", f"{b['ratio']:.2f}"]
+                for b in everything
+            ],
+        )
+        result |= {"shares": shares, "bytes": everything}
+    finish(result, args.json)
+    return 0 if all(r["gate"] for r in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Runs of several processes against the same run in one: losses, spectra, checkpoints, and what failures leave."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchrun import finish, start, torchrun
+
+import sosd_fast
+from sosd_fast.testing import sd_distance
+from training import checkpoint
+from training import run as script
+
+WORKER = Path(__file__).with_name("training_worker.py")
+FLAGS = ["--steps=6", "--batch-size=8", "--warmup=2", "--eval-every=3", "--eval-sequences=5", "--quiet", "--clip=1"]
+FLAGS += ["--device=cpu", "--weight-decay=0.1", "--tracker-k=4"]
+PARALLEL = {"ddp": (2, []), "fsdp": (2, []), "hsdp": (4, ["--replicas=2"])}
+# Muon turns rounding of the smallest singular values of a gradient into steps of full length: at its usual 0.02 six
+# steps move SD by 5e-6 whatever the tracker.
+MODELS = {"adamw": ["--model=gpt2-nano"], "muon": ["--model=llama-nano", "--lr=0.002", "--micro-batch-size=2"]}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_bytes(Path(script.__file__).read_bytes() * 2)
+    return file
+
+
+def joined(runs):
+    """The flags of several runs, for one start of the processes."""
+    return [flag for flags in runs for flag in ("--next", *flags)][1:]
+
+
+def every_optimizer(text, folder, *more):
+    return joined(
+        [*FLAGS, *flags, f"--optimizer={name}", "--tracker=full", f"--data={text}", f"--run-dir={folder / name}", *more]
+        for name, flags in MODELS.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(text, tmp_path_factory):
+    """The runs of one process, by optimizer."""
+    folder = tmp_path_factory.mktemp("alone")
+    subprocess.run([sys.executable, WORKER, *every_optimizer(text, folder)], check=True, timeout=120)
+    return {name: sosd_fast.load(folder / name) for name in MODELS}
+
+
+def log(run_dir):
+    clock = ("step_ms", "tokens_per_s", "overhead")
+    lines = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+
+
+@pytest.mark.parametrize("kind", PARALLEL)
+def test_losses_and_spectra_are_those_of_one_process(alone, text, tmp_path, kind):
+    ranks, more = PARALLEL[kind]
+    done = torchrun(ranks, WORKER, *every_optimizer(text, tmp_path, f"--parallel={kind}", *more))
+    assert done.returncode == 0, done.stdout
+    for optimizer, one in alone.items():
+        same_run(one, tmp_path / optimizer, ranks)
+
+
+def same_run(one, run_dir, ranks):
+    several = sosd_fast.load(run_dir)
+    assert len(several.log) == 6
+    for key in ("loss", "val_loss", "grad_norm"):
+        expected, found = ([line[key] for line in run.log if key in line] for run in (one, several))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=key)
+
+    measured = [sorted((r.step, r.name) for r in run.records) for run in (one, several)]
+    assert measured[0] == measured[1]  # each matrix by exactly one rank
+    owners = [{r.name for r in sosd_fast.load(path).records} for path in sorted(run_dir.glob("rank-*"))]
+    assert len(owners) == ranks and all(owners) and sum(map(len, owners)) == len(one.names)
+    for name in one.names:
+        for S, S_ref in zip(several.spectra(name)[1], one.spectra(name)[1], strict=True):
+            assert sd_distance(torch.tensor(S), torch.tensor(S_ref)) <= 1e-6, name
+    expected = {(r.step, r.name): r for r in one.records}
+    for r in several.records:
+        ref = expected[r.step, r.name]
+        assert (r.shape, r.interval) == (ref.shape, ref.interval)
+        if ref.sd_variation is not None:
+            assert r.sd_variation == pytest.approx(ref.sd_variation, abs=2e-6)
+        assert r.cosine == pytest.approx(ref.cosine, abs=1e-6)
+        assert len(r.topk) == len(ref.topk)
+
+
+def half_done(run_dir, to):
+    """A copy of a run that was killed after its checkpoint of step 3."""
+    shutil.copytree(run_dir, to)
+    shutil.rmtree(to / "checkpoints" / "step-000006")
+    return to
+
+
+def test_checkpoints_resume_bit_for_bit_and_on_other_numbers_of_ranks(text, tmp_path):
+    whole = tmp_path / "whole"
+    flags = [*FLAGS, "--model=llama-nano", "--optimizer=muon", "--lr=0.002", "--tracker=topk", f"--data={text}"]
+    done = torchrun(2, WORKER, *flags, "--parallel=fsdp", "--checkpoint-every=3", f"--run-dir={whole}")
+    assert done.returncode == 0, done.stdout
+
+    same = half_done(whole, tmp_path / "same")
+    done = torchrun(2, WORKER, f"--resume={same}")
+    assert done.returncode == 0, done.stdout
+    assert log(same) == log(whole)
+    records = [sosd_fast.load(path).records for path in (same, whole)]
+    assert records[0] == records[1] and records[0][-1].step == 6
+
+    one = half_done(whole, tmp_path / "one")
+    command = [sys.executable, WORKER, f"--resume={one}", "--parallel=none", "--tracker=off"]
+    subprocess.run(command, check=True, timeout=120)
+    losses = [[line["loss"] for line in log(run_dir)] for run_dir in (one, whole)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_auto_agrees_on_what_to_measure_and_half_precision_trains(text, tmp_path):
+    flags = [*FLAGS, "--tracker=fast", "--tracker-budget=0.01", "--dtype=bfloat16", "--steps=12", f"--data={text}"]
+    done = torchrun(2, WORKER, *flags, "--parallel=fsdp", f"--run-dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stdout
+    run = sosd_fast.load(tmp_path / "run")
+    assert run.log[-1]["loss"] < run.log[0]["loss"] and len(run.log) == 12
+    assert len({r.name for r in run.records}) == 13
+
+
+@pytest.mark.parametrize("how", ["DIE", "HANG"])
+def test_a_rank_that_fails_ends_the_run_and_keeps_what_was_flushed(text, tmp_path, how):
+    run_dir = tmp_path / "run"
+    flags = [*FLAGS, "--steps=1000", "--tracker=full", "--eval-every=1", "--parallel=fsdp", f"--run-dir={run_dir}"]
+    began = time.monotonic()
+    done = torchrun(2, WORKER, *flags, f"--data={text}", "--timeout=5", timeout=100, **{how: "1:6"})
+    assert done.returncode not in (0, None) and time.monotonic() - began < 90
+    assert ("Timed out" if how == "HANG" else "signal 9" if "signal 9" in done.stdout else "SIGKILL") in done.stdout
+    assert [line["step"] for line in log(run_dir)] == [1, 2, 3, 4, 5]
+    assert {r.step for r in sosd_fast.load(run_dir / "rank-00000").records} >= {0, 1, 2, 3, 4, 5}
+    assert {r.step for r in sosd_fast.load(run_dir / "rank-00001").records} >= {0, 1, 2, 3, 4, 5}
+
+
+def test_sigterm_to_torchrun_saves_on_all_ranks(text, tmp_path):
+    run_dir = tmp_path / "run"
+    flags = [*FLAGS, "--steps=100000", "--tracker=full", "--parallel=ddp", f"--data={text}", f"--run-dir={run_dir}"]
+    process = start(2, WORKER, *flags)
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not ((run_dir / "log.jsonl").exists() and len(log(run_dir)) > 2):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    done = finish(process, 60)
+    assert done.returncode != 0
+    step = log(run_dir)[-1]["step"]
+    assert step > 2 and checkpoint.step_of(checkpoint.latest(run_dir)) == step, done.stdout
+    assert max(r.step for r in sosd_fast.load(run_dir).records) == step
