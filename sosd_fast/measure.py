@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -38,7 +39,8 @@ class Tracked:
         self.rows: RowShards | None = None  # where ranks have rows of it, and its place among those
         self.place = 0
         self.method = method  # auto or exact; an audit that fails makes it gram64, then exact64 (exact in float64)
-        self.S: Tensor | None = None  # last full spectrum, (r,) float64
+        self.S: Tensor | None = None  # last full spectrum, (r,) float64, where the matrix is
+        self.spectrum: Tensor | None = None  # the last that came to the host
         self.S_step: int | None = None
         self.reference: Tensor | None = None
         self.state: State | None = None  # of topk_svdvals
@@ -60,7 +62,9 @@ class Tracked:
 
     def state_dict(self) -> dict:
         """Returns what the next measurement depends on."""
-        state = {f: getattr(self, f) for f in ("method", "S", "S_step", "reference", "W", "usual", "warned")}
+        state = {
+            f: getattr(self, f) for f in ("method", "S", "spectrum", "S_step", "reference", "W", "usual", "warned")
+        }
         state["state"] = None if self.state is None else tuple(self.state)
         state["leading"] = self.leading and (self.leading[0], self.leading[1].tolist(), self.leading[2])
         return state
@@ -69,59 +73,81 @@ class Tracked:
         """Takes up what `state_dict` returned."""
         device = self.matrix.parameter.device
         for f, value in state.items():
-            setattr(self, f, value.to(device) if isinstance(value, Tensor) else value)
+            setattr(self, f, value.to(device) if isinstance(value, Tensor) and f != "spectrum" else value)
         if self.state is not None:
             self.state = State(*(part.to(device) for part in self.state))
         if self.leading is not None:
             self.leading = (self.leading[0], np.array(self.leading[1]), self.leading[2])
 
 
-def measure_full(group: list[Tracked], step: int, every: int, k: int) -> list[dict]:
-    """Measures all singular values of matrices of one shape, dtype, device and method.
+class Launched(NamedTuple):
+    """A measurement under way."""
+
+    tensors: dict[str, Tensor]  # what it computes, where the matrices are
+    finish: Callable[[dict[str, Tensor]], list[dict]]  # those on the host -> the fields of each matrix's `Record`
+
+
+def measure_full(group: list[Tracked], step: int, every: int, k: int) -> Launched:
+    """Measures all singular values of matrices of one short side, dtype, device and method.
+
+    On the host they are also of one shape. On a CUDA device nothing here waits for it.
 
     Returns:
-        The fields of each one's `Record`, but for step, name and shape.
+        The measurement, to be finished in the order of steps. Its fields lack step, name and shape.
     """
     matrices, rows = [t.tensor() for t in group], group[0].rows
+    device = matrices[0].device
     method, strict = group[0].method, group[0].method == "exact64"
-    before = _stack([t.S for t in group], matrices[0].device)
+    before = _stack([t.S for t in group], device)
+    # what the precision is chosen by must be on the host
+    known = before if device.type == "cpu" or rows else _stack([t.spectrum for t in group], "cpu")
     if rows:
-        result = rows.spectra([t.place for t in group], "direct64" if strict else method, before)
+        result = rows.spectra([t.place for t in group], "direct64" if strict else method, known)
     else:
-        result = spectra([W.double() for W in matrices] if strict else matrices, "exact" if strict else method, before)
-    fixed = _stack([t.reference for t in group], matrices[0].device)
+        result = spectra([W.double() for W in matrices] if strict else matrices, "exact" if strict else method, known)
+    fixed = _stack([t.reference for t in group], device)
     d = singular_distribution(result.S, before, fixed)
-    sd_error = result.sd_error.tolist()
-    columns = {f: getattr(d, f).tolist() for f in _SUMMARIES}
-    variation = d.variation_l2.tolist() if before is not None else None
-    cosine = d.cosine.tolist() if fixed is not None else None
-    S = result.S.cpu().numpy()
-    k = min(k, S.shape[1])
+    k = min(k, result.S.shape[1])
+    tensors = {"S": result.S, "sd_error": result.sd_error} | {f: getattr(d, f) for f in _SUMMARIES}
+    if fixed is not None:
+        tensors["cosine"] = d.cosine
     if before is not None:
-        leading_variation = (d.sd[:, :k] - before[:, :k] / before.sum(-1, keepdim=True)).norm(dim=-1).tolist()
-    found = []
+        sums = before.sum(-1, keepdim=True)
+        tensors |= {"variation": d.variation_l2, "head": (d.sd[:, :k] - before[:, :k] / sums).norm(dim=-1)}
+        if all(t.W is not None for t in group):
+            moved = torch.stack([
+                torch.linalg.vector_norm(W.float() - t.W, dtype=torch.float64)
+                for W, t in zip(matrices, group, strict=True)
+            ])  # fmt: skip
+            moved = rows.sum(moved.square()).sqrt() if rows else moved
+            tensors["bound"] = theory_bound(moved, torch.maximum(sums[:, 0], d.nuclear_norm), result.S.shape[1])
+    consecutive = [t.S_step is not None and step - t.S_step == every for t in group]
     for j, t in enumerate(group):
-        values = {f: column[j] for f, column in columns.items()}
-        values |= {"method": result.methods[j], "sd_error": sd_error[j], "topk": tuple(S[j, :k].tolist())}
-        values |= {"spectrum": S[j], "residual": None}
-        if cosine is not None:
-            values["cosine"] = cosine[j]
-        if t.S_step is not None and step - t.S_step == every:
-            values |= {"interval": every, "sd_variation": variation[j], "sd_variation_topk": leading_variation[j]}
-            values["sd_variation_floor"] = leading_variation[j]
-            if t.W is not None:
-                moved = torch.linalg.vector_norm(matrices[j].float() - t.W, dtype=torch.float64)
-                moved = math.sqrt(rows.sum(moved.square())) if rows else float(moved)
-                largest = max(float(t.S.sum()), values["nuclear_norm"])
-                values["theory_bound"] = theory_bound(moved, largest, len(S[j])) if largest > 0 else math.nan
         if t.keep_weights:
             t.W = matrices[j].float().clone() if t.W is None else t.W.copy_(matrices[j])
         t.S, t.S_step = result.S[j], step
-        found.append(values)
-    return found
+
+    def finish(host: dict[str, Tensor]) -> list[dict]:
+        S = host["S"].numpy()
+        columns = {name: t.tolist() for name, t in host.items() if name != "S"}
+        found = []
+        for j, t in enumerate(group):
+            t.spectrum = host["S"][j]
+            values = {f: columns[f][j] for f in (*_SUMMARIES, "sd_error", "cosine") if f in columns}
+            values |= {"method": result.methods[j], "topk": tuple(S[j, :k].tolist())}
+            values |= {"spectrum": S[j], "residual": None}
+            if consecutive[j]:
+                values |= {"interval": every, "sd_variation": columns["variation"][j]}
+                values |= dict.fromkeys(("sd_variation_topk", "sd_variation_floor"), columns["head"][j])
+                if "bound" in columns:
+                    values["theory_bound"] = columns["bound"][j]
+            found.append(values)
+        return found
+
+    return Launched(tensors, finish)
 
 
-def measure_leading(group: list[Tracked], step: int, every: int, k: int) -> list[dict]:
+def measure_leading(group: list[Tracked], step: int, every: int, k: int) -> Launched:
     """Measures the k leading singular values of matrices of one shape, dtype and device.
 
     The sum of all values is not known then. For `sd_variation_topk` and `sd_variation_carried` the others are taken to
@@ -135,24 +161,29 @@ def measure_leading(group: list[Tracked], step: int, every: int, k: int) -> list
         leading, residual, norms, states = group[0].rows.topk([t.place for t in group], k, states)
     else:
         leading, residual, norms, states = _leading([t.matrix.tensor() for t in group], k, states)
-    S, residual = leading.double().cpu().numpy(), residual.tolist()
-    found = []
-    for j, (t, norm) in enumerate(zip(group, norms.tolist(), strict=True)):
-        energy = max(norm**2 - float((S[j] ** 2).sum()), 0.0)
-        values = {
-            "method": "topk",
-            "frobenius_norm": norm,
-            "sigma_max": float(S[j, 0]),
-            "stable_rank": norm**2 / float(S[j, 0]) ** 2 if S[j, 0] > 0 else math.nan,
-            "topk": tuple(S[j].tolist()),
-            "residual": tuple(residual[j]),
-        }
-        if t.leading is not None and step - t.leading[0] == every:
-            values |= {"interval": every} | _leading_variation(t, S[j], energy)
-        t.state = states[j]
-        t.leading = (step, S[j], energy)
-        found.append(values)
-    return found
+    for t, state in zip(group, states, strict=True):
+        t.state = state
+
+    def finish(host: dict[str, Tensor]) -> list[dict]:
+        S, residual = host["S"].numpy(), host["residual"].tolist()
+        found = []
+        for j, (t, norm) in enumerate(zip(group, host["norms"].tolist(), strict=True)):
+            energy = max(norm**2 - float((S[j] ** 2).sum()), 0.0)
+            values = {
+                "method": "topk",
+                "frobenius_norm": norm,
+                "sigma_max": float(S[j, 0]),
+                "stable_rank": norm**2 / float(S[j, 0]) ** 2 if S[j, 0] > 0 else math.nan,
+                "topk": tuple(S[j].tolist()),
+                "residual": tuple(residual[j]),
+            }
+            if t.leading is not None and step - t.leading[0] == every:
+                values |= {"interval": every} | _leading_variation(t, S[j], energy)
+            t.leading = (step, S[j], energy)
+            found.append(values)
+        return found
+
+    return Launched({"S": leading.double(), "residual": residual, "norms": norms}, finish)
 
 
 def _leading(matrices: list[Tensor], k: int, states: list[State | None]) -> tuple[Tensor, Tensor, Tensor, list[State]]:
@@ -161,9 +192,12 @@ def _leading(matrices: list[Tensor], k: int, states: list[State | None]) -> tupl
     if None not in states:
         state = State(*(torch.stack(rows).to(matrices[0].device) for rows in zip(*states, strict=True)))
     S, residual, state = topk_svdvals(matrices, k, state=state)
-    norms = torch.stack([torch.linalg.vector_norm(W, dtype=torch.float32) for W in matrices]).double()
-    for j, norm in enumerate(norms.tolist()):
-        if not 0 < norm < math.inf:  # squares beyond float32, where the values are not
+    # In float64, for squares beyond float32 where the values are not; on the host, where it is dear, only for those.
+    on_host = matrices[0].device.type == "cpu"
+    dtype = torch.float32 if on_host else torch.float64
+    norms = torch.stack([torch.linalg.vector_norm(W, dtype=dtype) for W in matrices]).double()
+    for j, norm in enumerate(norms.tolist() if on_host else ()):
+        if not 0 < norm < math.inf:
             norms[j] = torch.linalg.vector_norm(matrices[j], dtype=torch.float64)
     return S, residual, norms, [State(*rows) for rows in zip(*state, strict=True)]
 
@@ -171,7 +205,7 @@ def _leading(matrices: list[Tensor], k: int, states: list[State | None]) -> tupl
 def _leading_variation(t: Tracked, S: np.ndarray, energy: float) -> dict:
     """What the leading values of two steps tell of the SD variation."""
     _, before, energy_before = t.leading
-    tail = t.S[len(S) :].cpu().numpy()
+    tail = t.spectrum[len(S) :].numpy()
     shape = tail / max(float(np.linalg.norm(tail)), 1e-300)  # of the others, of norm 1
     scale, scale_before = math.sqrt(energy), math.sqrt(energy_before)
     total, total_before = S.sum() + scale * shape.sum(), before.sum() + scale_before * shape.sum()
@@ -251,7 +285,7 @@ def audit(t: Tracked, step: int, bound: float) -> Audit | None:
         S = torch.linalg.svdvals(W if W.shape[0] >= W.shape[1] else W.mT)
     if not (S.isfinite().all() and S[0] > 0 and math.isfinite(bound)):
         return None
-    error = float((t.S / t.S.sum() - S / S.sum()).norm())
+    error = float((t.spectrum / t.spectrum.sum() - S / S.sum()).norm())
     if error > bound:
         t.method = _STRICTER.get(t.method, t.method)
     return Audit(step, t.name, error, bound)

@@ -7,14 +7,16 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from sosd_fast import side
 from sosd_fast.budget import Budget
 from sosd_fast.matrices import DEFAULT_SPLIT, find_matrices
-from sosd_fast.measure import Audit, Auditor, Tracked, audit, measure_full, measure_leading
+from sosd_fast.measure import Audit, Auditor, Launched, Tracked, audit, measure_full, measure_leading
 from sosd_fast.records import Record, RunWriter, load
 from sosd_fast.rounds import Rounds
 from sosd_fast.sharded import share
@@ -47,6 +49,9 @@ def track(
 
     The probe never writes a weight nor draws a random number: training is bit for bit what it is without it. An error
     inside it is logged, stops the probe, and leaves the run alone.
+
+    CUDA tensors are measured on a stream of their own, and records come when they are there, some steps later: `flush`
+    waits for them. With "auto" they are measured in full, matrices taking turns as the budget asks.
 
     Several ranks share the work. Call it on each of them, with the model as DistributedDataParallel or `fully_shard`
     made it: each measures and records its matrices, and writes them to run_dir/rank-00000 and so on, which
@@ -130,6 +135,8 @@ class Probe:
         self._planned = 0.0
         self._said_coverage = False
         self._clock = time.perf_counter
+        self._lanes: dict[torch.device, side.Host | side.Side] = {}
+        self._under_way: deque[_Work] = deque()
         settings = {"method": method, "k": k, "budget": budget, "every": every}
         self._writer = _open(run_dir, settings, [t.name for t in self._tracked], step) if run_dir is not None else None
         written = self._writer.step if self._writer else None
@@ -159,6 +166,7 @@ class Probe:
     def step(self):
         """Counts a step and measures it; for loops without a torch optimizer."""
         self._guarded(self._count)
+        self._hold()  # no hook tells when the weights change next
 
     def latest(self) -> dict[str, Record]:
         """Returns the last record of each matrix, by name."""
@@ -175,6 +183,7 @@ class Probe:
 
     def state_dict(self) -> dict:
         """Returns what a resumed run needs for its records to go on as if it had not stopped; see `load_state_dict`."""
+        self._guarded(lambda: self._drain(wait=True))
         matrices = {t.name: t.state_dict() for t in self._tracked}
         return {"step": self._step, "matrices": matrices, "auditor": self._auditor and self._auditor.state_dict()}
 
@@ -198,9 +207,10 @@ class Probe:
             self._auditor.load_state_dict(state["auditor"])
 
     def flush(self):
-        """Measures a step that is pending and forces all records to disk."""
+        """Measures a step that is pending, waits for what is under way and forces all records to disk."""
         if self._rounds.pending:
             self._guarded(self._count)
+        self._guarded(lambda: self._drain(wait=True))
         if self._writer and self._finalizer.alive:
             self._guarded(self._writer.flush)
 
@@ -221,8 +231,11 @@ class Probe:
 
         def before(optimizer, args, kwargs):  # noqa: ARG001
             probe = this()
-            if probe is not None and probe._rounds.ends_before(optimizer):
+            if probe is None:
+                return
+            if probe._rounds.ends_before(optimizer):
                 probe._guarded(probe._count)
+            probe._hold()
 
         def after(optimizer, args, kwargs):  # noqa: ARG001
             probe = this()
@@ -246,7 +259,7 @@ class Probe:
         if not everything:  # more ranks than matrices
             self._initial_reference = reference == "initial"
             return
-        records, full_seconds = self._measure(full=everything, topk=[])
+        records, full_seconds = self._measure_now(full=everything, topk=[])
         if written is None or written < self._step:
             self._emit(records)
         if self._writer and reference == "initial" and written is not None:
@@ -260,7 +273,7 @@ class Probe:
                     f"track: expected {len(t.S)} singular values for {t.name}, got a reference with {len(spectrum)}. "
                     "Pass spectra of this model."
                 )
-            t.reference = None if spectrum is None else torch.as_tensor(spectrum, dtype=torch.float64)
+            t.reference = None if spectrum is None else torch.as_tensor(spectrum, dtype=torch.float64).to(t.S.device)
         self._initial_reference = reference == "initial"
         self._plan(budget, full_seconds)
 
@@ -270,12 +283,14 @@ class Probe:
         # Below 3 k values the leading ones cost as much as all of them.
         wanted = self._method in ("auto", "topk")
         self._leading = [i for i in everything if wanted and min(self._tracked[i].shape) >= 3 * self._k]
+        if self._method == "auto":  # on a GPU the small eigenproblem of each step would wait for the device
+            self._leading = [i for i in self._leading if not self._tracked[i].matrix.parameter.is_cuda]
         topk_seconds = {}
         if self._leading:
-            self._measure(full=[], topk=self._leading)  # cold
-            _, topk_seconds = self._measure(full=[], topk=self._leading)
+            self._measure_now(full=[], topk=self._leading)  # cold
+            _, topk_seconds = self._measure_now(full=[], topk=self._leading)
             if self._method == "auto":
-                _, full_seconds = self._measure(full=everything, topk=[])  # warm
+                _, full_seconds = self._measure_now(full=everything, topk=[])  # warm
         if self._method == "auto":
             self._budget = Budget(
                 budget, [full_seconds[i] for i in everything], [topk_seconds.get(i) for i in everything]
@@ -291,12 +306,13 @@ class Probe:
         new = [i for i, t in enumerate(self._tracked) if t.name not in known]
         self._rounds.follow(own.parameters)
         log.info("sosd_fast: %d more matrices are measured from step %d on.", len(new), self._step)
-        records, _ = self._measure(full=new, topk=[])
+        self._drain(wait=True)
+        records, _ = self._measure_now(full=new, topk=[])
         self._emit(records)
         for i in new if self._initial_reference else []:
             self._tracked[i].reference = self._tracked[i].S
         fraction, self._budget = self._budget.fraction if self._budget else None, None
-        seconds = self._measure(full=list(range(len(self._tracked))), topk=[])[1] if fraction else {}
+        seconds = self._measure_now(full=list(range(len(self._tracked))), topk=[])[1] if fraction else {}
         self._plan(fraction, seconds)
 
     def _count(self):
@@ -325,8 +341,8 @@ class Probe:
             full = sorted(set(everything) - set(topk))
         else:
             full, topk = everything, []
-        records, _ = self._measure(full, topk, audits=True)
-        self._emit(records)
+        self._under_way.append(self._launch(full, topk))
+        self._drain()
         ended = self._clock()
         if self._budget and self._ended is not None:
             self._budget.spent(ended - began)
@@ -336,42 +352,72 @@ class Probe:
             self._own_seconds += ended - began
         self._ended = ended
 
-    def _measure(self, full: list[int], topk: list[int], audits: bool = False) -> tuple[list[Record], dict[int, float]]:
-        """Measures matrices and returns their records, and the seconds that each took."""
+    def _launch(self, full: list[int], topk: list[int]) -> "_Work":
+        """Begins the measurement of matrices."""
+        parts = []
+        for kind, indices, measure in (("topk", topk, measure_leading), ("full", full, measure_full)):
+            for group in self._groups(indices, kind):
+                tracked = [self._tracked[i] for i in group]
+                lane = self._lane(tracked[0])
+                with lane.measuring([t.tensor() for t in tracked]):
+                    launched = measure(tracked, self._step, self._every, self._k)
+                    parts.append((kind, group, lane.fetch(launched.tensors), launched))
+        return _Work(self._step, full, parts)
+
+    def _finish(self, work: "_Work", audits: bool = False) -> tuple[list[Record], dict[int, float]]:
+        """Returns the records of a measurement, and the seconds that each matrix took; waits where it must."""
         found: dict[int, dict] = {}
         seconds = {}
-        for kind, indices, measure in (("topk", topk, measure_leading), ("full", full, measure_full)):
-            for group in self._groups(indices):
-                began = time.perf_counter()
-                measured = measure([self._tracked[i] for i in group], self._step, self._every, self._k)
-                for i, values in zip(group, measured, strict=True):
-                    found[i] = found.get(i, {}) | values
-                took = time.perf_counter() - began
-                seconds |= dict.fromkeys(group, took / len(group))
-                if self._budget:
-                    self._budget.learn(kind, group, took)
+        for kind, group, fetched, launched in work.parts:
+            for i, values in zip(group, launched.finish(fetched.get()), strict=True):
+                found[i] = found.get(i, {}) | values
+            seconds |= dict.fromkeys(group, fetched.seconds / len(group))
+            if self._budget:
+                self._budget.learn(kind, group, fetched.seconds)
+                self._budget.spent(fetched.device_seconds)
+            self._own_seconds += fetched.device_seconds if self._ended is not None else 0.0
         if audits and self._auditor:
-            self._audit(full, found)
+            self._audit(work, found)
         records = []
         for i in sorted(found):
             t = self._tracked[i]
             if not t.mine:
                 continue
-            records.append(Record(step=self._step, name=t.name, shape=t.shape, **found[i]))
+            records.append(Record(step=work.step, name=t.name, shape=t.shape, **found[i]))
             sigma_max = found[i]["sigma_max"]
-            if not math.isfinite(sigma_max) or (sigma_max == 0 and self._step > 0):  # zero at first is a usual start
-                self._warn_once(t, sigma_max)
+            if not math.isfinite(sigma_max) or (sigma_max == 0 and work.step > 0):  # zero at first is a usual start
+                self._warn_once(t, sigma_max, work.step)
         if self._budget:
             self._budget.urge([r for r in found if _jumped(self._tracked[r], found[r])])
         return records, seconds
 
-    def _audit(self, measured: list[int], found: dict[int, dict]):
+    def _measure_now(self, full: list[int], topk: list[int]) -> tuple[list[Record], dict[int, float]]:
+        return self._finish(self._launch(full, topk))
+
+    def _drain(self, wait: bool = False):
+        """Keeps the records of measurements that are there, in the order of steps."""
+        while self._under_way and (wait or self._under_way[0].ready()):
+            self._emit(self._finish(self._under_way.popleft(), audits=True)[0])
+
+    def _lane(self, t: Tracked) -> side.Host | side.Side:
+        device = t.matrix.parameter.device
+        if t.rows is not None:  # what ranks do together they do at once
+            return side.Host()
+        if device not in self._lanes:
+            self._lanes[device] = side.lane(device)
+        return self._lanes[device]
+
+    def _hold(self):
+        for lane in self._lanes.values():
+            lane.hold()
+
+    def _audit(self, work: "_Work", found: dict[int, dict]):
         """Audits one of the matrices just measured in full, when it is time."""
-        i = self._auditor.choose([i for i in measured if self._tracked[i].S.device.type == "cpu"], self._tracked)
+        i = self._auditor.choose([i for i in work.full if self._tracked[i].S.device.type == "cpu"], self._tracked)
         if i is None:
             return
         t = self._tracked[i]
-        result = audit(t, self._step, found[i]["sd_error"])
+        result = audit(t, work.step, found[i]["sd_error"])
         if result is None:
             return
         found[i]["audit_error"] = result.error
@@ -382,12 +428,19 @@ class Probe:
                 "It is measured in float64 from now on.", *result[1::-1], *result[2:],
             )  # fmt: skip
 
-    def _groups(self, indices: list[int]) -> list[list[int]]:
-        """Splits matrices into those of one shape, dtype, device and method, which are measured together."""
+    def _groups(self, indices: list[int], kind: str) -> list[list[int]]:
+        """Splits matrices into those of one shape, dtype, device and method, which are measured together.
+
+        Full spectra on a GPU need only a short side in common.
+        """
         groups: dict[tuple, list[int]] = {}
         for i in indices:
             t = self._tracked[i]
-            groups.setdefault((t.shape, t.matrix.parameter.dtype, t.matrix.parameter.device, t.method), []).append(i)
+            by_side = kind == "full" and t.matrix.parameter.is_cuda and t.rows is None and t.method != "exact"
+            groups.setdefault(
+                (min(t.shape) if by_side else t.shape, t.matrix.parameter.dtype, t.matrix.parameter.device, t.method),
+                [],
+            ).append(i)
         return list(groups.values())
 
     def _emit(self, records: list[Record]):
@@ -401,11 +454,11 @@ class Probe:
             for record in records:
                 self._on_record(record)
 
-    def _warn_once(self, t: Tracked, sigma_max: float):
+    def _warn_once(self, t: Tracked, sigma_max: float, step: int):
         if not t.warned:
             t.warned = True
             what = "is zero" if sigma_max == 0 else "holds NaN or Inf"
-            log.warning("sosd_fast: %s %s at step %d, so it has no singular distribution.", t.name, what, self._step)
+            log.warning("sosd_fast: %s %s at step %d, so it has no singular distribution.", t.name, what, step)
 
     def _say_coverage(self):
         if not self._said_coverage and self._budget.coverage < 0.9 and self._step > 20:
@@ -417,6 +470,17 @@ class Probe:
                 100 * self._budget.coverage,
                 self._budget.fraction / max(self._budget.coverage, 1e-9),
             )
+
+
+class _Work(NamedTuple):
+    """Measurements of one step that were begun."""
+
+    step: int
+    full: list[int]
+    parts: list[tuple[str, list[int], side.Fetched | side.OnDevice, Launched]]  # kind, matrices, results, measurement
+
+    def ready(self) -> bool:
+        return all(fetched.ready() for _, _, fetched, _ in self.parts)
 
 
 def _jumped(t: Tracked, values: dict) -> bool:

@@ -1,0 +1,150 @@
+"""Measurements that come some steps later, as from a GPU: by a late lane on the CPU, natively where there is one."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+
+import sosd_fast
+from sosd_fast import side
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+
+
+class Late(side.Host):
+    """Results that are there after the third look at them."""
+
+    def __init__(self):
+        self.held = 0
+
+    @contextlib.contextmanager
+    def measuring(self, weights):
+        self.versions = [W._version for W in weights]
+        yield
+
+    def fetch(self, tensors):
+        return LateResults({name: t.clone() for name, t in tensors.items()})
+
+    def hold(self):
+        self.held += 1
+
+
+class LateResults:
+    seconds = device_seconds = 1e-3
+
+    def __init__(self, tensors):
+        self.tensors, self.looks, self.waited = tensors, 0, False
+
+    def ready(self):
+        self.looks += 1
+        return self.looks > 3
+
+    def get(self):
+        return self.tensors
+
+
+def model(device="cpu"):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(96, 128, bias=False), nn.Linear(128, 96, bias=False)).to(device)
+
+
+def train(net, optimizer, steps, each=lambda: None):
+    device = next(net.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        net(torch.randn(8, 96, generator=generator).to(device)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        each()
+
+
+@pytest.mark.parametrize("method", ["full", "topk", "exact"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_late_records_are_the_same(method, every, monkeypatch, tmp_path):
+    def run(run_dir):
+        net = model()
+        probe = sosd_fast.track(net, method=method, k=8, every=every, audit=False, run_dir=run_dir, theory_bound=True)
+        seen = []
+        train(
+            net,
+            torch.optim.AdamW(net.parameters(), lr=1e-2),
+            12,
+            lambda: seen.append(max(probe.latest().values(), key=lambda r: r.step).step),
+        )
+        probe.close()
+        return sosd_fast.load(run_dir), seen, probe
+
+    now, seen, _ = run(tmp_path / "now")
+    lanes = []
+    monkeypatch.setattr(side, "lane", lambda _: lanes.append(Late()) or lanes[-1])
+    late, seen_late, probe = run(tmp_path / "late")
+    assert late.records == now.records and late.records[-1].step == 12
+    for name in ("0.weight", "1.weight"):
+        for a, b in zip(late.spectra(name), now.spectra(name), strict=True):
+            assert (a == b).all()
+    assert max(s - t for s, t in zip(seen, seen_late, strict=True)) >= 2, "the records were late"
+    assert lanes[0].held == 12, "before every step of the optimizer"
+    assert 0 < probe.overhead
+
+
+def test_flush_waits_and_state_is_whole(monkeypatch):
+    monkeypatch.setattr(side, "lane", lambda _: Late())
+    net = model()
+    probe = sosd_fast.track(net, method="full")
+    train(net, torch.optim.SGD(net.parameters(), lr=0.1), 5)
+    assert probe.latest()["0.weight"].step < 5
+    state = probe.state_dict()
+    assert probe.latest()["0.weight"].step == 5 and torch.equal(
+        state["matrices"]["0.weight"]["spectrum"], probe._tracked[0].S
+    )
+    train(net, torch.optim.SGD(net.parameters(), lr=0.1), 1)
+    probe.flush()
+    assert probe.latest()["0.weight"].step == 6
+
+
+def test_by_hand_holds_at_once(monkeypatch):
+    lanes = []
+    monkeypatch.setattr(side, "lane", lambda _: lanes.append(Late()) or lanes[-1])
+    probe = sosd_fast.track(model(), optimizers=[], method="full")
+    held = lanes[0].held
+    probe.step()
+    assert lanes[0].held == held + 1
+
+
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize("method", ["full", "auto"])
+def test_nothing_in_a_step_waits_for_the_device(device, method):
+    net = model(device)
+    probe = sosd_fast.track(net, method=method, budget=1.0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    train(net, optimizer, 3)
+    x = torch.randn(8, 96, device=device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            net(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    probe.flush()
+    assert probe.latest()["0.weight"].step == 8 and probe.latest()["0.weight"].sd_variation > 0
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_the_device_gives_what_the_host_gives(device):
+    records = []
+    for where in ("cpu", device):
+        net = model()
+        probe = sosd_fast.track(net.to(where), method="full")
+        for step in range(6):
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(step)).to(where), alpha=1e-3)
+            probe.step()
+        probe.flush()
+        records.append(probe.records())
+    for a, b in zip(*records, strict=True):
+        assert (a.step, a.name) == (b.step, b.name)
+        assert a.sd_variation == pytest.approx(b.sd_variation, abs=2e-6)
