@@ -122,7 +122,7 @@ def doctor() -> list[str]:
     lines += [f"{name:<11} {version or 'missing'}" for name, version in has.items()]
     cuda = torch.cuda.is_available()
     compiled = kernels._C is not None
-    on_cuda = "torch" if cuda else "-"
+    host, on_cuda = "C++" if compiled else "torch", "torch" if cuda else "-"
     kernel = "Triton" if cuda and kernels.triton else on_cuda
     lines += [
         f"CUDA GPU    {torch.cuda.get_device_name() if cuda else 'none'}",
@@ -130,8 +130,8 @@ def doctor() -> list[str]:
         "",
         f"{'operation':<22} {'CPU tensors':<14} CUDA tensors",
         f"{'svdvals':<22} {f'C++ ({kernels._C.isa()})' if compiled else 'torch':<14} {kernel}",
-        f"{'topk_svdvals':<22} {'torch':<14} {'CuPy arrays: CuPy, ' if has['cupy'] else ''}{on_cuda}",
-        f"{'singular_distribution':<22} {'C++' if compiled else 'torch':<14} {kernel}",
+        f"{'topk_svdvals':<22} {host:<14} {'CuPy arrays: CuPy, ' if has['cupy'] else ''}{on_cuda}",
+        f"{'singular_distribution':<22} {host:<14} {kernel}",
         f"{'newton_schulz':<22} {'torch':<14} {kernel}",
     ]
     return lines

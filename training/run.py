@@ -22,8 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import sosd_fast
-from sosd_fast.phases import onset_of_stability
-from sosd_fast.plot import plot_run, variation_by_kind
+from sosd_fast.plot import onsets, plot_run, variation_by_kind
 from sosd_fast.records import JsonLines, RunWriter
 from training import checkpoint
 from training.data import fixed_batches, load_data, passes
@@ -147,14 +146,11 @@ def _fresh(run_dir: str) -> str:
 def closing_table(run) -> Table:
     """SD variation of each kind of matrix: now, at its peak, and the onset of stability where there is one."""
     table = Table("module", "SD variation now", "at its peak", "peak step", "onset of stability")
-    # A falling learning rate brings the variation down by itself, so the onset is looked for before it falls.
-    rates = {line["step"]: line["lr"] for line in run.log}
-    falls = max((step for step, lr in rates.items() if lr > 0.999 * max(rates.values())), default=0)
+    found = onsets(run)
     for name, (steps, spread) in variation_by_kind(run).items():
         variation = spread[:, 1]  # the median over the matrices of that kind
         peak = int(variation.argmax())
-        onset = onset_of_stability(steps[steps <= falls], variation[steps <= falls])
-        seen = "not seen" if onset is None else f"step {onset}"
+        seen = "not seen" if found[name] is None else f"step {found[name]}"
         table.add_row(name, f"{variation[-1]:.2e}", f"{variation[peak]:.2e}", f"{steps[peak]}", seen)
     return table
 
