@@ -25,13 +25,15 @@ class Muon(torch.optim.Optimizer):
         eps: the smallest gradient norm that is divided by.
         ns_steps: iterations.
         adjust_lr_fn: "original" or None: sqrt(max(1, m / n)); "match_rms_adamw": 0.2 sqrt(max(m, n)).
+        split: how many matrices a parameter holds, one above the other; each is orthogonalised by itself. 3 for fused
+            queries, keys and values.
 
     Parameters of one shape are updated together; row-sharded ones (FSDP2) are gathered matrix by matrix, each to one
     rank, orthogonalised there and scattered again. The iteration runs in half precision on CUDA, else in the dtype of
     the gradient; torch's runs in bfloat16.
 
     Raises:
-        ValueError: a parameter that is no matrix, or an unknown adjust_lr_fn.
+        ValueError: a parameter that is no matrix, rows that split does not divide, or an unknown adjust_lr_fn.
 
     Source: Jordan et al., Muon (2024); Liu et al., Muon is Scalable (arXiv 2502.16982) for match_rms_adamw.
     """
@@ -47,6 +49,7 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1e-7,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
+        split: int = 1,
     ):
         if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
             raise ValueError(
@@ -66,6 +69,7 @@ class Muon(torch.optim.Optimizer):
             "eps": eps,
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
+            "split": split,
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
@@ -75,6 +79,17 @@ class Muon(torch.optim.Optimizer):
                         f"Muon: expected matrices, got a parameter of shape {tuple(p.shape)}. "
                         "Give gains, biases and kernels to AdamW."
                     )
+                if group["split"] < 1 or p.shape[0] % group["split"]:
+                    raise ValueError(
+                        f"Muon: expected a number of parts that divides {p.shape[0]} rows, got split={group['split']}. "
+                        "Give parameters that hold one matrix a group with split=1."
+                    )
+
+    def __setstate__(self, state):
+        """Takes up a state that was saved before there was `split`."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("split", 1)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -102,15 +117,19 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
 
-        def orthogonalise(X: Tensor) -> Tensor:  # (B, m, n)
-            return newton_schulz(X, steps=group["ns_steps"], coefficients=group["ns_coefficients"], eps=group["eps"])
+        m, n = params[0].shape
+        m //= group["split"]
+
+        def orthogonalise(X: Tensor) -> Tensor:  # (B, split m, n)
+            parts = X.reshape(-1, m, n)
+            options = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"], "eps": group["eps"]}
+            return newton_schulz(parts, **options).reshape(X.shape)
 
         updates = [u.bfloat16() if u.is_cuda else u for u in updates]
         if is_sharded(params[0]):
             updates = on_whole(updates, params[0], orthogonalise)
         else:
             updates = list(orthogonalise(torch.stack(updates)).unbind(0))
-        m, n = params[0].shape
         ratio = 0.2 * math.sqrt(max(m, n)) if group["adjust_lr_fn"] == "match_rms_adamw" else math.sqrt(max(1, m / n))
         local = [_local(p) for p in params]
         torch._foreach_mul_(local, 1 - group["lr"] * group["weight_decay"])

@@ -83,3 +83,37 @@ def test_muon_takes_a_closure_and_skips_what_has_no_gradient():
 
     assert optimizer.step(closure) == 9
     assert not torch.equal(used, torch.ones(3, 3)) and torch.equal(unused, torch.ones(3, 3))
+
+
+def test_fused_matrices_are_orthogonalised_apart():
+    torch.manual_seed(0)
+    fused = torch.nn.Parameter(torch.randn(60, 20))
+    apart = [torch.nn.Parameter(p.clone()) for p in fused.detach().chunk(3)]
+    both = sosd_fast.Muon([fused], lr=0.1, split=3), sosd_fast.Muon(apart, lr=0.1)
+    for _ in range(3):
+        gradient = torch.randn(60, 20)
+        fused.grad = gradient
+        for p, g in zip(apart, gradient.chunk(3), strict=True):
+            p.grad = g
+        for optimizer in both:
+            optimizer.step()
+    torch.testing.assert_close(fused.detach(), torch.cat(apart).detach(), rtol=1e-5, atol=1e-6)
+    whole = torch.nn.Parameter(fused.detach().clone())
+    whole.grad = fused.grad
+    sosd_fast.Muon([whole], lr=0.1).step()
+    both[0].step()
+    assert (whole - fused).norm() > 1e-2, "not what one matrix gives"
+
+
+def test_a_split_that_does_not_divide():
+    with pytest.raises(ValueError, match="divides 10 rows, got split=3"):
+        sosd_fast.Muon([torch.nn.Parameter(torch.ones(10, 4))], split=3)
+
+
+def test_a_state_from_before_split():
+    optimizer = sosd_fast.Muon([torch.nn.Parameter(torch.ones(6, 4))])
+    state = optimizer.state_dict()
+    del state["param_groups"][0]["split"]
+    optimizer.load_state_dict(state)
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(6, 4)
+    optimizer.step()

@@ -41,8 +41,14 @@ def build_optimizers(
         rest = [{"params": outer + gains}]
     if optimizer == "muon":
         adam_lr = DEFAULT_LR["adamw"] if adam_lr is None else adam_lr
+        # Apart, q, k and v end lower: validation 1.438 against 1.552, gpt2-nano after 300 steps, one seed.
+        fused = {id(p) for name, p in named if name.endswith("c_attn.weight")}
+        groups = [
+            {"params": [p for p in body if id(p) not in fused]},
+            {"params": [p for p in body if id(p) in fused], "split": 3},
+        ]
         optimizers = [
-            sosd_fast.Muon(body, lr=lr, weight_decay=weight_decay, momentum=0.95),
+            sosd_fast.Muon(groups, lr=lr, weight_decay=weight_decay, momentum=0.95),
             torch.optim.AdamW(rest, lr=adam_lr, **adam),
         ]
     elif optimizer == "adamw":
