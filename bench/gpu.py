@@ -17,7 +17,7 @@ from bench.harness import ROOT, card, show
 
 PARTS = {  # name -> (seconds, arguments of python)
     "tests": (150, ["-m", "pytest", "-q", "-x", *(f"tests/test_{name}.py" for name in (
-        "cuda", "syrk", "sturm", "tridiagonal", "distribution", "newton_schulz", "muon"))]),
+        "cuda", "side", "syrk", "sturm", "tridiagonal", "distribution", "newton_schulz", "muon"))]),
     "svdvals": (75, ["-m", "bench.svdvals", "--json", "svdvals.json"]),
     "newton_schulz": (60, ["-m", "bench.newton_schulz", "--repeats", "5", "--json", "newton_schulz.json"]),
     "distribution": (45, ["-m", "bench.distribution", "--json", "distribution.json"]),

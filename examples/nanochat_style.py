@@ -37,7 +37,9 @@ model = torch.nn.ModuleDict(
         "lm_head": torch.nn.Linear(width, vocab, bias=False),
     }
 )
-muon = sosd_fast.Muon([p for p in model["h"].parameters() if p.ndim == 2], lr=0.02)
+fused = [p for name, p in model["h"].named_parameters() if name.endswith("c_attn.weight")]
+body = [p for name, p in model["h"].named_parameters() if p.ndim == 2 and not name.endswith("c_attn.weight")]
+muon = sosd_fast.Muon([{"params": body}, {"params": fused, "split": 3}], lr=0.02)
 adamw = torch.optim.AdamW([*model["wte"].parameters(), *model["lm_head"].parameters()], lr=1e-3)
 
 probe = sosd_fast.track(model)  # the line: both optimizers make one step

@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from sosd_fast.records import JsonLines, Record
+from sosd_fast.sharded import is_sharded
 from sosd_fast.track import Probe, track
 
 METRICS = ("sd_variation", "sd_variation_topk", "cosine", "sigma_max", "stable_rank", "effective_rank")
@@ -90,6 +91,11 @@ class _Attached:
         self._log: JsonLines | None = None
 
     def attach(self, model: nn.Module, step: int, on_record: Callable[[Record], None] | None = None) -> Probe:
+        if any(is_sharded(p) for p in model.parameters()):
+            raise ValueError(
+                f"{type(self).__name__}: expected weights that one process holds, got model={type(model).__name__} "
+                "with sharded parameters. Call sosd_fast.track on every rank instead."
+            )
         given = self._track_options.get("on_record")
 
         def each(record):

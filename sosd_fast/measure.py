@@ -65,6 +65,7 @@ class Tracked:
         state = {
             f: getattr(self, f) for f in ("method", "S", "spectrum", "S_step", "reference", "W", "usual", "warned")
         }
+        state["W"] = None if self.W is None else self.W.clone()
         state["state"] = None if self.state is None else tuple(self.state)
         state["leading"] = self.leading and (self.leading[0], self.leading[1].tolist(), self.leading[2])
         return state
@@ -73,7 +74,8 @@ class Tracked:
         """Takes up what `state_dict` returned."""
         device = self.matrix.parameter.device
         for f, value in state.items():
-            setattr(self, f, value.to(device) if isinstance(value, Tensor) and f != "spectrum" else value)
+            where = "cpu" if f == "spectrum" else device
+            setattr(self, f, value.to(where) if isinstance(value, Tensor) else value)
         if self.state is not None:
             self.state = State(*(part.to(device) for part in self.state))
         if self.leading is not None:
@@ -128,11 +130,11 @@ def measure_full(group: list[Tracked], step: int, every: int, k: int) -> Launche
         t.S, t.S_step = result.S[j], step
 
     def finish(host: dict[str, Tensor]) -> list[dict]:
-        S = host["S"].numpy()
+        S = host["S"].numpy().copy()  # the records' own: not the probe's state, and not pinned memory
         columns = {name: t.tolist() for name, t in host.items() if name != "S"}
         found = []
         for j, t in enumerate(group):
-            t.spectrum = host["S"][j]
+            t.spectrum = torch.from_numpy(S[j].copy())
             values = {f: columns[f][j] for f in (*_SUMMARIES, "sd_error", "cosine") if f in columns}
             values |= {"method": result.methods[j], "topk": tuple(S[j, :k].tolist())}
             values |= {"spectrum": S[j], "residual": None}

@@ -72,18 +72,22 @@ class Muon(torch.optim.Optimizer):
             "split": split,
         }
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.ndim != 2:
-                    raise ValueError(
-                        f"Muon: expected matrices, got a parameter of shape {tuple(p.shape)}. "
-                        "Give gains, biases and kernels to AdamW."
-                    )
-                if group["split"] < 1 or p.shape[0] % group["split"]:
-                    raise ValueError(
-                        f"Muon: expected a number of parts that divides {p.shape[0]} rows, got split={group['split']}. "
-                        "Give parameters that hold one matrix a group with split=1."
-                    )
+
+    def add_param_group(self, param_group):
+        """Adds a group of matrices."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for p in group["params"]:
+            if p.ndim != 2:
+                raise ValueError(
+                    f"Muon: expected matrices, got a parameter of shape {tuple(p.shape)}. "
+                    "Give gains, biases and kernels to AdamW."
+                )
+            if group["split"] < 1 or p.shape[0] % group["split"]:
+                raise ValueError(
+                    f"Muon: expected a number of parts that divides {p.shape[0]} rows, got split={group['split']}. "
+                    "Give parameters that hold one matrix a group with split=1."
+                )
 
     def __setstate__(self, state):
         """Takes up a state that was saved before there was `split`."""

@@ -86,6 +86,7 @@ def share(model: nn.Module, matrices: list[Matrix]) -> Share:
         ValueError: a parameter that is sharded other than by rows over one dimension of a mesh, or parameters on
             several meshes.
     """
+    model = getattr(model, "_orig_mod", model)
     parameters = [m.parameter for m in matrices]
     sharded = [p for p in parameters if is_sharded(p)]
     if not sharded:

@@ -93,7 +93,7 @@ class Side:
     def fetch(self, tensors: dict[str, Tensor]) -> OnDevice:
         """Queues the copies to the host; called inside `measuring`."""
         host = {
-            name: torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+            name: torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True).copy_(t, non_blocking=True)
             for name, t in tensors.items()
         }
         self._done = torch.cuda.Event(enable_timing=True)

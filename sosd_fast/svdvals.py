@@ -134,7 +134,7 @@ def spectra(matrices: Sequence[Tensor], method: str = "auto", previous: Tensor |
 def _compiled(matrices: Sequence[Tensor], method: str, previous: Tensor | None) -> Spectra:
     """`spectra` by the C++ kernels."""
     m, n = matrices[0].shape
-    S = torch.empty(len(matrices), min(m, n), dtype=torch.float64)
+    S = torch.empty(len(matrices), min(m, n), dtype=torch.float64, device="cpu")
     bound = torch.empty_like(S)
     found = kernels._C.svdvals(
         layouts=[(W.data_ptr(), m, n, *W.stride()) for W in matrices],
@@ -149,10 +149,11 @@ def _compiled(matrices: Sequence[Tensor], method: str, previous: Tensor | None) 
     methods = tuple(next(name for name in names if _PRECISIONS[name] == used) for used, _ in found)
     # The prediction is a root mean square, exceeded by up to 2.2 times; an error common to all values, which it leaves
     # out, was at most 2 units of |SD| (LOG.md).
-    eps = torch.tensor([2.0**-24 if name == "gram32" else 2.0**-53 for name in methods], dtype=torch.float64)
-    predicted = torch.tensor([error for _, error in found], dtype=torch.float64)
+    host = {"dtype": torch.float64, "device": "cpu"}  # whatever torch.set_default_device says
+    eps = torch.tensor([2.0**-24 if name == "gram32" else 2.0**-53 for name in methods], **host)
+    predicted = torch.tensor([error for _, error in found], **host)
     sd_error = 3 * predicted + 4 * eps * S.norm(dim=-1) / S.sum(-1)
-    direct = torch.tensor([name == "direct64" for name in methods])
+    direct = torch.tensor([name == "direct64" for name in methods], device="cpu")
     if direct.any():
         sd_error[direct] = _bounds(S[direct], 2.0**-52, max(m, n), squared=False)[1]
     return Spectra(S, bound, sd_error, methods)
@@ -280,7 +281,7 @@ def _spectra(matrices: Sequence[Tensor], method: str) -> tuple[Tensor, Tensor, T
     finite, scale = _scales(largest, dtype)
     if matrices[0].device.type == "cpu":
         plain = [bool(p) for p in finite & (largest > 2.0**-30) & (largest < 2.0**30)]
-        scale = torch.where(torch.tensor(plain), 1.0, scale)
+        scale = torch.where(torch.tensor(plain, device="cpu"), 1.0, scale)
     else:
         plain = [False] * len(matrices)
 

@@ -1,12 +1,13 @@
 """track(): the probe that measures a model's spectra after each optimizer step."""
 
+import atexit
 import logging
 import math
 import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,14 @@ KEPT_RECORDS = 10_000  # in memory, where no run directory keeps them
 
 log = logging.getLogger("sosd_fast")
 _probes: "weakref.WeakKeyDictionary[nn.Module, list[Probe]]" = weakref.WeakKeyDictionary()
+
+
+@atexit.register
+def _flush_all():
+    """Keeps what is still under way on a GPU when the process ends."""
+    for probes in list(_probes.values()):
+        for probe in probes:
+            probe._guarded(lambda probe=probe: probe._drain(wait=True))
 
 
 def track(
@@ -50,8 +59,10 @@ def track(
     The probe never writes a weight nor draws a random number: training is bit for bit what it is without it. An error
     inside it is logged, stops the probe, and leaves the run alone.
 
-    CUDA tensors are measured on a stream of their own, and records come when they are there, some steps later: `flush`
-    waits for them. With "auto" they are measured in full, matrices taking turns as the budget asks.
+    CUDA tensors are measured on a stream of their own, which the next optimizer step waits for; records come when they
+    are there, some steps later, and `flush` waits for them. Weights that something else changes meanwhile may be seen
+    half changed, and steps inside a CUDA graph are not seen. With "auto" all values are measured, matrices taking turns
+    as the budget asks.
 
     Several ranks share the work. Call it on each of them, with the model as DistributedDataParallel or `fully_shard`
     made it: each measures and records its matrices, and writes them to run_dir/rank-00000 and so on, which
@@ -91,12 +102,33 @@ def track(
         raise ValueError(f"track: expected an nn.Module, got model={type(model).__name__}. Pass the model itself.")
     if method not in METHODS:
         raise ValueError(f"track: expected one of {', '.join(METHODS)}, got method={method!r}. Use 'auto'.")
-    if k < 1 or every < 1:
-        raise ValueError(f"track: expected k >= 1 and every >= 1, got k={k}, every={every}. Defaults are 32 and 1.")
-    if not 0 < budget <= 1:
-        raise ValueError(f"track: expected a fraction of the step time, got budget={budget}. 0.01 is one percent.")
-    if isinstance(optimizers, torch.optim.Optimizer):
-        optimizers = [optimizers]
+    if not (isinstance(k, int) and isinstance(every, int) and k >= 1 and every >= 1):
+        raise ValueError(
+            f"track: expected whole numbers k >= 1 and every >= 1, got k={k!r}, every={every!r}. Defaults are 32 and 1."
+        )
+    if not (isinstance(budget, int | float) and 0 < budget <= 1):
+        raise ValueError(f"track: expected a fraction of the step time, got budget={budget!r}. 0.01 is one percent.")
+    if step is not None and not (isinstance(step, int) and step >= 0):
+        raise ValueError(f"track: expected a number of steps taken before now, got step={step!r}. None continues.")
+    if on_record is not None and not callable(on_record):
+        raise ValueError(f"track: expected a function of a Record, got on_record={on_record!r}. None calls nothing.")
+    if not (reference is None or reference == "initial" or isinstance(reference, Mapping)):
+        raise ValueError(
+            f"track: expected 'initial', a mapping from names to spectra, or None, got reference={reference!r}. "
+            "Use 'initial'."
+        )
+    if optimizers is not None:
+        given = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
+        if not all(isinstance(o, torch.optim.Optimizer) for o in given):
+            raise ValueError(
+                f"track: expected torch optimizers, got optimizers={optimizers!r}. None takes every one that fits; for "
+                "loops without a torch optimizer pass [] and call Probe.step."
+            )
+        optimizers = given
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            f"track: expected weights, got model={type(model).__name__} on the meta device. Track it later."
+        )
     this = weakref.ref(model)
 
     def find():
@@ -165,8 +197,7 @@ class Probe:
 
     def step(self):
         """Counts a step and measures it; for loops without a torch optimizer."""
-        self._guarded(self._count)
-        self._hold()  # no hook tells when the weights change next
+        self._guarded(lambda: (self._count(), self._hold()))  # no hook tells when the weights change next
 
     def latest(self) -> dict[str, Record]:
         """Returns the last record of each matrix, by name."""
@@ -174,6 +205,7 @@ class Probe:
 
     def records(self) -> list[Record]:
         """Returns the records in the order of steps: those in the run directory, or else the last 10,000."""
+        self._guarded(lambda: self._drain(wait=True))
         return load(self._writer.run_dir).records if self._writer else list(self._memory)
 
     @property
@@ -219,6 +251,9 @@ class Probe:
         if self._finalizer.alive:
             self.flush()
             self._finalizer()
+        for probes in list(_probes.values()):
+            if self in probes:
+                probes.remove(self)
 
     def __enter__(self):
         return self
@@ -231,18 +266,20 @@ class Probe:
 
         def before(optimizer, args, kwargs):  # noqa: ARG001
             probe = this()
-            if probe is None:
-                return
-            if probe._rounds.ends_before(optimizer):
-                probe._guarded(probe._count)
-            probe._hold()
+            if probe is not None and not _capturing():
+                probe._guarded(lambda: probe._before(optimizer))
 
         def after(optimizer, args, kwargs):  # noqa: ARG001
             probe = this()
-            if probe is not None and probe._rounds.ends_after(optimizer):
-                probe._guarded(probe._count)
+            if probe is not None and not _capturing():
+                probe._guarded(lambda: probe._rounds.ends_after(optimizer) and probe._count())
 
         return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+
+    def _before(self, optimizer):
+        if self._rounds.ends_before(optimizer):
+            self._count()
+        self._hold()
 
     def _guarded(self, action):
         if not self._finalizer.alive:
@@ -273,7 +310,9 @@ class Probe:
                     f"track: expected {len(t.S)} singular values for {t.name}, got a reference with {len(spectrum)}. "
                     "Pass spectra of this model."
                 )
-            t.reference = None if spectrum is None else torch.as_tensor(spectrum, dtype=torch.float64).to(t.S.device)
+            t.reference = (
+                None if spectrum is None else torch.as_tensor(spectrum, dtype=torch.float64, device=t.S.device)
+            )
         self._initial_reference = reference == "initial"
         self._plan(budget, full_seconds)
 
@@ -289,9 +328,8 @@ class Probe:
         if self._leading:
             self._measure_now(full=[], topk=self._leading)  # cold
             _, topk_seconds = self._measure_now(full=[], topk=self._leading)
-            if self._method == "auto":
-                _, full_seconds = self._measure_now(full=everything, topk=[])  # warm
         if self._method == "auto":
+            _, full_seconds = self._measure_now(full=everything, topk=[])  # warm
             self._budget = Budget(
                 budget, [full_seconds[i] for i in everything], [topk_seconds.get(i) for i in everything]
             )
@@ -299,6 +337,7 @@ class Probe:
     def _grow(self):
         """Takes up matrices that the optimizers' parameters gained since the last step."""
         known = {t.name for t in self._tracked}
+        self._drain(wait=True)  # what is under way counts the matrices as they were
         own = self._find()
         if own is None or [m.name for m in own.matrices] == [t.name for t in self._tracked]:
             return
@@ -306,7 +345,6 @@ class Probe:
         new = [i for i, t in enumerate(self._tracked) if t.name not in known]
         self._rounds.follow(own.parameters)
         log.info("sosd_fast: %d more matrices are measured from step %d on.", len(new), self._step)
-        self._drain(wait=True)
         records, _ = self._measure_now(full=new, topk=[])
         self._emit(records)
         for i in new if self._initial_reference else []:
@@ -376,7 +414,8 @@ class Probe:
                 self._budget.learn(kind, group, fetched.seconds)
                 self._budget.spent(fetched.device_seconds)
             self._own_seconds += fetched.device_seconds if self._ended is not None else 0.0
-        if audits and self._auditor:
+        # what comes late was measured on weights that are gone
+        if audits and self._auditor and all(isinstance(fetched, side.Fetched) for _, _, fetched, _ in work.parts):
             self._audit(work, found)
         records = []
         for i in sorted(found):
@@ -463,12 +502,12 @@ class Probe:
     def _say_coverage(self):
         if not self._said_coverage and self._budget.coverage < 0.9 and self._step > 20:
             self._said_coverage = True
+            enough = self._budget.fraction / max(self._budget.coverage, 1e-9)
             log.warning(
-                "sosd_fast: budget=%.3g covers %.0f %% of the matrices each step; they take turns. "
-                "budget=%.2g would cover all of them.",
+                "sosd_fast: budget=%.3g covers %.0f %% of the matrices each step; they take turns. %s would cover all.",
                 self._budget.fraction,
                 100 * self._budget.coverage,
-                self._budget.fraction / max(self._budget.coverage, 1e-9),
+                f"budget={enough:.2g}" if enough <= 1 else "A larger step, or fewer matrices (include, exclude),",
             )
 
 
@@ -481,6 +520,11 @@ class _Work(NamedTuple):
 
     def ready(self) -> bool:
         return all(fetched.ready() for _, _, fetched, _ in self.parts)
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured, which measuring would spoil; replays call no hooks."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _jumped(t: Tracked, values: dict) -> bool:

@@ -148,3 +148,48 @@ def test_the_device_gives_what_the_host_gives(device):
     for a, b in zip(*records, strict=True):
         assert (a.step, a.name) == (b.step, b.name)
         assert a.sd_variation == pytest.approx(b.sd_variation, abs=2e-6)
+
+
+def test_late_records_keep_their_matrices_when_some_are_added(monkeypatch):
+    monkeypatch.setattr(side, "lane", lambda _: Late())
+    net = nn.ModuleDict({"b": nn.Linear(8, 8, bias=False), "c": nn.Linear(8, 12, bias=False)})
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    probe = sosd_fast.track(net, method="full")
+
+    def step():
+        sum(p.square().sum() for p in net.parameters()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(5):
+        step()
+    rest = dict(net.items())
+    net.clear()
+    net.update({"a": nn.Linear(12, 12, bias=False), **rest})  # before the others
+    optimizer.add_param_group({"params": net["a"].parameters()})
+    for _ in range(3):
+        step()
+    shapes = {"a.weight": (12, 12), "b.weight": (8, 8), "c.weight": (12, 8)}
+    records = probe.records()
+    assert all(r.shape == shapes[r.name] and len(r.spectrum) == min(r.shape) for r in records)
+    assert min(r.step for r in records if r.name == "a.weight") >= 5
+    assert max(r.step for r in records) == 8, "records() waits"
+
+
+def test_what_a_record_holds_is_its_own():
+    net = model()
+    probe = sosd_fast.track(net, optimizers=[], method="full", on_record=lambda r: r.spectrum.sort())
+    probe.step()
+    assert all(r.sd_variation == 0 for r in probe.latest().values())
+
+
+def test_another_default_device():
+    with torch.device("meta"):
+        probe = sosd_fast.track(_on_cpu(), optimizers=[], method="full")
+        probe.step()
+    assert probe.latest()["0.weight"].sd_variation == 0
+
+
+def _on_cpu():
+    with torch.device("cpu"):
+        return model()

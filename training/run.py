@@ -48,7 +48,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on from its last checkpoint, with its flags")
     # The probe
     parser.add_argument("--tracker", choices=[*METHODS, "off"], default="fast", help="how spectra are measured")
-    parser.add_argument("--tracker-budget", type=fraction, default=0.03, help="part of the step time it may take")
+    parser.add_argument(
+        "--tracker-budget", type=_number(float, 1e-6, 1), default=0.03, help="part of the step time it may take"
+    )
     parser.add_argument("--tracker-k", type=positive, default=32, help="leading singular values kept of each matrix")
     # Model
     parser.add_argument("--model", choices=list(PRESETS), default="gpt2-nano", help="preset of training/model.py")
@@ -124,11 +126,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def _number(convert, least):
+def _number(convert, least, most=math.inf):
     def read(text):
         value = convert(text)
-        if not (value >= least and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"expected a number of at least {least}, got {text}")
+        if not (least <= value <= most and math.isfinite(value)):
+            upper = f" and at most {most}" if most < math.inf else ""
+            raise argparse.ArgumentTypeError(f"expected a number of at least {least}{upper}, got {text}")
         return value
 
     read.__name__ = convert.__name__  # what argparse names in "invalid int value"
@@ -203,6 +206,8 @@ def main(argv=None) -> int:
         args.run_dir = parallel.agree(args.run_dir)
         run_dir = Path(args.run_dir)
         first = checkpoint.latest(run_dir) if args.resume else None
+        if args.resume and first is None and not args.checkpoint_every:
+            raise ValueError("there is no checkpoint to go on from. Start anew, with --checkpoint-every")
         done = checkpoint.step_of(first) if first else 0
         tokens = load_data(args.data, config.vocab)
         config = replace(config, vocab=max(config.vocab, -(-tokens.vocab // 64) * 64))
