@@ -158,6 +158,7 @@ class Probe:
         if run_dir is not None and own.ranks > 1:
             run_dir = os.path.join(run_dir, f"rank-{own.rank:05d}")
         self._method, self._k, self._every, self._on_record = method, k, every, on_record
+        self._fraction = budget
         self._auditor = Auditor() if audit and method != "exact" else None
         self.audits: deque[Audit] = deque(maxlen=KEPT_RECORDS)
         self._latest: dict[str, Record] = {}
@@ -177,7 +178,7 @@ class Probe:
             self._step = self._rows.agree(self._step)
         self._finalizer = weakref.finalize(self, _detach, [], self._writer)
         try:
-            self._start(budget, reference, written)
+            self._start(reference, written)
         except BaseException:
             self._finalizer()
             raise
@@ -290,7 +291,7 @@ class Probe:
             log.exception("sosd_fast: the probe failed at step %d and stops here; training goes on.", self._step)
             self._finalizer()
 
-    def _start(self, budget, reference, written):
+    def _start(self, reference, written):
         """Measures the matrices as they are: the first spectra and, for "auto", what each measurement costs."""
         everything = list(range(len(self._tracked)))
         if not everything:  # more ranks than matrices
@@ -314,9 +315,9 @@ class Probe:
                 None if spectrum is None else torch.as_tensor(spectrum, dtype=torch.float64, device=t.S.device)
             )
         self._initial_reference = reference == "initial"
-        self._plan(budget, full_seconds)
+        self._plan(full_seconds)
 
-    def _plan(self, budget: float, full_seconds: dict[int, float]):
+    def _plan(self, full_seconds: dict[int, float]):
         """Chooses whose leading values are followed and, with "auto", measures what that costs."""
         everything = list(range(len(self._tracked)))
         # Below 3 k values the leading ones cost as much as all of them.
@@ -329,10 +330,9 @@ class Probe:
             self._measure_now(full=[], topk=self._leading)  # cold
             _, topk_seconds = self._measure_now(full=[], topk=self._leading)
         if self._method == "auto":
-            _, full_seconds = self._measure_now(full=everything, topk=[])  # warm
-            self._budget = Budget(
-                budget, [full_seconds[i] for i in everything], [topk_seconds.get(i) for i in everything]
-            )
+            _, seconds = self._measure_now(full=everything, topk=[])  # warm
+            full = [seconds[i] for i in everything]
+            self._budget = Budget(self._fraction, full, [topk_seconds.get(i) for i in everything])
 
     def _grow(self):
         """Takes up matrices that the optimizers' parameters gained since the last step."""
@@ -349,9 +349,10 @@ class Probe:
         self._emit(records)
         for i in new if self._initial_reference else []:
             self._tracked[i].reference = self._tracked[i].S
-        fraction, self._budget = self._budget.fraction if self._budget else None, None
-        seconds = self._measure_now(full=list(range(len(self._tracked))), topk=[])[1] if fraction else {}
-        self._plan(fraction, seconds)
+        self._budget, seconds = None, {}
+        if self._method == "auto":
+            _, seconds = self._measure_now(full=list(range(len(self._tracked))), topk=[])
+        self._plan(seconds)
 
     def _count(self):
         """Counts a step, measures it and keeps the records."""

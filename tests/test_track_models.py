@@ -1,5 +1,7 @@
 """One line tracks any model: which matrices, which names, and which steps."""
 
+import importlib
+
 import pytest
 import torch
 from torch import nn
@@ -152,6 +154,28 @@ def test_parameters_added_midway():
     assert added[0].sd_variation is None and added[-1].sd_variation > 0
     assert [r.step for r in added] == [2, 3, 4, 5]
     assert steps(probe) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("method", ["full", "auto", "topk"])
+def test_a_rank_without_matrices_takes_up_its_first(method, monkeypatch):
+    module = importlib.import_module("sosd_fast.track")
+    share, found = module.share, []
+
+    def late(model, matrices):
+        found.append(share(model, matrices))
+        return found[-1] if len(found) > 1 else found[-1]._replace(matrices=[])
+
+    monkeypatch.setattr(module, "share", late)
+    net = nn.Sequential(nn.Linear(12, 12, bias=False))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    probe = sosd_fast.track(net, optimizer, method=method, k=4)
+    train(net, optimizer, torch.randn(5, 12))
+    assert not probe.latest()
+    net.append(nn.Linear(12, 12, bias=False))
+    optimizer.add_param_group({"params": net[1].parameters()})
+    train(net, optimizer, torch.randn(5, 12), 3)
+    probe.flush()
+    assert {name: r.step >= 3 for name, r in probe.latest().items()} == {"0.weight": True, "1.weight": True}
 
 
 @pytest.mark.parametrize("method", ["full", "auto", "topk"])
