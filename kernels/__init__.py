@@ -11,7 +11,7 @@ from torch import Tensor
 log = logging.getLogger("sosd_fast")  # not warnings: made into errors, those would end a training run
 
 try:
-    from sosd_fast import _C
+    from sosd_fast import _C  # pyright: ignore[reportAttributeAccessIssue]
 except ImportError:  # not built: every op then runs its torch path
     _C = None
 

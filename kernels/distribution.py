@@ -162,20 +162,21 @@ def singular_distribution(S: Tensor, previous: Tensor | None = None, reference: 
             kernels.warn_no_extension()
         return singular_distribution_ref(S, previous, reference)
 
-    rows = [t if t is None else t.detach().reshape(-1, S.shape[-1]) for t in (S, previous, reference)]
+    rows = S.detach().reshape(-1, S.shape[-1])
+    others = [t if t is None else t.detach().reshape(rows.shape) for t in (previous, reference)]
     sd = torch.empty_like(S, memory_format=torch.contiguous_format, requires_grad=False)
-    statistics = torch.empty(rows[0].shape[0], len(Distribution._fields) - 1, dtype=torch.float64, device=S.device)
+    statistics = torch.empty(rows.shape[0], len(Distribution._fields) - 1, dtype=torch.float64, device=S.device)
     if triton_takes_it:
-        _launch(*rows, sd, statistics)
+        _launch(rows, *others, sd=sd, statistics=statistics)
     else:
-        S2, previous2, reference2 = (t if t is None else t.to(S.dtype).contiguous().numpy() for t in rows)
-        kernels._C.singular_distribution(S2, previous2, reference2, sd.view(S2.shape).numpy(), statistics.numpy())
-    columns = [column.reshape(S.shape[:-1]) for column in statistics.unbind(1)]
+        arrays = (t if t is None else t.to(S.dtype).contiguous().numpy() for t in (rows, *others))
+        kernels._C.singular_distribution(*arrays, sd.view(rows.shape).numpy(), statistics.numpy())
+    found = Distribution(sd, *(column.reshape(S.shape[:-1]) for column in statistics.unbind(1)))
     if previous is None:
-        columns[:3] = [None] * 3
+        found = found._replace(variation_l2=None, variation_l1=None, variation_linf=None)
     if reference is None:
-        columns[3] = None
-    return Distribution(sd, *columns)
+        found = found._replace(cosine=None)
+    return found
 
 
 def _launch(S: Tensor, previous: Tensor | None, reference: Tensor | None, sd: Tensor, statistics: Tensor):

@@ -138,13 +138,14 @@ def _gram(X: Tensor, triples, symmetric: bool) -> Tensor:
     while first < len(triples):
         last = len(triples) if first else min(restart, len(triples))
         A, Q = _multiply(X, X, symmetric), None
-        for i in range(first, last):
-            P = _polynomial(A, *triples[i], symmetric)
+        for i, (a, b, c) in enumerate(triples[first:last], first):
+            P = _polynomial(A, a, b, c, symmetric)
             Q = P if Q is None else _multiply(P, Q, symmetric)
             if i + 1 < last:
                 A = _multiply(P, _multiply(P, A, symmetric), symmetric)
                 if not symmetric:
                     A = (A + A.mT) / 2  # rounding must not grow an antisymmetric part
+        assert Q is not None  # there is at least one triple
         X = Q @ X
         first = last
     return X

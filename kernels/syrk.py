@@ -152,7 +152,8 @@ def syrk(
     out_dtype = out_dtype or (torch.float64 if A.dtype == torch.float64 else torch.float32)
     if A.dtype == torch.float64 or not A.numel() or not kernels.on_triton(A):
         return syrk_ref(A, B, C, alpha=alpha, beta=beta, shift=shift, scale=scale, out_dtype=out_dtype)
-    A, B, C = (None if t is None else t.detach().reshape(-1, *t.shape[-2:]) for t in (A, A if B is None else B, C))
+    A, B = (t.detach().reshape(-1, m, k) for t in (A, A if B is None else B))
+    C = None if C is None else C.detach().reshape(-1, m, m)
     out = torch.empty(*batch, m, m, dtype=out_dtype, device=A.device)
     config = CONFIGS[A.dtype]
     tiles = triton.cdiv(m, config["BLOCK"])

@@ -65,8 +65,8 @@ class Budget:
         every_step = self._every_step == "topk"
         always = {i for i in everything if every_step and cheapest[i] == self.full[i]}
         full, self._second = self._second | always, set()
-        topk = [i for i in everything if every_step and self.topk[i] is not None and i not in always]
-        left = self.bucket - sum(self.full[i] for i in full) - sum(self.topk[i] for i in topk)
+        topk = {i: cost for i, cost in enumerate(self.topk) if every_step and cost is not None and i not in always}
+        left = self.bucket - sum(self.full[i] for i in full) - sum(topk.values())
         for _ in range(len(self._turn)):
             i = self._turn[0]
             if left < self.full[i]:
@@ -77,7 +77,7 @@ class Budget:
                 full.add(i)
                 self._second.add(i)
                 left -= self.full[i]
-        return sorted(full), topk
+        return sorted(full), list(topk)
 
     def spent(self, seconds: float):
         """Takes what a step's measurements cost out of the bucket."""

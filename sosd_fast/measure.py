@@ -14,7 +14,7 @@ from sosd_fast.matrices import Matrix
 from sosd_fast.phases import theory_bound
 from sosd_fast.sharded import RowShards, shape_of
 from sosd_fast.svdvals import spectra
-from sosd_fast.topk import State, topk_svdvals
+from sosd_fast.topk import State, stacked, topk_svdvals
 
 _SUMMARIES = (
     "nuclear_norm",
@@ -116,10 +116,11 @@ def measure_full(group: list[Tracked], step: int, every: int, k: int) -> Launche
     if before is not None:
         sums = before.sum(-1, keepdim=True)
         tensors |= {"variation": d.variation_l2, "head": (d.sd[:, :k] - before[:, :k] / sums).norm(dim=-1)}
-        if all(t.W is not None for t in group):
+        weights = [t.W for t in group if t.W is not None]
+        if len(weights) == len(group):
             moved = torch.stack([
-                torch.linalg.vector_norm(W.float() - t.W, dtype=torch.float64)
-                for W, t in zip(matrices, group, strict=True)
+                torch.linalg.vector_norm(W.float() - earlier, dtype=torch.float64)
+                for W, earlier in zip(matrices, weights, strict=True)
             ])  # fmt: skip
             moved = rows.sum(moved.square()).sqrt() if rows else moved
             tensors["bound"] = theory_bound(moved, torch.maximum(sums[:, 0], d.nuclear_norm), result.S.shape[1])
@@ -190,9 +191,9 @@ def measure_leading(group: list[Tracked], step: int, every: int, k: int) -> Laun
 
 def _leading(matrices: list[Tensor], k: int, states: list[State | None]) -> tuple[Tensor, Tensor, Tensor, list[State]]:
     """Leading values, residuals, Frobenius norms and the states for the next step, of matrices of one shape."""
-    state = None
-    if None not in states:
-        state = State(*(torch.stack(rows).to(matrices[0].device) for rows in zip(*states, strict=True)))
+    state = stacked(states)
+    if state is not None:
+        state = State(*(part.to(matrices[0].device) for part in state))
     S, residual, state = topk_svdvals(matrices, k, state=state)
     # In float64, for squares beyond float32 where the values are not; on the host, where it is dear, only for those.
     on_host = matrices[0].device.type == "cpu"
@@ -206,6 +207,7 @@ def _leading(matrices: list[Tensor], k: int, states: list[State | None]) -> tupl
 
 def _leading_variation(t: Tracked, S: np.ndarray, energy: float) -> dict:
     """What the leading values of two steps tell of the SD variation."""
+    assert t.leading is not None and t.spectrum is not None
     _, before, energy_before = t.leading
     tail = t.spectrum[len(S) :].numpy()
     shape = tail / max(float(np.linalg.norm(tail)), 1e-300)  # of the others, of norm 1
@@ -225,7 +227,8 @@ def _leading_variation(t: Tracked, S: np.ndarray, energy: float) -> dict:
 
 
 def _stack(spectra: list[Tensor | None], device) -> Tensor | None:
-    return torch.stack(spectra).to(device) if all(S is not None for S in spectra) else None
+    known = [S for S in spectra if S is not None]
+    return torch.stack(known).to(device) if len(known) == len(spectra) else None
 
 
 class Audit(NamedTuple):
@@ -287,6 +290,7 @@ def audit(t: Tracked, step: int, bound: float) -> Audit | None:
         S = torch.linalg.svdvals(W if W.shape[0] >= W.shape[1] else W.mT)
     if not (S.isfinite().all() and S[0] > 0 and math.isfinite(bound)):
         return None
+    assert t.spectrum is not None
     error = float((t.spectrum / t.spectrum.sum() - S / S.sum()).norm())
     if error > bound:
         t.method = _STRICTER.get(t.method, t.method)

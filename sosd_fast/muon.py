@@ -113,10 +113,11 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, params: list[Tensor], group: dict):
         """Updates parameters of one shape, dtype and device together."""
-        for p in params:
+        grads = [p.grad for p in params if p.grad is not None]
+        for p, grad in zip(params, grads, strict=True):
             if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
-        grads = [_local(p.grad) for p in params]
+                self.state[p]["momentum_buffer"] = torch.zeros_like(grad)
+        grads = [_local(grad) for grad in grads]
         momenta = [_local(self.state[p]["momentum_buffer"]) for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta

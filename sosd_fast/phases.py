@@ -322,8 +322,9 @@ class _Fit:
         others = knots[:i] + knots[i + 1 :]
         limit = self.rss(knots) * (1 + 4 / self._freedom(knots))
         allowed = [knots[i], *np.flatnonzero(self.rss_with_one_more(others) <= limit)]
-        places = (round(self._unit(self.grid[k])) for k in (knots[i], min(allowed), max(allowed)))
-        return Kink(*places, *map(float, self.pieces(knots)[1][i : i + 2]), self._unit(fall))
+        step, low, high = (round(self._unit(self.grid[k])) for k in (knots[i], min(allowed), max(allowed)))
+        before, after = map(float, self.pieces(knots)[1][i : i + 2])
+        return Kink(step, low, high, before, after, self._unit(fall))
 
     def _freedom(self, knots) -> int:
         return max(self.n - 2 - 2 * len(knots), 1)

@@ -11,7 +11,7 @@ Owners then tell all ranks the spectra, so that every rank carries the same stat
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from sosd_fast import kernels
 from sosd_fast.matrices import Matrix
 from sosd_fast.svdvals import SD_TOLERANCE, Spectra, _bounds, _sufficient, spectra
-from sosd_fast.topk import State, iterate, topk_svdvals
+from sosd_fast.topk import State, iterate, stacked, topk_svdvals
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.tensor import DTensor
 
 METHODS = ("gram32", "gram64", "direct64", "exact")
 CHUNK_BYTES = 64 * 2**20  # sent at a time
@@ -38,7 +39,7 @@ class Share(NamedTuple):
     ranks: int
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether a tensor is a `torch.distributed.tensor.DTensor`."""
     return hasattr(tensor, "placements")
 
@@ -92,13 +93,15 @@ def share(model: nn.Module, matrices: list[Matrix]) -> Share:
     if not sharded:
         if not isinstance(model, nn.parallel.DistributedDataParallel):
             return Share(matrices, parameters, None, 0, 1)
-        rank, ranks = model.process_group.rank(), model.process_group.size()
+        group = model.process_group
+        assert group is not None
+        rank, ranks = group.rank(), group.size()
         return Share(_own(matrices, rank, ranks), parameters, None, rank, ranks)
     mesh, placements = sharded[0].device_mesh, sharded[0].placements
     for m in matrices:
         p = m.parameter
         rows = [d for d, each in enumerate(getattr(p, "placements", ())) if each.is_shard(0)]
-        if len(rows) != 1 or p.placements != placements or p.device_mesh != mesh:
+        if not is_sharded(p) or len(rows) != 1 or p.placements != placements or p.device_mesh != mesh:
             raise ValueError(
                 f"track: expected every parameter sharded by rows over one mesh, got {m.name} with "
                 f"placements={getattr(p, 'placements', None)}. Use fully_shard, or exclude the parameter."
@@ -130,13 +133,15 @@ def held(matrix: Matrix, rank: int, ranks: int) -> tuple[int, int]:
         return (0, shape_of(matrix)[0]) if start <= matrix.index[0] < stop else (0, 0)
     if matrix.part is None or matrix.part[0] == 1:
         return start, stop
-    _, first, length = matrix.part
-    return tuple(min(max(row - first, 0), length) for row in (start, stop))
+    _, offset, length = matrix.part
+    first, end = (min(max(row - offset, 0), length) for row in (start, stop))
+    return first, end
 
 
 def local_rows(matrix: Matrix, rank: int, ranks: int) -> Tensor:
     """This rank's rows of a matrix of a row-sharded parameter, (m_p, n); none where it holds none."""
     p = matrix.parameter
+    assert is_sharded(p)
     local, start = p.to_local().detach(), rank * -(-p.shape[0] // ranks)
     first, end = held(matrix, rank, ranks)
     if matrix.index:
@@ -255,7 +260,7 @@ class RowShards:
         if m >= n:
             dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
             operator = _RowOperator([A.to(dtype) for A in rows], self)
-            state = State(*map(torch.stack, zip(*states, strict=True))) if None not in states else None
+            state = stacked(states)
             with kernels.full_precision(self._device.type):
                 S, residual, V, P = iterate(torch, operator, (len(rows),), n, k, min(k + 8, n), state)
             return S, residual, norms, [State(*each) for each in zip(V, P, strict=True)]
@@ -265,9 +270,7 @@ class RowShards:
             own = [j for j in at if self.mine(indices[j])]
             matrices = self._gather([indices[j] for j in at])
             if own:
-                warm = all(states[j] is not None for j in own)
-                state = State(*map(torch.stack, zip(*(states[j] for j in own), strict=True))) if warm else None
-                S, residual, state = topk_svdvals(matrices, k, state=state)
+                S, residual, state = topk_svdvals(matrices, k, state=stacked([states[j] for j in own]))
                 found[0, own], found[1, own] = S.double(), residual.double()
                 for j, *each in zip(own, *state, strict=True):
                     kept[j] = State(*each)
@@ -376,7 +379,7 @@ class _RowOperator:
         return self.shards.sum(torch.stack([y @ y.mT for y in Y]))
 
 
-def on_whole(rows: list[Tensor], like: Tensor, function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def on_whole(rows: list[Tensor], like: "DTensor", function: Callable[[Tensor], Tensor]) -> list[Tensor]:
     """Applies a function of whole matrices to row-sharded ones of one shape, each rank to its share of them.
 
     Args:

@@ -77,7 +77,7 @@ class Side:
 
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)
-        self._began = self._done = None
+        self._done = None
 
     @contextlib.contextmanager
     def measuring(self, weights: list[Tensor]):

@@ -176,9 +176,8 @@ def _launched(matrices: Sequence[Tensor], methods: list[str]) -> Spectra:
                 chunk, size = [], dtype.itemsize * (m * n + min(m, n) ** 2)
             chunk.append(i)
         rows |= _launched_alike(matrices, chunk, dtype)
-    return Spectra(
-        *(torch.stack(column) for column in zip(*(rows[i] for i in sorted(rows)), strict=True)), tuple(methods)
-    )
+    S, bound, sd_error = (torch.stack(column) for column in zip(*(rows[i] for i in sorted(rows)), strict=True))
+    return Spectra(S, bound, sd_error, tuple(methods))
 
 
 def _launched_alike(matrices: Sequence[Tensor], at: list[int], dtype: torch.dtype) -> dict[int, tuple[Tensor, ...]]:
@@ -217,7 +216,7 @@ def _eigenvalues(G: Tensor) -> Tensor:
 
 def eigvalsh(G: Tensor) -> Tensor:
     """`torch.linalg.eigvalsh` of a batch, by CuPy on CUDA where torch would loop over it (before 2.12)."""
-    if G.is_cuda and G.ndim > 2 and torch.__version__ < (2, 12):
+    if G.is_cuda and G.ndim > 2 and torch.__version__ < (2, 12):  # pyright: ignore[reportOperatorIssue]
         if importlib.util.find_spec("cupy"):
             import cupy
 
@@ -314,11 +313,14 @@ def _scales(largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return finite, torch.ldexp(torch.ones_like(largest), -exponent)
 
 
-def _unscaled(S: Tensor, eps: float, inner: int, squared: bool, finite: Tensor, scale: Tensor):
+def _unscaled(
+    S: Tensor, eps: float, inner: int, squared: bool, finite: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """The values S of scaled matrices and their bounds, of the matrices as they are; NaN where not finite."""
     bound, sd_error = _bounds(S, eps, inner, squared)
-    S, bound = S / scale[:, None], bound / scale[:, None]
-    return tuple(torch.where(finite if t.ndim == 1 else finite[:, None], t, torch.nan) for t in (S, bound, sd_error))
+    rows = finite[:, None]
+    S, bound = (torch.where(rows, t / scale[:, None], torch.nan) for t in (S, bound))
+    return S, bound, torch.where(finite, sd_error, torch.nan)
 
 
 def _bounds(S: Tensor, eps: float, inner: int, squared: bool) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ Cholesky (SISC 2002); Fukaya et al., the shift (SISC 2020).
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +41,13 @@ class State(NamedTuple):
     """What is carried between calls: n is the short side, b = k + oversamples."""
 
     V: Any  # (..., b, n) orthonormal rows, leading directions first
-    P: Any | None  # (..., b, n) the last change of V; variants "m" and "c"
+    P: Any  # (..., b, n) the last change of V; None but for variants "m" and "c"
+
+
+def stacked(states: Sequence[State | None]) -> State | None:
+    """The states of several torch matrices as one of their batch; None where one is missing."""
+    warm = [state for state in states if state is not None]
+    return State(*map(torch.stack, zip(*warm, strict=True))) if len(warm) == len(states) else None
 
 
 class TopK(NamedTuple):
@@ -80,8 +87,8 @@ def topk_svdvals(
     Raises:
         ValueError: no matrix, an integer dtype, k out of range, an unknown variant, or a state of another shape.
     """
-    matrices = list(W) if isinstance(W, list | tuple) else None
-    first = matrices[0] if matrices else W
+    matrices = list(W) if isinstance(W, list | tuple) else []
+    first: Any = next(iter(matrices), W)
     xp = _namespace(first)
     _check(first, k, n_oversamples, variant, rtol)
     n = min(first.shape[-2:])
@@ -97,7 +104,7 @@ def topk_svdvals(
     return TopK(S, residual, State(V, P))
 
 
-def iterate(xp, operator, batch, n, k, b, state=None, variant="m", rtol=1e-3):
+def iterate(xp, operator, batch, n, k, b, state=None, variant="m", rtol=1e-3) -> tuple[Any, Any, Any, Any]:
     """Takes the steps of `topk_svdvals`.
 
     Args:
@@ -229,15 +236,15 @@ class _Operator:
         self.matrices = [A if A.shape[-2] >= A.shape[-1] else _t(xp, A) for A in matrices]
         self.upside_down = [_t(xp, A) for A in self.matrices]
         self.like = matrices[0][..., :1, :1]
-        self.scale = None
+        self.scale: Any = None
 
     def advance(self, V, P):
         """The step of variant "m" by the C++ kernel; None where it does not apply."""
         if self.xp is not torch:
             return None
         matrices = self.matrices if self.is_list else self.matrices[0].reshape(-1, *self.matrices[0].shape[-2:])
-        flat = [None if X is None else X.reshape(-1, *X.shape[-2:]) for X in (V, P)]
-        found = advance_subspaces(list(matrices), *flat, _PACE)
+        flat = V.reshape(-1, *V.shape[-2:])
+        found = advance_subspaces(list(matrices), flat, P if P is None else P.reshape(flat.shape), _PACE)
         return found and [x.reshape(*V.shape[:-2], *x.shape[1:]) for x in found]
 
     def mul(self, V):

@@ -132,7 +132,8 @@ def track(
     this = weakref.ref(model)
 
     def find():
-        return share(this(), find_matrices(this(), include, exclude, split)) if this() is not None else None
+        model = this()
+        return share(model, find_matrices(model, include, exclude, split)) if model is not None else None
 
     probe = Probe(
         find, optimizers, method, k, budget, every, reference, run_dir, on_record, step, audit, theory_bound
@@ -163,7 +164,8 @@ class Probe:
         self.audits: deque[Audit] = deque(maxlen=KEPT_RECORDS)
         self._latest: dict[str, Record] = {}
         self._memory: deque[Record] = deque(maxlen=KEPT_RECORDS)
-        self._own_seconds, self._began, self._ended = 0.0, None, None
+        self._own_seconds, self._began = 0.0, 0.0
+        self._ended: float | None = None
         self._budget: Budget | None = None  # with "auto"
         self._planned = 0.0
         self._said_coverage = False
@@ -212,7 +214,9 @@ class Probe:
     @property
     def overhead(self) -> float:
         """The fraction of the time since the first step that was spent in the probe."""
-        return self._own_seconds / (self._ended - self._began) if self._own_seconds else 0.0
+        if self._ended is None or not self._own_seconds:
+            return 0.0
+        return self._own_seconds / (self._ended - self._began)
 
     def state_dict(self) -> dict:
         """Returns what a resumed run needs for its records to go on as if it had not stopped; see `load_state_dict`."""
@@ -297,12 +301,13 @@ class Probe:
         if not everything:  # more ranks than matrices
             self._initial_reference = reference == "initial"
             return
-        records, full_seconds = self._measure_now(full=everything, topk=[])
+        records, _ = self._measure_now(full=everything, topk=[])
         if written is None or written < self._step:
             self._emit(records)
         if self._writer and reference == "initial" and written is not None:
             reference = self._writer.first_spectra()
         for t in self._tracked:
+            assert t.S is not None  # just measured
             spectrum = t.S if reference == "initial" else (reference or {}).get(t.name)
             if spectrum is None and reference and not t.mine:
                 spectrum = t.S  # another rank's to record; measured here for the company of its shape
@@ -315,9 +320,9 @@ class Probe:
                 None if spectrum is None else torch.as_tensor(spectrum, dtype=torch.float64, device=t.S.device)
             )
         self._initial_reference = reference == "initial"
-        self._plan(full_seconds)
+        self._plan()
 
-    def _plan(self, full_seconds: dict[int, float]):
+    def _plan(self):
         """Chooses whose leading values are followed and, with "auto", measures what that costs."""
         everything = list(range(len(self._tracked)))
         # Below 3 k values the leading ones cost as much as all of them.
@@ -349,10 +354,8 @@ class Probe:
         self._emit(records)
         for i in new if self._initial_reference else []:
             self._tracked[i].reference = self._tracked[i].S
-        self._budget, seconds = None, {}
-        if self._method == "auto":
-            _, seconds = self._measure_now(full=list(range(len(self._tracked))), topk=[])
-        self._plan(seconds)
+        self._budget = None
+        self._plan()
 
     def _count(self):
         """Counts a step, measures it and keeps the records."""
@@ -373,7 +376,7 @@ class Probe:
                 if self._rows:  # the first rank's clock counts
                     full, topk = self._rows.agree((full, topk))
                 if not self._rows or self._rows.rank == 0:
-                    self._say_coverage()
+                    self._say_coverage(self._budget)
             self._planned = began
         elif self._method == "topk":
             topk = self._leading
@@ -416,7 +419,7 @@ class Probe:
                 self._budget.spent(fetched.device_seconds)
             self._own_seconds += fetched.device_seconds if self._ended is not None else 0.0
         # what comes late was measured on weights that are gone
-        if audits and self._auditor and all(isinstance(fetched, side.Fetched) for _, _, fetched, _ in work.parts):
+        if audits and all(isinstance(fetched, side.Fetched) for _, _, fetched, _ in work.parts):
             self._audit(work, found)
         records = []
         for i in sorted(found):
@@ -453,7 +456,10 @@ class Probe:
 
     def _audit(self, work: "_Work", found: dict[int, dict]):
         """Audits one of the matrices just measured in full, when it is time."""
-        i = self._auditor.choose([i for i in work.full if self._tracked[i].S.device.type == "cpu"], self._tracked)
+        if self._auditor is None:
+            return
+        on_host = [i for i in work.full if self._tracked[i].matrix.parameter.device.type == "cpu"]
+        i = self._auditor.choose(on_host, self._tracked)
         if i is None:
             return
         t = self._tracked[i]
@@ -500,14 +506,14 @@ class Probe:
             what = "is zero" if sigma_max == 0 else "holds NaN or Inf"
             log.warning("sosd_fast: %s %s at step %d, so it has no singular distribution.", t.name, what, step)
 
-    def _say_coverage(self):
-        if not self._said_coverage and self._budget.coverage < 0.9 and self._step > 20:
+    def _say_coverage(self, budget: Budget):
+        if not self._said_coverage and budget.coverage < 0.9 and self._step > 20:
             self._said_coverage = True
-            enough = self._budget.fraction / max(self._budget.coverage, 1e-9)
+            enough = budget.fraction / max(budget.coverage, 1e-9)
             log.warning(
                 "sosd_fast: budget=%.3g covers %.0f %% of the matrices each step; they take turns. %s would cover all.",
-                self._budget.fraction,
-                100 * self._budget.coverage,
+                budget.fraction,
+                100 * budget.coverage,
                 f"budget={enough:.2g}" if enough <= 1 else "A larger step, or fewer matrices (include, exclude),",
             )
 
