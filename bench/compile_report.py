@@ -22,7 +22,6 @@ from sosd_fast.kernels import distribution, sturm, syrk, tridiagonal
 
 TARGETS = (80, 90, 100)
 UNIT_STRIDES = ("stride_ak", "stride_bk", "stride_cn", "step_S", "step_previous", "step_reference", "step_d", "step_e")
-COUNTS = ("programs", "first_event", "last_event")  # may be anything
 NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 MMA = re.compile(r"\b(wgmma|tcgen05|mma)\.")  # in PTX
 

@@ -1,5 +1,6 @@
-"""The Hugging Face Trainer with the spectra in its run directory and in TensorBoard (needs transformers, accelerate).
+"""The Hugging Face Trainer with the spectra in its run directory and in TensorBoard.
 
+Needs transformers, accelerate and tensorboard:
 python examples/hugging_face.py [OUTPUT_DIR], then python -m sosd_fast report OUTPUT_DIR
 """
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sosd_fast.kernels.distribution import singular_distribution
 from sosd_fast.matrices import Matrix
 from sosd_fast.phases import theory_bound
-from sosd_fast.sharded import RowShards, shape_of
+from sosd_fast.sharded import RowShards, cost, shape_of
 from sosd_fast.svdvals import spectra
 from sosd_fast.topk import State, stacked, topk_svdvals
 
@@ -49,7 +49,7 @@ class Tracked:
         self.keep_weights = keep_weights
         self.W: Tensor | None = None  # at the last full spectrum
         self.usual: float | None = None  # SD variation, smoothed
-        self.warned = False
+        self.warned: str | None = None  # of what, last
 
     @property
     def mine(self) -> bool:
@@ -264,16 +264,16 @@ class Auditor:
 
     def choose(self, measured: list[int], tracked: list[Tracked]) -> int | None:
         """Returns which of the matrices just measured in full to audit, or None for now."""
-        self._earned += self.SHARE * sum(_cost(tracked[i].shape) for i in measured)
+        self._earned += self.SHARE * sum(cost(tracked[i].shape) for i in measured)
         if not self._queue:
             self._queue = list(range(len(tracked)))
             random.Random(self._cycles).shuffle(self._queue)
             self._cycles += 1
         allowed = set(measured)
         i = next((i for i in self._queue if i in allowed), None)
-        if i is None or self._earned < self.DEARER * _cost(tracked[i].shape):
+        if i is None or self._earned < self.DEARER * cost(tracked[i].shape):
             return None
-        self._earned -= self.DEARER * _cost(tracked[i].shape)
+        self._earned -= self.DEARER * cost(tracked[i].shape)
         self._queue.remove(i)
         return i
 
@@ -295,8 +295,3 @@ def audit(t: Tracked, step: int, bound: float) -> Audit | None:
     if error > bound:
         t.method = _STRICTER.get(t.method, t.method)
     return Audit(step, t.name, error, bound)
-
-
-def _cost(shape: tuple[int, int]) -> float:
-    r, K = min(shape), max(shape)
-    return r * r * (K + 4 / 3 * r)

@@ -213,7 +213,7 @@ class Probe:
 
     @property
     def overhead(self) -> float:
-        """The fraction of the time since the first step that was spent in the probe."""
+        """The fraction of the time since the first step that was spent in the probe, on the host and on GPUs."""
         if self._ended is None or not self._own_seconds:
             return 0.0
         return self._own_seconds / (self._ended - self._began)
@@ -501,9 +501,9 @@ class Probe:
                 self._on_record(record)
 
     def _warn_once(self, t: Tracked, sigma_max: float, step: int):
-        if not t.warned:
-            t.warned = True
-            what = "is zero" if sigma_max == 0 else "holds NaN or Inf"
+        what = "is zero" if sigma_max == 0 else "holds NaN or Inf"
+        if t.warned != what:
+            t.warned = what
             log.warning("sosd_fast: %s %s at step %d, so it has no singular distribution.", t.name, what, step)
 
     def _say_coverage(self, budget: Budget):
