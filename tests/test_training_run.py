@@ -103,7 +103,9 @@ def test_muon_gets_the_matrices_of_the_body_only(name):
     rest = {names[id(p)] for group in adam.param_groups for p in group["params"]}
     assert body == {n for n in names.values() if n.startswith("h.") and "norm" not in n}
     assert body | rest == set(names.values()) and not body & rest
-    assert [(g["initial_lr"], g["weight_decay"]) for g in muon.param_groups] == [(0.02, 0.1)]
+    assert {(g["initial_lr"], g["weight_decay"]) for g in muon.param_groups} == {(0.02, 0.1)}
+    fused = {names[id(p)] for g in muon.param_groups if g["split"] == 3 for p in g["params"]}
+    assert fused == {n for n in body if n.endswith("c_attn.weight")} and len(fused) == 4
     assert [(g["initial_lr"], g["weight_decay"]) for g in adam.param_groups] == [(1e-3, 0.0)]
 
 
