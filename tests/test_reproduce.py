@@ -30,7 +30,7 @@ def tiny(tmp_path, monkeypatch):
 
     def call(*argv, out="out"):
         folder = tmp_path / out
-        return reproduce.main([*argv, "--jobs=0", f"--data={text}", f"--out={folder}"]), folder
+        return reproduce.main(["--jobs=0", f"--data={text}", f"--out={folder}", *argv]), folder
 
     return call
 
@@ -86,6 +86,18 @@ def test_the_same_seed_gives_the_same_table_and_finished_runs_are_kept(tiny, cap
     assert (first / "table.md").read_text() == (second / "table.md").read_text()
     tiny("fig1", "--seeds=1", "--steps=8")  # other flags: another run
     assert "0 are there, 1 to do" in capsys.readouterr().out
+
+
+def test_flags_after_two_dashes_go_to_every_run(tiny, capsys):
+    status, out = tiny("fig1", "--seeds=1", "--steps=12", "--", "--width=48", "--layers=1")
+    assert status == 0
+    shapes = {r.name: r.shape for r in Finished(out / "gpt2-wsd-s0").run.records}
+    assert shapes["wte.weight"] == (256, 48) and shapes["h.0.mlp.c_fc.weight"] == (96, 48)
+    assert not any(name.startswith("h.1.") for name in shapes)
+    assert "--width=48" in json.loads((out / "settings.json").read_text())["flags"]["gpt2-wsd-s0"]
+    with pytest.raises(SystemExit):
+        tiny("fig1", "--", "--steps=3")
+    assert "after --, got --steps=3" in capsys.readouterr().err
 
 
 def test_runs_in_processes_of_their_own(tmp_path, monkeypatch, capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training.model import PRESETS, Config, RMSNorm, Transformer, apply_rope, rope_tables
+from training.model import PRESETS, Config, RMSNorm, Transformer, apply_rope, resized, rope_tables
 
 GPT2 = Config(n_layer=2, n_head=2, width=16, ff_width=32, context=12, vocab=31)
 LLAMA = Config(2, 2, 16, 32, 12, 31, activation="swiglu", norm_gain=True, tied=False)
@@ -49,6 +49,15 @@ def test_presets_are_those_of_the_paper():
     assert shape["llama-2b"] == (30, 2048, 32, 8192, 2048)
     assert PRESETS["nano"] is PRESETS["gpt2-nano"]
     assert {c.activation for n, c in PRESETS.items() if n.startswith("llama")} == {"swiglu"}
+
+
+def test_resizing_keeps_the_head_and_the_ratio_of_the_feed_forward():
+    small = PRESETS["gpt2-small"]
+    assert resized(small) == small
+    wide = resized(small, layers=2, width=1024)
+    assert (wide.n_layer, wide.width, wide.n_head, wide.ff_width, wide.context) == (2, 1024, 8, 4096, 1024)
+    with pytest.raises(ValueError, match=r"a multiple of the head width 128, got width=800"):
+        resized(small, width=800)
 
 
 def test_parameter_names():

@@ -1,6 +1,6 @@
 """GPT-2 (modded) and LLaMA-style decoders from one definition; PRESETS holds the named sizes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,16 @@ PRESETS = {
     "llama-2b": _llama(30, 32, 2048),
 }
 PRESETS["nano"] = PRESETS["gpt2-nano"]
+
+
+def resized(config: Config, layers: int | None = None, width: int | None = None) -> Config:
+    """The config with another depth or width; width of a head and ratio of the feed-forward stay."""
+    layers, width = layers or config.n_layer, width or config.width
+    head = config.width // config.n_head
+    if width % head:
+        raise ValueError(f"resized: expected a multiple of the head width {head}, got width={width}. Change it.")
+    ff = config.ff_width * width // config.width
+    return replace(config, n_layer=layers, n_head=width // head, width=width, ff_width=ff)
 
 
 def flops_per_token(config: Config) -> float:

@@ -93,9 +93,13 @@ def run_flags(scale: Scale, steps: int) -> dict[str, list[str]]:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """Read the flags."""
+    """Read the flags; what follows "--" goes to run.py."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    own, rest = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(
-        description=__doc__.split(":")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=__doc__.split(":")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="Flags after -- go to every run: python training/reproduce.py fig3 --out=runs/wide -- --width=512",
     )
     parser.add_argument("figures", nargs="*", default=["all"], metavar="figure", help=f"{', '.join(PAPER)}, or all")
     parser.add_argument("--scale", choices=[*SCALES, "paper"], default="nano", help="paper prints its commands only")
@@ -107,7 +111,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--data", help="for run.py; None is Python's standard library")
     parser.add_argument("--out", help="folder for runs and results; None is runs/reproduce-SCALE")
     parser.add_argument("--publish", help="folder that figures, table and settings are copied to")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(own)
+    args.run_flags = rest
+    if any(flag.split("=")[0] in ("--steps", "--seed", "--run-dir") for flag in rest):
+        parser.error(f"expected flags of the model, data or optimizer after --, got {' '.join(rest)}.")
     if unknown := set(args.figures) - {*PAPER, "all"}:
         parser.error(f"expected figures among {', '.join(PAPER)} or all, got {', '.join(sorted(unknown))}.")
     args.figures = list(PAPER) if "all" in args.figures else [f for f in PAPER if f in args.figures]
@@ -316,6 +323,7 @@ def main(argv=None) -> int:
         "--eval-sequences=16",
         *scale.flags,
         *([f"--data={args.data}"] if args.data else []),
+        *args.run_flags,
     ]
     flags = run_flags(scale, steps)
     todo = {

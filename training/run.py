@@ -26,7 +26,7 @@ from sosd_fast.plot import onsets, plot_run, variation_by_kind
 from sosd_fast.records import JsonLines, RunWriter
 from training import checkpoint
 from training.data import fixed_batches, load_data, passes
-from training.model import PRESETS, Transformer, flops_per_token
+from training.model import PRESETS, Transformer, flops_per_token, resized
 from training.optimizers import DEFAULT_LR, build_optimizers
 from training.parallel import KINDS, setup
 from training.presets import RUNS
@@ -54,7 +54,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--tracker-k", type=positive, default=32, help="leading singular values kept of each matrix")
     # Model
     parser.add_argument("--model", choices=list(PRESETS), default="gpt2-nano", help="preset of training/model.py")
-    parser.add_argument("--context", type=positive, help="tokens of a sequence; None is the model's")
+    parser.add_argument("--layers", type=positive, help="number of blocks; None is the model's")
+    parser.add_argument("--width", type=positive, help="of the residual stream, in heads of one width; None: as above")
+    parser.add_argument("--context", type=positive, help="tokens of a sequence; None: as above")
     parser.add_argument("--compile", action=switch, default=False, help="torch.compile the model")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument(
@@ -102,6 +104,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         parser.error(f"argument --device: expected a usable device, got {args.device!r} ({error}). Try --device=cpu.")
+    try:
+        resized(PRESETS[args.model], args.layers, args.width)
+    except ValueError as error:
+        parser.error(f"argument --width: {error}")
     if args.batch_tokens:
         context = args.context or PRESETS[args.model].context
         if args.batch_tokens % context:
@@ -194,7 +200,7 @@ def stop_signals():
 def main(argv=None) -> int:
     """Train as the flags say; returns the exit status: 0, 1 after a non-finite loss, 128 + n after signal n."""
     args = parse_args(argv)
-    config = PRESETS[args.model]
+    config = resized(PRESETS[args.model], args.layers, args.width)
     config = replace(config, context=args.context or config.context)
     if args.dry_run:
         print(describe(args, config, args.data or "no data yet"))
