@@ -1,7 +1,11 @@
 """The paper's figures from finished runs: the first seed bold, the others thin beside it."""
 
+import io
+from pathlib import Path
+
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 from sosd_fast.matrices import kind
 from training.claims import BODY, Finished
@@ -27,13 +31,19 @@ def draw(name: str, runs: dict[str, list[Finished]]) -> tuple[Figure, list[tuple
     """Draws one figure; returns it and the rows (panel, curve, seed, step, value) behind it."""
     page = _Page()
     {"fig1": _fig1, "fig2": _fig2, "fig3": _fig3, "fig4": _fig4, "fig5": _fig5}[name](page, runs)
-    for i, panel in enumerate(page.figure.axes):
+    for panel in page.figure.axes:
         panel.grid(alpha=0.2)
         panel.spines[["top"]].set_visible(False)
-        if panel.get_legend_handles_labels()[0]:
-            twin = any(panel.bbox.bounds == other.bbox.bounds for other in page.figure.axes[:i])
-            panel.legend(frameon=False, fontsize=8, loc="center right" if twin else "best")
+        if panel.get_legend_handles_labels()[0] and panel.get_legend() is None:
+            panel.legend(frameon=False, fontsize=8)
     return page.figure, page.rows
+
+
+def save(figure: Figure, path: Path):
+    """Writes a PNG in 128 colours, a third of the size."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer)
+    Image.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
 
 
 class _Page:
@@ -65,6 +75,8 @@ class _Page:
 
     def loss(self, panel, runs: list[Finished], label="validation loss", color="#222222"):
         panel.set(xlabel="training step", ylabel="loss (nats per token)")
+        if label == "validation loss":  # alone in its panel
+            panel.plot(runs[0].steps, runs[0].loss, color="#bbbbbb", lw=0.8, label="training loss")
         self.curve(panel, label, runs, lambda run: run.val.T, color)
 
 
@@ -78,7 +90,13 @@ def _fig1(page: _Page, runs):
     boundary = seeds[0].phases.loss or seeds[0].phases.loss_linear
     if boundary:
         right.axvline(boundary.step, color="#222222", ls="--", lw=1)
-    page.variation(right.twinx(), seeds, COLORS)
+    other = right.twinx()
+    page.variation(other, seeds, COLORS)
+    handles, labels = (a + b for a, b in zip(*(p.get_legend_handles_labels() for p in (right, other)), strict=True))
+    other.legend(handles, labels, frameon=False, fontsize=8, ncols=3, loc="upper right")
+    right.legend().set_visible(False)
+    right.set_ylim(None, right.get_ylim()[1] * 1.3)  # room for the legend
+    other.set_ylim(None, other.get_ylim()[1] * 4)
 
 
 def _cosines(page, panel, seeds, only=None):
@@ -126,15 +144,15 @@ def _fig4(page: _Page, runs):
         rate = bottom.twinx()
         run = runs[name][0]
         rate.plot(run.steps, run.lr, color="#999999", ls="--", lw=1)
-        rate.set_ylim(0, None)
+        rate.set(ylim=(0, None), ylabel="learning rate")
         rate.ticklabel_format(axis="y", scilimits=(0, 0))
 
 
 def _fig5(page: _Page, runs):
     grid = page.panels(2, 3)
     a, b, c = grid[0]
-    a.set_title("norm of the body")
-    b.set_title("SD variation: body")
+    a.set(title="weight decay: norm of the body", ylabel="Frobenius norm")
+    b.set(title="weight decay: SD variation, body", ylabel="SD variation per step")
     c.set_title("weight decay: loss")
     for name, label, color in (("llama-cosine", "no decay", "#4477aa"), ("llama-cosine-decay", "decay", "#ee6677")):
         page.curve(a, label, runs[name], Finished.body_norm, color)
@@ -142,7 +160,7 @@ def _fig5(page: _Page, runs):
         page.loss(c, runs[name], label, color)
     pairs = (("gpt2-wsd", "AdamW", "#4477aa"), ("gpt2-muon", "Muon", "#ee6677"))
     for panel, k in zip(grid[1][:2], BODY, strict=True):
-        panel.set_title(f"SD variation: {k}")
+        panel.set(title=f"Muon and AdamW: SD variation, {k}", ylabel="SD variation per step")
         for name, label, color in pairs:
             page.curve(panel, label, runs[name], lambda run, k=k: run.kinds[k], color)
     grid[1][2].set_title("Muon and AdamW: loss")

@@ -347,7 +347,7 @@ def main(argv=None) -> int:
     finished = {name: [Finished(args.out / f"{name}-s{seed}") for seed in range(args.seeds)] for name in names}
     for figure in (f for f in args.figures if f in figures.RUNS):
         drawn, curves = figures.draw(figure, finished)
-        drawn.savefig(args.out / f"{figure}.png")
+        figures.save(drawn, args.out / f"{figure}.png")
         with open(args.out / f"{figure}.csv", "w", newline="") as file:
             csv.writer(file).writerows([("panel", "curve", "seed", "step", "value"), *curves])
     claims = judge(finished, results)
