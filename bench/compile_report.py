@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.harness import finish, parser, show
-from sosd_fast.kernels import distribution, sturm, syrk, tridiagonal
+from sosd_fast.kernels import distribution, eigh, sturm, syrk, tridiagonal
 
 TARGETS = (80, 90, 100)
 UNIT_STRIDES = ("stride_ak", "stride_bk", "stride_cn", "step_S", "step_previous", "step_reference", "step_d", "step_e")
@@ -93,6 +93,21 @@ def cases() -> list[Case]:
         found.append(Case(f"scale {t}", sturm._scale_kernel, types, {"BLOCK": sturm.SCALE_BLOCK}, {"num_warps": 4}))
         blocks = {"RESCALE": rescale, "BLOCK": sturm.BLOCK}
         found.append(Case(f"sturm {t}", sturm._sturm_kernel, types, blocks, {"num_warps": 1}))
+        pointers = ("A", "X", "unsorted", "values", "vectors")
+        types = {f"{name}_ptr": f"*{t}" for name in pointers} | {"tolerance": "fp32"}
+        blocks = {name: getattr(eigh, name) for name in ("BLOCK", "PAIRS", "ROWS", "SHIFT")}
+        for columns in (96, 192) if t == "fp32" else (96,):  # k = 32 makes 80 rows, k = 88 192
+            found.append(
+                Case(
+                    f"eigh {t} {columns}",
+                    eigh._eigh_kernel,
+                    types,
+                    blocks | {"COLUMNS": columns},
+                    {"num_warps": eigh.WARPS},
+                    wide=True,
+                    most_registers=65536 // (32 * eigh.WARPS),
+                )
+            )
     return found
 
 

@@ -94,6 +94,13 @@ def show(title: str, columns: list[str], rows: list[list]):
     Console(width=max(100, Console().width)).print(table)
 
 
+def bar(what: str, value: float, limit: float, at_least: bool = False):
+    """Says in one line whether a figure meets the bar set for it."""
+    holds = value >= limit if at_least else value <= limit
+    side = "at least" if at_least else "at most"
+    print(f"bar: {what}: {value:.3g}, {side} {limit:g}: {'holds' if holds else 'MISSED'}")
+
+
 def parser(description: str) -> argparse.ArgumentParser:
     """An argument parser with the options of every benchmark."""
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)

@@ -153,6 +153,8 @@ def measure_full(group: list[Tracked], step: int, every: int, k: int) -> Launche
 def measure_leading(group: list[Tracked], step: int, every: int, k: int) -> Launched:
     """Measures the k leading singular values of matrices of one shape, dtype and device.
 
+    On a CUDA device they need only have a short side in common, and nothing here waits for it.
+
     The sum of all values is not known then. For `sd_variation_topk` and `sd_variation_carried` the others are taken to
     be as in the last full spectrum, scaled to their energy now, which is exact.
 
@@ -190,7 +192,7 @@ def measure_leading(group: list[Tracked], step: int, every: int, k: int) -> Laun
 
 
 def _leading(matrices: list[Tensor], k: int, states: list[State | None]) -> tuple[Tensor, Tensor, Tensor, list[State]]:
-    """Leading values, residuals, Frobenius norms and the states for the next step, of matrices of one shape."""
+    """Leading values, residuals, Frobenius norms and the states for the next step, of matrices of one group."""
     state = stacked(states)
     if state is not None:
         state = State(*(part.to(matrices[0].device) for part in state))
@@ -198,7 +200,7 @@ def _leading(matrices: list[Tensor], k: int, states: list[State | None]) -> tupl
     # In float64, for squares beyond float32 where the values are not; on the host, where it is dear, only for those.
     on_host = matrices[0].device.type == "cpu"
     dtype = torch.float32 if on_host else torch.float64
-    norms = torch.stack([torch.linalg.vector_norm(W, dtype=dtype) for W in matrices]).double()
+    norms = torch.stack(torch._foreach_norm([W.detach() for W in matrices], 2, dtype)).double()
     for j, norm in enumerate(norms.tolist() if on_host else ()):
         if not 0 < norm < math.inf:
             norms[j] = torch.linalg.vector_norm(matrices[j], dtype=torch.float64)

@@ -11,8 +11,6 @@ waiting for the device; torch's operations stand in where either is missing. On 
 wait: the precision follows from an earlier spectrum, and the third step is left to method="exact".
 """
 
-import functools
-import importlib.util
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sosd_fast import kernels
+from sosd_fast.kernels.eigh import library
 from sosd_fast.kernels.sturm import sturm
 from sosd_fast.kernels.syrk import syrk
 from sosd_fast.kernels.tridiagonal import tridiagonal
@@ -211,27 +210,7 @@ def _eigenvalues(G: Tensor) -> Tensor:
     """Eigenvalues of Gram matrices (B, r, r), ascending. G is used up."""
     if G.shape[-1] <= LARGEST_REDUCED and kernels.on_triton(G):
         return sturm(*tridiagonal(G, overwrite=True))
-    return eigvalsh(G)
-
-
-def eigvalsh(G: Tensor) -> Tensor:
-    """`torch.linalg.eigvalsh` of a batch, by CuPy on CUDA where torch would loop over it (before 2.12)."""
-    if G.is_cuda and G.ndim > 2 and torch.__version__ < (2, 12):  # pyright: ignore[reportOperatorIssue]
-        if importlib.util.find_spec("cupy"):
-            import cupy
-
-            with cupy.cuda.Device(G.device.index), cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
-                return torch.from_dlpack(cupy.linalg.eigvalsh(cupy.from_dlpack(G.contiguous())))
-        _warn_loop()
-    return torch.linalg.eigvalsh(G)
-
-
-@functools.cache
-def _warn_loop():
-    kernels.log.warning(
-        "sosd_fast: this torch takes the eigenvalues of CUDA matrices one by one. Install torch >= 2.12, or CuPy with "
-        "`pip install cupy-cuda12x` (13x for CUDA 13), for all at once."
-    )
+    return library("eigvalsh", G)
 
 
 def _sufficient(previous: Tensor, inner: int, lowest: str) -> list[str]:
@@ -299,7 +278,7 @@ def _spectra(matrices: Sequence[Tensor], method: str) -> tuple[Tensor, Tensor, T
             for i in range(len(matrices)):
                 W = ready(i)
                 torch.mm(W, W.mT, out=G[i]) if m <= n else torch.mm(W.mT, W, out=G[i])
-            S = eigvalsh(G).flip(-1).double().clamp(min=0).sqrt()
+            S = library("eigvalsh", G).flip(-1).double().clamp(min=0).sqrt()
 
     return _unscaled(S, torch.finfo(dtype).eps, max(m, n), method not in ("exact", "direct64"), finite, scale)
 

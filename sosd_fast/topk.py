@@ -18,6 +18,7 @@ Cholesky (SISC 2002); Fukaya et al., the shift (SISC 2020).
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 
 from sosd_fast import kernels
+from sosd_fast.kernels.eigh import eigh
 from sosd_fast.kernels.subspace import advance_subspaces
 
 VARIANTS = ("a", "b", "m", "c")
@@ -35,6 +37,7 @@ _CATCH_UP_STEPS = 8  # at most
 # A relative residual beyond sqrt(20 rtol) asks for more steps: 0.14 at 1e-3, where 200 steps of AdamW and Muon stayed
 # below 0.14 once warm, and subspaces 25 steps old began at 0.25 to 6, with errors of 5e-3 and more.
 _RESIDUAL = 20.0
+CHUNK_BYTES = 2**30  # of copies of a list of matrices on a device, at a time
 
 
 class State(NamedTuple):
@@ -64,15 +67,17 @@ def topk_svdvals(
     """Estimates the k leading singular values of a matrix or a batch of matrices of one shape.
 
     Args:
-        W: (..., m, n), a torch, CuPy or NumPy array of floating point, or a list of (m, n) arrays, which are read in
-            place as a batch. Not modified.
+        W: (..., m, n), a torch, CuPy or NumPy array of floating point, or a list of (m, n) arrays, which are taken as
+            a batch: torch tensors on a device of any shapes with one short side, those of one shape together best.
+            Not modified.
         k: how many values, at most min(m, n).
         n_oversamples: more columns than k in the subspace; they speed up the k-th value.
         state: the `state` of the call for the last step, or None to start cold.
         variant: "a" (two thin products), "b", "m" (three) or "c" (four); see the formulas above.
         rtol: relative accuracy to aim at. Where residuals are far from it, as when a matrix jumped or the state is old,
             up to 8 more steps are taken at once (12 without a state), until none raises a value by more. On a GPU the
-            count is fixed, 12 without a state and 1 with one, since looking would wait for the device.
+            count is fixed, 12 without a state and 1 with one, since looking would wait for the device. For torch
+            tensors nothing else waits either, while k + n_oversamples <= 256 and Triton is there.
 
     Returns:
         `TopK`: S and residual (..., k) in float32 (float64 for float64 input), and the state for the next call.
@@ -85,12 +90,19 @@ def topk_svdvals(
         (LOG.md).
 
     Raises:
-        ValueError: no matrix, an integer dtype, k out of range, an unknown variant, or a state of another shape.
+        ValueError: no matrix, matrices that do not belong together, an integer dtype, k out of range, an unknown
+            variant, or a state of another shape.
     """
     matrices = list(W) if isinstance(W, list | tuple) else []
     first: Any = next(iter(matrices), W)
     xp = _namespace(first)
     _check(first, k, n_oversamples, variant, rtol)
+    stacks = bool(matrices) and xp is torch and not _on_host(xp, first)
+    if any(min(A.shape) != min(first.shape) if stacks else A.shape != first.shape for A in matrices):
+        raise ValueError(
+            f"topk_svdvals: expected matrices of one {'short side' if stacks else 'shape'}, got "
+            f"W={[tuple(A.shape) for A in matrices]}. Call it once for each."
+        )
     n = min(first.shape[-2:])
     b = min(k + n_oversamples, n)
     batch = (len(matrices),) if matrices else tuple(first.shape[:-2])
@@ -100,7 +112,18 @@ def topk_svdvals(
             "Pass state=None when the shape, k or n_oversamples changes."
         )
     with kernels.full_precision(first.device.type) if xp is torch else contextlib.nullcontext():
-        S, residual, V, P = iterate(xp, _Operator(xp, matrices or W), batch, n, k, b, state, variant, rtol)
+        if not stacks:
+            found = iterate(xp, _Operator(xp, matrices or W), batch, n, k, b, state, variant, rtol)
+        else:
+            parts = []
+            for some in _chunks(matrices):
+                was = state and State(*(None if each is None else each[some] for each in state))
+                operator = _Stacks(matrices[some])
+                parts.append(iterate(xp, operator, (operator.count,), n, k, b, was, variant, rtol))
+            found = parts[0]
+            if len(parts) > 1:
+                found = (None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True))
+    S, residual, V, P = found
     return TopK(S, residual, State(V, P))
 
 
@@ -145,7 +168,7 @@ def _step(xp, operator, V, P, k, variant):
         Y = operator.mul(V)
         Z = operator.tmul(Y)
         residual = _residual(xp, V, Z)[0]
-        values, C = _rayleigh_ritz(xp, Y @ _t(xp, Y), Z @ _t(xp, Z), b)  # of W W^T on span[Y], whose image is Z
+        values, C = _rayleigh_ritz(xp, operator.gram(Y), Z @ _t(xp, Z), b)  # of W W^T on span[Y], whose image is Z
         new, P = (C / xp.sqrt(_positive(xp, values))[..., None]) @ Z, None
     else:
         D, M, H, residual = _expand(xp, operator, V, P, variant)
@@ -193,7 +216,7 @@ def _rayleigh_ritz(xp, M, H, b):
     M, the basis' Gram matrix, is whitened by a Cholesky factor with a shift, which makes dependent directions
     harmless: they come out short and low. The shift's effect on the others is divided out again.
     """
-    eye = _like(xp, M, np.eye(M.shape[-1]))
+    eye = _eye(xp, M)
     norm = xp.sqrt(_positive(xp, (M * eye).sum(-1)))
     norms = norm[..., :, None] * norm[..., None, :]
     M, H = M / norms, H / norms
@@ -210,7 +233,8 @@ def _rayleigh_ritz(xp, M, H, b):
     # N is 1 on true directions and nearly 0 on those that the shift made up, where H is amplified rounding: damp it.
     # Where H tells nothing apart (a zero matrix), true directions go first.
     N = whiten @ M @ _t(xp, whiten)
-    damp = N @ N @ N @ N
+    damp = N @ N
+    damp = damp @ damp
     weight = float(xp.finfo(M.dtype).eps) * (xp.abs(H) * eye).sum((-2, -1)) + float(xp.finfo(M.dtype).tiny)
     damped = damp @ H @ _t(xp, damp)
     C = _eigh_descending(xp, damped + weight[..., None, None] * N, b)[1]
@@ -253,9 +277,7 @@ class _Operator:
         if self.scale is None:
             xp = self.xp
             largest = xp.amax(xp.abs(Y), (-2, -1))
-            self.finite = xp.isfinite(largest)
-            largest = xp.where(self.finite & (largest > 0), largest, xp.ones_like(largest))
-            self.scale = xp.ldexp(xp.ones_like(largest), -xp.frexp(largest)[1])
+            self.finite, self.scale = _scales(xp, largest)
             tame = self.finite & (largest > 2.0**-30) & (largest < 2.0**30)
             self.plain = _on_host(xp, Y) and bool(tame.all())  # then nothing needs cleaning
         return self._clean(Y)
@@ -284,6 +306,68 @@ class _Operator:
         return self.xp.where(self.finite[..., None, None], Y * self.scale[..., None, None], self.xp.zeros_like(Y))
 
 
+class _Stacks:
+    """`_Operator` of a list of torch matrices on a device: each run of one shape is copied and multiplied at once.
+
+    A launch for each matrix would take longer than the product.
+    """
+
+    plain = False  # to know would wait for the device
+
+    def __init__(self, matrices: list):
+        runs = [list(run) for _, run in itertools.groupby(matrices, key=lambda A: A.shape)]
+        dtype = torch.float64 if matrices[0].dtype == torch.float64 else torch.float32
+        stacks = [torch.stack([A.detach() for A in run]).to(dtype) for run in runs]
+        self.upright = [W if W.shape[1] >= W.shape[2] else W.mT for W in stacks]
+        self.count, self.counts = len(matrices), [len(run) for run in runs]
+        self.like = stacks[0][..., :1, :1]
+        self.scale: Any = None
+
+    def advance(self, V, P):  # noqa: ARG002
+        """There is no fused step on a device."""
+
+    def mul(self, V):
+        """Returns (W V^T)^T of each run."""
+        Y = [v @ W.mT for v, W in zip(V.split(self.counts), self.upright, strict=True)]
+        if self.scale is None:
+            self.finite, self.scale = _scales(torch, torch.cat([y.abs().amax((-2, -1)) for y in Y]))
+        return [self._clean(*each) for each in zip(Y, self._split(self.finite), self._split(self.scale), strict=True)]
+
+    def tmul(self, Y):
+        """Returns (W^T Y^T)^T."""
+        return self._clean(torch.cat([y @ W for y, W in zip(Y, self.upright, strict=True)]), self.finite, self.scale)
+
+    def gram(self, Y):
+        """Returns Y Y^T."""
+        return torch.cat([y @ y.mT for y in Y])
+
+    def _split(self, values):
+        return values.split(self.counts)
+
+    @staticmethod
+    def _clean(Y, finite, scale):
+        return torch.where(finite[:, None, None], Y * scale[:, None, None], 0.0)
+
+
+def _chunks(matrices: list):
+    """Slices of a list of matrices of which no copies take more than CHUNK_BYTES, or of one matrix."""
+    first, size = 0, 0
+    for i, A in enumerate(matrices):
+        own = 4 * A.shape[0] * A.shape[1]
+        if i > first and size + own > CHUNK_BYTES:
+            yield slice(first, i)
+            first, size = i, 0
+        size += own
+    yield slice(first, len(matrices))
+
+
+def _scales(xp, largest):
+    """Which matrices are finite, and the powers of two that bring their largest products near 1."""
+    finite = xp.isfinite(largest)
+    largest = xp.where(finite & (largest > 0), largest, xp.ones_like(largest))
+    return finite, xp.ldexp(xp.ones_like(largest), -xp.frexp(largest)[1])
+
+
 def _t(xp, A):
     return xp.swapaxes(A, -1, -2)
 
@@ -305,7 +389,11 @@ def _symmetric(xp, A, B, C):
 
 def _eigh_descending(xp, H, b):
     """The b largest eigenvalues of a symmetric matrix, descending, and their vectors as rows."""
-    values, C = xp.linalg.eigh((H + _t(xp, H)) / 2)
+    H = (H + _t(xp, H)) / 2
+    if xp is torch:
+        values, C = eigh(H)
+        return values[..., :b], C[..., :b, :]
+    values, C = xp.linalg.eigh(H)
     return xp.flip(values[..., -b:], (-1,)), xp.flip(_t(xp, C[..., -b:]), (-2,))
 
 
@@ -336,11 +424,9 @@ def _namespace(array):
     )
 
 
-def _like(xp, array, values):
-    """NumPy values as an array of the type, dtype and place of another."""
-    if xp is torch:
-        return torch.as_tensor(values, dtype=array.dtype, device=array.device)
-    return xp.asarray(values, dtype=array.dtype)
+def _eye(xp, M):
+    kwargs = {"device": M.device} if xp is torch else {}
+    return xp.eye(M.shape[-1], dtype=M.dtype, **kwargs)
 
 
 def _cast(xp, array, dtype):
@@ -350,7 +436,12 @@ def _cast(xp, array, dtype):
 def _start(xp, batch, n, b, like):
     """The same random orthonormal columns each time, from a generator of their own: training's is not touched."""
     V = np.linalg.qr(np.random.default_rng(0).standard_normal((n, b)))[0].T
-    return _like(xp, like, np.tile(V, (*batch, 1, 1)))
+    if xp is not torch:
+        return xp.asarray(np.tile(V, (*batch, 1, 1)), dtype=like.dtype)
+    V = torch.as_tensor(V.copy(), dtype=like.dtype, device="cpu")
+    if like.is_cuda:
+        V = V.pin_memory().to(like.device, non_blocking=True)  # a copy of other memory would wait
+    return V.repeat(*batch, 1, 1)
 
 
 def _on_host(xp, array):

@@ -61,8 +61,7 @@ def track(
 
     CUDA tensors are measured on a stream of their own, which the next optimizer step waits for; records come when they
     are there, some steps later, and `flush` waits for them. Weights that something else changes meanwhile may be seen
-    half changed, and steps inside a CUDA graph are not seen. With "auto" all values are measured, matrices taking turns
-    as the budget asks.
+    half changed, and steps inside a CUDA graph are not seen.
 
     Several ranks share the work. Call it on each of them, with the model as DistributedDataParallel or `fully_shard`
     made it: each measures and records its matrices, and writes them to run_dir/rank-00000 and so on, which
@@ -328,13 +327,13 @@ class Probe:
         # Below 3 k values the leading ones cost as much as all of them.
         wanted = self._method in ("auto", "topk")
         self._leading = [i for i in everything if wanted and min(self._tracked[i].shape) >= 3 * self._k]
-        if self._method == "auto":  # on a GPU the small eigenproblem of each step would wait for the device
-            self._leading = [i for i in self._leading if not self._tracked[i].matrix.parameter.is_cuda]
         topk_seconds = {}
         if self._leading:
             self._measure_now(full=[], topk=self._leading)  # cold
             _, topk_seconds = self._measure_now(full=[], topk=self._leading)
         if self._method == "auto":
+            if any(t.matrix.parameter.is_cuda for t in self._tracked):
+                self._measure_now(full=everything, topk=[])  # its kernels' compilation is not to be counted
             _, seconds = self._measure_now(full=everything, topk=[])  # warm
             full = [seconds[i] for i in everything]
             self._budget = Budget(self._fraction, full, [topk_seconds.get(i) for i in everything])
@@ -477,17 +476,17 @@ class Probe:
     def _groups(self, indices: list[int], kind: str) -> list[list[int]]:
         """Splits matrices into those of one shape, dtype, device and method, which are measured together.
 
-        Full spectra on a GPU need only a short side in common.
+        On a GPU they need only a short side in common; those of one shape come together.
         """
         groups: dict[tuple, list[int]] = {}
         for i in indices:
             t = self._tracked[i]
-            by_side = kind == "full" and t.matrix.parameter.is_cuda and t.rows is None and t.method != "exact"
+            by_side = t.matrix.parameter.is_cuda and t.rows is None and (kind == "topk" or t.method != "exact")
             groups.setdefault(
                 (min(t.shape) if by_side else t.shape, t.matrix.parameter.dtype, t.matrix.parameter.device, t.method),
                 [],
             ).append(i)
-        return list(groups.values())
+        return [sorted(group, key=lambda i: self._tracked[i].shape) for group in groups.values()]
 
     def _emit(self, records: list[Record]):
         self._latest |= {r.name: r for r in records}

@@ -17,7 +17,7 @@ def test_resources(target):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
     kernels = {row["kernel"].split()[0] for row in rows}
-    assert kernels == {"distribution", "gram", "symmetric", "tridiagonal", "scale", "sturm"}
+    assert kernels == {"distribution", "gram", "symmetric", "tridiagonal", "scale", "sturm", "eigh"}
     for row in rows:
         assert row["target"] == target and row["spill"] == 0 and 0 < row["registers"] <= 255
         if row["kernel"].startswith(("gram", "symmetric")):

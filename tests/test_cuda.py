@@ -7,8 +7,9 @@ import torch
 
 import sosd_fast
 from sosd_fast import kernels
+from sosd_fast.kernels.eigh import eigh, library
 from sosd_fast.kernels.newton_schulz import _fastest, newton_schulz_ref
-from sosd_fast.svdvals import SD_TOLERANCE, eigvalsh, spectra
+from sosd_fast.svdvals import SD_TOLERANCE, spectra
 from sosd_fast.testing import assert_svdvals_close, matrix, sd_distance
 
 native = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -146,6 +147,35 @@ def test_nothing_waits_for_the_device(forbid_waiting):
 
 
 @native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_leading_values_do_not_wait_either(forbid_waiting, dtype):
+    W = [torch.randn(96, 96, device="cuda").to(dtype) for _ in range(3)]
+    W += [torch.randn(96, 160, device="cuda").to(dtype) for _ in range(2)]
+    state = sosd_fast.topk_svdvals(W, 16).state
+    for _ in range(2):
+        S, _, state = sosd_fast.topk_svdvals(W, 16, state=state)
+    sosd_fast.topk_svdvals(torch.stack(W[:3]), 16)
+    torch.cuda.set_sync_debug_mode("default")
+    for found, A in zip(S, W, strict=True):
+        assert ((found.cpu() / truth(A)[:16] - 1).abs() < 2e-2).all()
+
+
+@native
+@pytest.mark.parametrize("n", [80, 120, 192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_small_eigenproblems_at_full_size(n, dtype):
+    A = torch.randn(72, n, n, device="cuda", dtype=dtype)
+    A = A @ A.mT / n
+    values, V = eigh(A)
+    eps, norm = torch.finfo(dtype).eps / 2, torch.linalg.matrix_norm(A.double(), 2)[:, None]
+    V, S = V.double(), values.double()
+    assert ((V @ A.double() - S[..., None] * V).norm(dim=-1) <= 4 * n * eps * norm).all()
+    assert ((V @ V.mT - torch.eye(n, device="cuda")).abs() <= 16 * eps).all()
+    for _ in range(5):  # a race would show as a difference
+        assert torch.equal(eigh(A)[0], values)
+
+
+@native
 def test_svdvals_runs_on_the_current_stream():
     W = torch.randn(4, 256, 256, device="cuda")
     stream = torch.cuda.Stream()
@@ -160,7 +190,7 @@ def test_svdvals_runs_on_the_current_stream():
 def test_the_library_agrees():
     G = torch.randn(5, 100, 100, device="cuda", dtype=torch.float64)
     G = G @ G.mT
-    torch.testing.assert_close(eigvalsh(G).cpu(), torch.linalg.eigvalsh(G.cpu()), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(library("eigvalsh", G).cpu(), torch.linalg.eigvalsh(G.cpu()), rtol=1e-11, atol=1e-11)
 
 
 @native

@@ -103,6 +103,29 @@ def test_flush_waits_and_state_is_whole(monkeypatch):
     assert probe.latest()["0.weight"].step == 6
 
 
+@pytest.mark.parametrize(("topk_ms", "most"), [(1.0, "topk"), (1e3, "full")])
+def test_auto_takes_what_is_cheaper_by_the_devices_clock(topk_ms, most, monkeypatch):
+    class Clocked(Late):
+        def fetch(self, tensors):
+            found = super().fetch(tensors)
+            found.seconds = found.device_seconds = 1e-3 * (topk_ms if "residual" in tensors else 10.0)
+            return found
+
+    monkeypatch.setattr(side, "lane", lambda _: Clocked())
+    now = [0.0]
+    probe = sosd_fast.track(model(), optimizers=[], method="auto", k=8, budget=0.01, audit=False)
+    probe._clock = lambda: now[0]
+    for _ in range(40):
+        now[0] += 1.0  # earns 10 ms; the full spectrum of a matrix takes as much
+        probe.step()
+    records = [r for r in probe.records() if r.step > 5]
+    shares = [sum(r.method == "topk" for r in records) / len(records), len(records) / (2 * 35)]
+    if most == "topk":  # each step, and full ones in turn
+        assert 0.3 < shares[0] < 0.8 and shares[1] == 1
+    else:
+        assert shares[0] == 0 and 0.3 < shares[1] < 0.7
+
+
 def test_by_hand_holds_at_once(monkeypatch):
     lanes = []
     monkeypatch.setattr(side, "lane", lambda _: lanes.append(Late()) or lanes[-1])
@@ -113,7 +136,7 @@ def test_by_hand_holds_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("device", [CUDA])
-@pytest.mark.parametrize("method", ["full", "auto"])
+@pytest.mark.parametrize("method", ["full", "topk", "auto"])
 def test_nothing_in_a_step_waits_for_the_device(device, method):
     net = model(device)
     probe = sosd_fast.track(net, method=method, budget=1.0)
@@ -129,7 +152,8 @@ def test_nothing_in_a_step_waits_for_the_device(device, method):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     probe.flush()
-    assert probe.latest()["0.weight"].step == 8 and probe.latest()["0.weight"].sd_variation > 0
+    last = probe.latest()["0.weight"]
+    assert last.step == 8 and (last.sd_variation_topk if method == "topk" else last.sd_variation) > 0
 
 
 @pytest.mark.parametrize("device", [CUDA])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sosd_fast
-from sosd_fast import topk
+from sosd_fast import kernels, topk
 from sosd_fast.testing import matrix
 from sosd_fast.topk import VARIANTS, topk_svdvals
 
@@ -141,6 +141,29 @@ def test_cupy_arrays_take_cupys_functions(monkeypatch):
     assert topk_svdvals(W.numpy().view(ndarray), 5, state=state).S.shape == (5,)
 
 
+def test_the_steps_of_a_device(device, monkeypatch):
+    """Those that look at nothing on the host; without a GPU in Triton's interpreter."""
+    shapes = [(14, 17), (14, 17), (21, 14), (14, 14)]
+    W = [matrix("power", *shape, seed=i) for i, shape in enumerate(shapes)]
+    W[1][3, 4], W[3] = math.nan, matrix("rank_one", 14, 14)
+    monkeypatch.setattr(topk, "_COLD_STEPS", 2)  # of both
+    cold = [topk_svdvals(A, 2, n_oversamples=2) for A in W]
+    warm = [topk_svdvals(A * 1.001, 2, n_oversamples=2, state=c.state, rtol=1e3) for A, c in zip(W, cold, strict=True)]
+    monkeypatch.setattr(kernels, "_C", None)
+    monkeypatch.setattr(topk, "_on_host", lambda *_: False)
+    W = [A.to(device) for A in W]
+    S, _, state = topk_svdvals(W, 2, n_oversamples=2)
+    again, residual, _ = topk_svdvals([A * 1.001 for A in W], 2, n_oversamples=2, state=state)
+    for i in range(len(W)):
+        size = 1e-5 * float(cold[i].S[0].nan_to_num(1.0))
+        torch.testing.assert_close(S[i].cpu(), cold[i].S, rtol=1e-4, atol=30 * size, equal_nan=True)
+        torch.testing.assert_close(again[i].cpu(), warm[i].S, rtol=1e-4, atol=30 * size, equal_nan=True)
+        torch.testing.assert_close(residual[i].cpu(), warm[i].residual, rtol=0.1, atol=100 * size, equal_nan=True)
+    monkeypatch.setattr(topk, "CHUNK_BYTES", 2 * 4 * 14 * 17)
+    parts = topk_svdvals([A * 1.001 for A in W], 2, n_oversamples=2, state=state)
+    torch.testing.assert_close(parts.S, again, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_scale(scale):
     W = matrix("power", 40, 160)
@@ -189,6 +212,7 @@ def test_the_global_generators_are_not_touched():
         ((torch.ones(5, 5, dtype=torch.int32), 1), "got W.dtype=torch.int32"),
         ((np.ones((5, 5), dtype=np.int32), 1), "got W.dtype=int32"),
         (("weights", 1), "got W=str"),
+        (([torch.ones(5, 6), torch.ones(5, 7)], 2), r"expected matrices of one shape, got W=\[\(5, 6\), \(5, 7\)\]"),
     ],
 )
 def test_bad_input(arguments, message):

@@ -1,0 +1,190 @@
+"""What tracking costs a whole training step: one model, trained by turns without a tracker and with each kind.
+
+The model of training/ in bfloat16, gradients accumulated to --tokens a step. The trackers follow one model and are
+switched on and off by turns of a few steps, so that a drifting machine hits all alike and memory holds one model.
+Overhead is told twice: by the difference of step times, and by the tracker's own account, `Probe.overhead`.
+"""
+
+import statistics
+import time
+
+import torch
+
+import sosd_fast
+from bench.harness import bar, card, finish, parser, show
+from bench.svd_overhead import METHODS, Errors, Stopwatch
+from training.data import batches, load_text
+from training.model import PRESETS, Transformer
+from training.optimizers import DEFAULT_LR, build_optimizers
+
+BARS = {"full": 1.5, "fast": 0.5}  # percent of the step, on a GPU
+ERROR_GATE = 1e-6  # on the singular distribution
+
+
+class Loop:
+    """A training loop whose trackers can be switched."""
+
+    def __init__(self, args):
+        torch.manual_seed(0)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config = PRESETS[args.model]
+        self.model = Transformer(config).to(self.device)
+        if args.compile:
+            self.model.compile()
+        self.optimizers = build_optimizers(self.model, args.optimizer, DEFAULT_LR[args.optimizer])
+        sequences = args.tokens // config.context
+        draw = batches(load_text().train, sequences, config.context, torch.Generator().manual_seed(0))
+        parts = (part.to(self.device).split(args.micro_batch) for part in next(draw))
+        self.micro = list(zip(*parts, strict=True))  # the same ones at each step
+        self.tokens = sequences * config.context
+        self.probes: dict[str, sosd_fast.track.Probe] = {}
+        self.clocks: dict[str, Stopwatch] = {}
+
+    def add(self, name: str, budget: float):
+        """Tracks the model, at rest until `steps` names the tracker."""
+        self.clocks[name] = Stopwatch()
+        probe = sosd_fast.track(self.model, optimizers=[], method=METHODS[name], budget=budget, audit=False)
+        probe._clock = self.clocks[name]
+        self.probes[name] = probe
+
+    def steps(self, name: str, count: int, forbid: bool = False) -> float:
+        """Takes steps under one tracker; returns seconds a step. `forbid` makes a wait inside the tracker an error."""
+        probe = self.probes.get(name)
+        self.synchronize()
+        if probe:
+            self.clocks[name].start()
+        began = time.perf_counter()
+        for _ in range(count):
+            for tokens, targets in self.micro:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                    loss = self.model(tokens, targets) / len(self.micro)
+                loss.backward()
+            if probe:  # what the hooks do before and after an optimizer's step
+                with forbidding(forbid):
+                    probe._guarded(probe._hold)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            if probe:
+                with forbidding(forbid):
+                    probe._guarded(probe._count)
+        if probe:
+            probe._guarded(probe._hold)
+        self.synchronize()
+        seconds = time.perf_counter() - began
+        if probe:
+            self.clocks[name].stop()
+        return seconds / count
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class forbidding:  # noqa: N801
+    """Makes what waits for the device an error, as far as torch notices; the probe then stops, and is found dead."""
+
+    def __init__(self, on: bool):
+        self.on = on and torch.cuda.is_available()
+
+    def __enter__(self):
+        if self.on:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def __exit__(self, *error):
+        if self.on:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def measure(args) -> tuple[dict, dict, dict]:
+    """Returns seconds a step by name and turn, the gate, and each tracker's own account."""
+    loop = Loop(args)
+    began = time.perf_counter()
+    loop.steps("off", 2)  # compiles
+    took = time.perf_counter() - began
+    print(f"{loop.tokens} tokens a step, {len(loop.micro)} micro-batches; the first two steps took {took:.0f} s")
+    for name in args.trackers:
+        loop.add(name, args.budget)
+        loop.steps(name, 2)  # the first has no step before it to be a part of
+    names = ["off", *args.trackers]
+    seconds = {name: [] for name in names}
+    for turn in range(args.turns):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            loop.steps(name, 1)  # what it is switched on in
+            seconds[name].append(loop.steps(name, args.steps))
+        print(f"turn {turn + 1}: " + ", ".join(f"{n} {1e3 * s[-1]:.1f} ms" for n, s in seconds.items()), flush=True)
+    gate = {}
+    if loop.device.type == "cuda":
+        for name in args.trackers:
+            loop.steps(name, 2, forbid=True)
+        gate["no synchronisation in the tracker's step"] = all(p._finalizer.alive for p in loop.probes.values())
+    before = [p.detach().clone() for p in loop.model.parameters()]
+    for probe in loop.probes.values():
+        probe.step()
+    gate["weights untouched"] = all(map(torch.equal, before, loop.model.parameters()))
+    if "full" in loop.probes:
+        probe = loop.probes["full"]
+        probe.flush()
+        seen = {t.shape: t for t in probe._tracked if max(t.shape) <= 4096}  # one of each shape
+        worst, errors = 0.0, Errors()
+        for t in seen.values():
+            W = t.matrix.tensor().double()
+            S = torch.linalg.svdvals(W if W.shape[0] >= W.shape[1] else W.mT).cpu()
+            record = probe.latest()[t.name]
+            if record.spectrum is not None:
+                errors.add([record], {t.name: S}, {}, warm=False)
+                worst = max(worst, errors.sd)
+        gate[f"SD error <= {ERROR_GATE:g} and within its bound ({worst:.0e})"] = (
+            0 < worst <= ERROR_GATE and errors.bound_ratio <= 1
+        )
+    own = {name: 100 * probe.overhead for name, probe in loop.probes.items()}
+    gate["every tracker still measures"] = all(p._finalizer.alive for p in loop.probes.values())
+    if loop.device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    return seconds, gate, own
+
+
+def main():
+    """Gate, table, JSON."""
+    p = parser(__doc__.split("\n")[0])
+    p.add_argument("--model", default="gpt2-small", choices=PRESETS, help="preset of training/model.py")
+    p.add_argument("--optimizer", default="adamw", choices=list(DEFAULT_LR), help="of the training")
+    p.add_argument("--tokens", type=int, default=524288, help="tokens a step, accumulated")
+    p.add_argument("--micro-batch", type=int, default=32, help="sequences at a time")
+    p.add_argument("--compile", action="store_true", help="torch.compile the model")
+    p.add_argument("--trackers", nargs="+", default=["full", "fast", "topk"], choices=list(METHODS), help="kinds")
+    p.add_argument("--budget", type=float, default=0.005, help="of the step, for fast")
+    p.add_argument("--turns", type=int, default=4, help="of each tracker")
+    p.add_argument("--steps", type=int, default=3, help="timed steps a turn, after one that is not")
+    args = p.parse_args()
+    print("  ".join(f"{k} {v}" for k, v in card().items() if v), flush=True)
+    seconds, gate, own = measure(args)
+    for what, holds in gate.items():
+        print(f"gate: {what}: {'holds' if holds else 'FAILS'}")
+    if not all(gate.values()):
+        print("the gate is red: no times are printed")
+        raise SystemExit(1)
+    rows, results = [], {}
+    for name, times in seconds.items():
+        # turn by turn, against the untracked steps of the same turn
+        over = [100 * (t / off - 1) for t, off in zip(times, seconds["off"], strict=True)]
+        results[name] = {"step_ms": 1e3 * statistics.median(times)}
+        if name != "off":
+            results[name] |= {"over_percent": statistics.median(over), "turns_percent": over, "own_percent": own[name]}
+        rows.append([
+            name, f"{results[name]['step_ms']:.1f}",
+            *((f"{statistics.median(over):.2f}", f"{min(over):.2f}..{max(over):.2f}", f"{own[name]:.2f}")
+              if name != "off" else ("", "", "")),
+        ])  # fmt: skip
+    columns = ["tracker", "step ms", "over %, by step times", "turns", "over %, own account"]
+    show(f"{args.model}, {args.tokens} tokens a step", columns, rows)
+    if torch.cuda.is_available():
+        for name, most in BARS.items():
+            if name in results:
+                for kind in ("over_percent", "own_percent"):
+                    bar(f"{name}, {kind.replace('_', ' ')}", results[name][kind], most)
+    finish({"benchmark": "end_to_end", "settings": vars(args), "gate": gate, "rows": results}, args.json)
+
+
+if __name__ == "__main__":
+    main()

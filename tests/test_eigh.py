@@ -1,0 +1,129 @@
+import logging
+import sys
+
+import pytest
+import torch
+
+from sosd_fast import kernels
+from sosd_fast.kernels.eigh import eigh, eigh_ref, library
+
+EPS = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
+
+
+def symmetric(values, dtype=torch.float64, seed=0):
+    n = len(values)
+    Q = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))).Q
+    A = ((Q * torch.as_tensor(values, dtype=torch.float64)) @ Q.mT).to(dtype)
+    return (A + A.mT) / 2
+
+
+SPECTRA = {
+    "spread": [1 + i / 3 for i in range(16)],
+    "repeated": [3.0] * 5 + [1.0] * 5 + [0.0] * 5,  # and an odd number of rows
+    "both signs": [1.0, -1.0] * 7,  # of A A these would be one
+    "graded": [10.0 ** -(i * 10 / 13) for i in range(14)],
+    "rank one": [1.0] + [0.0] * 9,
+    "zero": [0.0] * 6,
+    "small": [1e-30 * i for i in range(1, 7)],
+    "large": [1e30 * i for i in range(1, 7)],
+}
+
+
+def assert_solves(values, vectors, A):
+    """Residual, orthogonality and values in units of eps, and the order."""
+    n, eps = A.shape[-1], EPS[A.dtype]
+    V, S, A64 = vectors.double().cpu(), values.double().cpu(), A.double().cpu()
+    norm = torch.linalg.matrix_norm(A64, 2)[..., None].clamp(min=1e-300)
+    assert values.shape == A.shape[:-1] and vectors.shape == A.shape and values.dtype == vectors.dtype == A.dtype
+    assert ((V @ A64 - S[..., None] * V).norm(dim=-1) <= 4 * n * eps * norm).all()
+    assert ((V @ V.mT - torch.eye(n)).abs() <= 16 * eps).all()
+    assert ((S - torch.linalg.eigvalsh(A64).flip(-1)).abs() <= (4 + n) * eps * norm).all()
+    assert (values[..., :-1] >= values[..., 1:]).all()
+
+
+@pytest.mark.parametrize("dtype", list(EPS), ids=str)
+@pytest.mark.parametrize("name", SPECTRA)
+def test_spectra(device, name, dtype):
+    A = symmetric(SPECTRA[name], dtype).to(device)
+    before = A.clone()
+    assert_solves(*eigh(A), A)
+    assert torch.equal(A, before)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 37])  # 37: two blocks of columns
+def test_sizes(device, n):
+    A = symmetric([(-1.1) ** (i % 7) * (1 + i) for i in range(n)], torch.float32).to(device)
+    assert_solves(*eigh(A), A)
+
+
+def test_more_pairs_than_are_turned_at_once(device, monkeypatch):
+    A = symmetric(list(range(14)), torch.float32).to(device)
+    monkeypatch.setattr(sys.modules["sosd_fast.kernels.eigh"], "PAIRS", 4)
+    monkeypatch.setattr(sys.modules["sosd_fast.kernels.eigh"], "ROWS", 8)
+    assert_solves(*eigh(A), A)
+
+
+def test_a_nearly_diagonal_matrix_takes_few_sweeps(device, monkeypatch):
+    A = torch.diag(torch.linspace(1, 2, 12)) + 1e-4 * symmetric(range(12), torch.float32)
+    A = A.to(device)
+    monkeypatch.setattr(sys.modules["sosd_fast.kernels.eigh"], "SWEEPS", 3)
+    assert_solves(*eigh(A), A)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_batches_strides_and_nan(device, value):
+    A = torch.stack([symmetric(range(9), torch.float32, seed) for seed in range(4)]).reshape(2, 2, 9, 9).to(device)
+    values, vectors = eigh(A)
+    assert_solves(values, vectors, A)
+    for view in (A.mT, torch.stack([A, A], -1)[..., 0]):
+        found = eigh(view)
+        assert torch.equal(found[0], values) and torch.equal(found[1], vectors)
+    A[0, 1, 5, 7] = A[0, 1, 7, 5] = value
+    broken = eigh(A)
+    assert broken[0][0, 1].isnan().all() and broken[1][0, 1].isnan().all()
+    assert torch.equal(broken[0][1], values[1]) and torch.equal(broken[1][0, 0], vectors[0, 0])
+    assert eigh(A[:0])[1].shape == (0, 2, 9, 9)
+
+
+def test_the_reference():
+    A = torch.stack([symmetric(range(9), torch.float64, seed) for seed in range(2)])
+    assert_solves(*eigh_ref(A), A)
+    assert torch.equal(library("eigvalsh", A), torch.linalg.eigvalsh(A))
+
+
+def test_larger_ones_go_to_the_library(device, monkeypatch):
+    A = symmetric(range(9), torch.float32).to(device)
+    monkeypatch.setattr(sys.modules["sosd_fast.kernels.eigh"], "LARGEST", 8)
+    monkeypatch.setattr(sys.modules["sosd_fast.kernels.eigh"], "triton", None)
+    assert_solves(*eigh(A), A)
+
+
+def test_a_loop_over_matrices_is_said_once(monkeypatch, caplog):
+    module = sys.modules["sosd_fast.kernels.eigh"]
+
+    class Cuda(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.11.0"))
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda _: None)
+    module._warn_loop.cache_clear()
+    A = torch.eye(3).expand(2, 3, 3).contiguous().as_subclass(Cuda)
+    for _ in range(2):
+        library("eigvalsh", A)
+    assert sum("torch >= 2.12" in message for message in caplog.messages) == 1
+    assert all(record.levelno == logging.WARNING for record in caplog.records)
+    module._warn_loop.cache_clear()
+    assert kernels.interpreted is False
+
+
+@pytest.mark.parametrize(
+    ("A", "message"),
+    [
+        (torch.ones(3, 4), r"got A=\(3, 4\)"),
+        (torch.ones(3, 3, dtype=torch.float16), "torch.float16"),
+        ([1.0], "got A=list"),
+    ],
+)
+def test_bad_input(A, message):
+    with pytest.raises(ValueError, match="eigh: .*" + message):
+        eigh(A)
