@@ -26,7 +26,8 @@ bench: install  ## the headline table, and one benchmark a kernel
 
 # With the system's python and what it has: torch with CUDA, Triton and, better, CuPy. Nothing is downloaded.
 gpu:  ## what a GPU has to prove, in 8 minutes: native tests, then every benchmark; JSON under bench/results/<gpu name>/
-	python3 -m pip install --quiet --no-deps --no-build-isolation -e .
+	PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --no-deps --no-build-isolation --no-index -e . \
+	  || ln -sfn ../kernels sosd_fast/kernels
 	python3 -m bench.gpu
 
 sanitize: install  ## the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer, then ThreadSanitizer

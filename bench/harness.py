@@ -13,8 +13,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,7 +66,7 @@ def interleaved_cuda(variants: dict[str, Callable], repeats: int, warmup: int = 
         for name, run in variants.items():
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             flush.zero_()
-            torch.cuda._sleep(4_000_000)  # about 2 ms, in which the host queues the launches
+            torch.cuda._sleep(20_000_000)  # about 10 ms, in which the host queues the launches
             began.record()
             run()
             ended.record()
@@ -76,6 +74,19 @@ def interleaved_cuda(variants: dict[str, Callable], repeats: int, warmup: int = 
             if i >= warmup:
                 seconds[name].append(1e-3 * began.elapsed_time(ended))
     return {name: quantiles(times) for name, times in seconds.items()}
+
+
+def attempted_cuda(variants: dict[str, Callable], repeats: int = 2) -> dict[str, dict[str, float]]:
+    """Times libraries' functions one by one, once where that takes seconds; says which fail, and leaves them out."""
+    times = {}
+    for name, run in variants.items():
+        try:
+            times[name] = interleaved_cuda({name: run}, 1, 0)[name]
+            if times[name]["ms"] < 2000:
+                times[name] = interleaved_cuda({name: run}, repeats, 0)[name]
+        except Exception as error:
+            print(f"{name} failed: {error}", flush=True)
+    return times
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
@@ -86,12 +97,14 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
 
 def show(title: str, columns: list[str], rows: list[list]):
     """Prints a table."""
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    Console(width=max(100, Console().width)).print(table)
+    cells = [[str(cell) for cell in row] for row in [columns, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    print(f"\n{title}")
+    for i, row in enumerate(cells):
+        first, *rest = (c.rjust(w) if j else c.ljust(w) for j, (c, w) in enumerate(zip(row, widths, strict=True)))
+        print("  ".join([first, *rest]).rstrip())
+        if i == 0:
+            print("-" * (sum(widths) + 2 * len(widths) - 2))
 
 
 def bar(what: str, value: float, limit: float, at_least: bool = False):

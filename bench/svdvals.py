@@ -4,7 +4,7 @@ import importlib.util
 
 import torch
 
-from bench.harness import card, finish, interleaved, interleaved_cuda, parser, show
+from bench.harness import attempted_cuda, bar, card, finish, interleaved, interleaved_cuda, parser, show
 from sosd_fast.kernels.sturm import sturm
 from sosd_fast.kernels.syrk import syrk
 from sosd_fast.kernels.tridiagonal import tridiagonal
@@ -62,11 +62,16 @@ def best_driver(W):
     return min(times.items(), key=lambda item: item[1])
 
 
+def body(model: str) -> list[torch.Tensor]:
+    """A model's matrices, on the GPU, by shape."""
+    torch.manual_seed(0)
+    return [torch.randn(m, n, device="cuda") for (m, n), count in SETS[model] for _ in range(count)]
+
+
 def on_cuda(model: str, repeats: int) -> dict:
     """A model's body at once: the whole, its stages, and the libraries on the same Gram matrices."""
     groups = SETS[model]
-    torch.manual_seed(0)
-    Ws = [torch.randn(m, n, device="cuda") for (m, n), count in groups for _ in range(count)]
+    Ws = body(model)
     truth = {i: torch.linalg.svdvals(Ws[i].double().cpu()) for i in {W.shape: i for i, W in enumerate(Ws)}.values()}
     variants = {
         "sosd_fast, float32": lambda: spectra(Ws, "gram32"),
@@ -83,6 +88,11 @@ def on_cuda(model: str, repeats: int) -> dict:
     def gram():
         return torch.cat([syrk(torch.stack([W for W in Ws if W.shape == shape])) for shape, _ in groups])
 
+    def by_cupy():
+        import cupy
+
+        return cupy.linalg.eigvalsh(cupy.from_dlpack(G))
+
     G = gram()
     d, e = tridiagonal(G)
     stages = {
@@ -94,20 +104,23 @@ def on_cuda(model: str, repeats: int) -> dict:
     for programs in (1, 2, 3, 4):
         if programs * len(G) <= 2 * torch.cuda.get_device_properties(0).multi_processor_count:
             stages[f"tridiagonal, {programs} to a matrix"] = lambda n=programs: tridiagonal(G, programs=n)
+    times = interleaved_cuda(variants | stages, repeats)
+    ours = times["sosd_fast, float32"]["ms"]
+    # before what may take too long
+    print(", ".join(f"{name} {t['ms']:.2f} ms" for name, t in times.items()), flush=True)
     libraries = {}
     if torch.__version__ >= (2, 12):
         libraries["torch eigvalsh of the Gram"] = lambda: torch.linalg.eigvalsh(G)
     if importlib.util.find_spec("cupy"):
-        import cupy
-
-        same = cupy.from_dlpack(G)
-        libraries["CuPy eigvalsh of the Gram"] = lambda: cupy.linalg.eigvalsh(same)
-        S = torch.from_dlpack(cupy.linalg.eigvalsh(same)).flip(-1).clamp(min=0).sqrt()
+        libraries["CuPy eigvalsh of the Gram"] = by_cupy
+    found = attempted_cuda(libraries)
+    times |= found
+    if "CuPy eigvalsh of the Gram" in found:
+        S = torch.from_dlpack(by_cupy()).flip(-1).clamp(min=0).sqrt()
         errors["CuPy eigvalsh of the Gram"] = max(sd_distance(S[i].cpu(), truth[i]) for i in truth)
-    times = interleaved_cuda(variants | stages, repeats) | interleaved_cuda(libraries, 2, 1)
-    driver, one = best_driver(Ws[0])
-    times[f"torch svdvals, one by one, {driver}"] = {"ms": one * len(Ws)}
-    ours = times["sosd_fast, float32"]["ms"]
+    best = {shape: best_driver(next(W for W in Ws if W.shape == shape)) for shape, _ in groups}
+    looped = f"torch svdvals, one by one, {'/'.join(driver for driver, _ in best.values())}"
+    times[looped] = {"ms": sum(best[shape][1] * count for shape, count in groups)}
     floor = 1e3 * 4 * sum(min(W.shape) ** 3 for W in Ws) / 6 / 4.3e12
     rows = [
         [
@@ -121,6 +134,12 @@ def on_cuda(model: str, repeats: int) -> dict:
     ]
     title = f"{model}, {len(Ws)} matrices; to read a triangle of each once a column takes {floor:.1f} ms at 4.3 TB/s"
     show(title, ["", "ms", "20..80 %", "x float32", "SD error"], rows)
+    bar(f"{model}: all values, ms", ours, 10)
+    if found:
+        fastest = min(found, key=lambda name: times[name]["ms"])
+        bar(f"{model}: times faster than {fastest}", times[fastest]["ms"] / ours, 3, at_least=True)
+    bar(f"{model}: times faster than {looped}", times[looped]["ms"] / ours, 100, at_least=True)
+    bar(f"{model}: SD error", errors["sosd_fast, float32"], 1e-6)
     return {k: t | ({"sd_error": errors[k]} if k in errors else {}) for k, t in times.items()} | {"floor_ms": floor}
 
 

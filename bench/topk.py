@@ -1,10 +1,15 @@
 """The leading 32 singular values, warm, against all of them by torch.linalg.svdvals, interleaved, error beside time."""
 
+import importlib.util
+
 import torch
 
-from bench.harness import card, finish, interleaved, parser, show
+from bench.harness import attempted_cuda, bar, card, finish, interleaved, interleaved_cuda, parser, show
+from bench.svdvals import body
+from sosd_fast.kernels.eigh import eigh
+from sosd_fast.svdvals import spectra
 from sosd_fast.testing import matrix
-from sosd_fast.topk import VARIANTS, topk_svdvals
+from sosd_fast.topk import VARIANTS, _Stacks, topk_svdvals
 
 SHAPES = [(256, 256), (256, 1024), (768, 768), (768, 3072)]
 BATCH = 4  # matrices a call
@@ -31,6 +36,53 @@ class Drift:
         return float((self.S / truth - 1).abs().max())
 
 
+def on_cuda(k: int, repeats: int) -> dict:
+    """The leading values of GPT-2 small's body in one call, its parts, and the libraries on the same small problems."""
+    W = body("gpt2-small")
+    drift = [1e-3 * torch.randn_like(A) for A in W]
+    found = topk_svdvals(W, k)
+    for _ in range(20):
+        torch._foreach_add_(W, drift)
+        found = topk_svdvals(W, k, state=found.state)
+    error = 0.0
+    for i in {A.shape: i for i, A in enumerate(W)}.values():
+        truth = torch.linalg.svdvals(W[i].double().cpu())[:k]
+        error = max(error, float((found.S[i].cpu() / truth - 1).abs().max()))
+    if not error <= GATE:
+        raise SystemExit(f"gate: relative error {error:.1e} of the leading values exceeds {GATE:g}")
+    state, n = found.state, 2 * found.state.V.shape[1]
+    H = torch.randn(len(W), n, n, device="cuda")
+    H = H @ H.mT / n
+    D = torch.diag_embed(H.diagonal(dim1=-2, dim2=-1)) + 1e-3 * H
+    operator = _Stacks(W)
+    Y = operator.mul(state.V)
+    variants = {
+        "leading values": lambda: topk_svdvals(W, k, state=state),
+        "copies of the weights": lambda: _Stacks(W),
+        "W V": lambda: operator.mul(state.V),
+        "W^T Y": lambda: operator.tmul(Y),
+        "Cholesky factors": lambda: torch.linalg.cholesky_ex(H).L,
+        "eigenproblems": lambda: eigh(H),
+        "nearly diagonal eigenproblems": lambda: eigh(D),
+        "all values": lambda: spectra(W, "gram32"),
+    }
+    times = interleaved_cuda(variants, repeats)
+
+    def by_cupy():
+        import cupy
+
+        return cupy.linalg.eigh(cupy.from_dlpack(H))
+
+    libraries = {"torch.linalg.eigh": lambda: torch.linalg.eigh(H)}
+    if importlib.util.find_spec("cupy"):
+        libraries["cupy.linalg.eigh"] = by_cupy
+    times |= attempted_cuda(libraries)
+    rows = [[name, f"{t['ms']:.3f}", f"{t['low']:.3f}..{t['high']:.3f}"] for name, t in times.items()]
+    show(f"GPT-2 small's {len(W)} matrices, k = {k}, warm; error {error:.0e}", ["", "ms", "20..80 %"], rows)
+    bar(f"leading {k} of {len(W)} matrices, warm, ms", times["leading values"]["ms"], 1)
+    return times | {"relative_error": error}
+
+
 def main():
     """Gate, table, JSON."""
     p = parser(__doc__)
@@ -38,6 +90,10 @@ def main():
     p.add_argument("--repeats", type=int, default=9, help="interleaved repetitions")
     args = p.parse_args()
     print("  ".join(f"{k} {v}" for k, v in card().items() if v))
+    if torch.cuda.is_available():
+        sets = {"gpt2-small": on_cuda(args.k, args.repeats)}
+        finish({"benchmark": "topk", "settings": vars(args), "gate": True, "sets": sets}, args.json)
+        return
     rows, results = [], {}
     for shape in SHAPES:
         runs = {variant: Drift(shape, args.k, variant) for variant in VARIANTS}

@@ -16,7 +16,7 @@ matrices (1989).
 """
 
 import functools
-import importlib.util
+import importlib
 
 import torch
 from torch import Tensor
@@ -258,14 +258,21 @@ def eigh_ref(A: Tensor) -> tuple[Tensor, Tensor]:
 def library(name: str, A: Tensor):
     """`torch.linalg.eigh` or `eigvalsh` of a batch, by CuPy on CUDA where torch would loop over it (before 2.12)."""
     if A.is_cuda and A.ndim > 2 and torch.__version__ < (2, 12):  # pyright: ignore[reportOperatorIssue]
-        if importlib.util.find_spec("cupy"):
-            import cupy
-
+        cupy = _cupy()
+        if cupy is not None:
             with cupy.cuda.Device(A.device.index), cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
                 found = getattr(cupy.linalg, name)(cupy.from_dlpack(A.contiguous()))
                 return torch.from_dlpack(found) if name == "eigvalsh" else tuple(map(torch.from_dlpack, found))
         _warn_loop()
     return getattr(torch.linalg, name)(A)
+
+
+@functools.cache
+def _cupy():
+    try:
+        return importlib.import_module("cupy")
+    except ImportError:  # also one that was built for another CUDA
+        return None
 
 
 @functools.cache

@@ -49,7 +49,8 @@ if importlib.util.find_spec("triton"):  # before sosd_fast, which then defines i
 
 from sosd_fast import kernels
 
-torch.set_num_threads(1)  # small matrices, and parallel test runs must not fight over cores
+# Small matrices, and parallel test runs must not fight over cores; beside a GPU they are large, and alone.
+torch.set_num_threads(min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 1)
 
 
 @pytest.fixture(autouse=True)
