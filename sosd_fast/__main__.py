@@ -124,13 +124,14 @@ def doctor() -> list[str]:
     compiled = kernels._C is not None
     host, on_cuda = "C++" if compiled else "torch", "torch" if cuda else "-"
     kernel = "Triton" if cuda and kernels.triton else on_cuda
+    both = ", Triton" if kernel == "Triton" else ""
     lines += [
         f"CUDA GPU    {torch.cuda.get_device_name() if cuda else 'none'}",
         f"extension   {'built' if compiled else 'not built: install a C++17 compiler, then pip install -e .'}",
         "",
         f"{'operation':<22} {'CPU tensors':<14} CUDA tensors",
         f"{'svdvals':<22} {f'C++ ({kernels._C.isa()})' if compiled else 'torch':<14} {kernel}",
-        f"{'topk_svdvals':<22} {host:<14} {'CuPy arrays: CuPy, ' if has['cupy'] else ''}{on_cuda}",
+        f"{'topk_svdvals':<22} {host:<14} {'CuPy arrays: CuPy, ' if has['cupy'] else ''}{on_cuda}{both}",
         f"{'singular_distribution':<22} {host:<14} {kernel}",
         f"{'newton_schulz':<22} {'torch':<14} {kernel}",
     ]

@@ -18,10 +18,10 @@ def symmetric(values, dtype=torch.float64, seed=0):
 
 
 SPECTRA = {
-    "spread": [1 + i / 3 for i in range(16)],
-    "repeated": [3.0] * 5 + [1.0] * 5 + [0.0] * 5,  # and an odd number of rows
-    "both signs": [1.0, -1.0] * 7,  # of A A these would be one
-    "graded": [10.0 ** -(i * 10 / 13) for i in range(14)],
+    "spread": [1 + i / 3 for i in range(12)],
+    "repeated": [3.0] * 4 + [1.0] * 4 + [0.0] * 3,  # and an odd number of rows
+    "both signs": [1.0, -1.0] * 5,  # of A A these would be one
+    "graded": [10.0**-i for i in range(11)],
     "rank one": [1.0] + [0.0] * 9,
     "zero": [0.0] * 6,
     "small": [1e-30 * i for i in range(1, 7)],
@@ -50,14 +50,14 @@ def test_spectra(device, name, dtype):
     assert torch.equal(A, before)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 37])  # 37: two blocks of columns
+@pytest.mark.parametrize("n", [1, 2, 3, 33])  # 33: two blocks of columns
 def test_sizes(device, n):
     A = symmetric([(-1.1) ** (i % 7) * (1 + i) for i in range(n)], torch.float32).to(device)
     assert_solves(*eigh(A), A)
 
 
 def test_more_pairs_than_are_turned_at_once(device, monkeypatch):
-    A = symmetric(list(range(14)), torch.float32).to(device)
+    A = symmetric(list(range(11)), torch.float32).to(device)
     monkeypatch.setattr(sys.modules["sosd_fast.kernels.eigh"], "PAIRS", 4)
     monkeypatch.setattr(sys.modules["sosd_fast.kernels.eigh"], "ROWS", 8)
     assert_solves(*eigh(A), A)
@@ -72,17 +72,17 @@ def test_a_nearly_diagonal_matrix_takes_few_sweeps(device, monkeypatch):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_batches_strides_and_nan(device, value):
-    A = torch.stack([symmetric(range(9), torch.float32, seed) for seed in range(4)]).reshape(2, 2, 9, 9).to(device)
+    A = torch.stack([symmetric(range(6), torch.float32, seed) for seed in range(4)]).reshape(2, 2, 6, 6).to(device)
     values, vectors = eigh(A)
     assert_solves(values, vectors, A)
     for view in (A.mT, torch.stack([A, A], -1)[..., 0]):
         found = eigh(view)
         assert torch.equal(found[0], values) and torch.equal(found[1], vectors)
-    A[0, 1, 5, 7] = A[0, 1, 7, 5] = value
+    A[0, 1, 3, 5] = A[0, 1, 5, 3] = value
     broken = eigh(A)
     assert broken[0][0, 1].isnan().all() and broken[1][0, 1].isnan().all()
     assert torch.equal(broken[0][1], values[1]) and torch.equal(broken[1][0, 0], vectors[0, 0])
-    assert eigh(A[:0])[1].shape == (0, 2, 9, 9)
+    assert eigh(A[:0])[1].shape == (0, 2, 6, 6)
 
 
 def test_the_reference():

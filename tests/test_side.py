@@ -103,12 +103,13 @@ def test_flush_waits_and_state_is_whole(monkeypatch):
     assert probe.latest()["0.weight"].step == 6
 
 
-@pytest.mark.parametrize(("topk_ms", "most"), [(1.0, "topk"), (1e3, "full")])
+@pytest.mark.parametrize(("topk_ms", "most"), [(1.0, "topk"), (20.0, "full")])
 def test_auto_takes_what_is_cheaper_by_the_devices_clock(topk_ms, most, monkeypatch):
     class Clocked(Late):
         def fetch(self, tensors):
             found = super().fetch(tensors)
             found.seconds = found.device_seconds = 1e-3 * (topk_ms if "residual" in tensors else 10.0)
+            found.looks = 2  # there a step later: many steps' costs on their way would not be counted
             return found
 
     monkeypatch.setattr(side, "lane", lambda _: Clocked())
@@ -118,8 +119,8 @@ def test_auto_takes_what_is_cheaper_by_the_devices_clock(topk_ms, most, monkeypa
     for _ in range(40):
         now[0] += 1.0  # earns 10 ms; the full spectrum of a matrix takes as much
         probe.step()
-    records = [r for r in probe.records() if r.step > 5]
-    shares = [sum(r.method == "topk" for r in records) / len(records), len(records) / (2 * 35)]
+    records = [r for r in probe.records() if r.step > 10]  # what the first step takes is paid off by then
+    shares = [sum(r.method == "topk" for r in records) / len(records), len(records) / (2 * 30)]
     if most == "topk":  # each step, and full ones in turn
         assert 0.3 < shares[0] < 0.8 and shares[1] == 1
     else:
