@@ -24,7 +24,7 @@ LEAST = 25  # seconds that a part leaves to each later one
 PYTEST = ["-m", "pytest", "-q", "-W", "default", "-o", "faulthandler_timeout=40", "--maxfail=20"]
 TESTS = ("syrk", "sturm", "eigh", "topk", "distribution", "newton_schulz", "muon", "cuda", "tridiagonal", "side")
 PARTS = {  # name -> (seconds, arguments of python); tests whose programs wait for one another come last
-    "tests": (140, [*PYTEST, *(f"tests/test_{name}.py" for name in TESTS), "-k", "not cold_start"]),
+    "tests": (170, [*PYTEST, *(f"tests/test_{name}.py" for name in TESTS), "-k", "not cold_start"]),
     "svdvals": (70, ["-m", "bench.svdvals", "--json", "svdvals.json"]),
     "topk": (45, ["-m", "bench.topk", "--json", "topk.json"]),
     "end_to_end": (170, ["-m", "bench.end_to_end", "--compile", "--trackers", "full", "fast", "--turns", "3",

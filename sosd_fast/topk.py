@@ -264,7 +264,7 @@ class _Operator:
 
     def advance(self, V, P):
         """The step of variant "m" by the C++ kernel; None where it does not apply."""
-        if self.xp is not torch:
+        if self.xp is not torch or not _on_host(torch, V):
             return None
         matrices = self.matrices if self.is_list else self.matrices[0].reshape(-1, *self.matrices[0].shape[-2:])
         flat = V.reshape(-1, *V.shape[-2:])
@@ -317,7 +317,8 @@ class _Stacks:
     def __init__(self, matrices: list):
         runs = [list(run) for _, run in itertools.groupby(matrices, key=lambda A: A.shape)]
         dtype = torch.float64 if matrices[0].dtype == torch.float64 else torch.float32
-        stacks = [torch.stack([A.detach() for A in run]).to(dtype) for run in runs]
+        stacks = [torch.stack(run) if len(run) > 1 else run[0][None] for run in runs]
+        stacks = [stack.detach().to(dtype) for stack in stacks]
         self.upright = [W if W.shape[1] >= W.shape[2] else W.mT for W in stacks]
         self.count, self.counts = len(matrices), [len(run) for run in runs]
         self.like = stacks[0][..., :1, :1]
