@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -64,6 +66,32 @@ def test_programs_of_an_event_do_not_depend_on_their_order(device, monkeypatch):
     )
     found = tridiagonal(A, programs=3)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_a_refused_cooperative_launch_is_made_alone(device, monkeypatch, caplog):
+    module = sys.modules["sosd_fast.kernels.tridiagonal"]
+
+    class Cuda(torch.Tensor):
+        is_cuda = True
+
+    class Refusing:
+        def __getitem__(self, grid, kernel=module._tridiagonal_kernel):
+            def launch(launch_cooperative_grid=False, **arguments):
+                if launch_cooperative_grid:
+                    raise RuntimeError("too many blocks in cooperative launch")
+                return kernel[grid](**arguments)
+
+            return launch
+
+    A = gram("gaussian", 12, torch.float32, device)
+    alone = tridiagonal(A, programs=1)
+    monkeypatch.setattr(module, "_tridiagonal_kernel", Refusing())
+    module._warn_alone.cache_clear()
+    for _ in range(2):
+        found = module._launch(A.clone()[None].as_subclass(Cuda), 3)
+        assert torch.equal(found[0][0], alone[0]) and torch.equal(found[1][0, :-1], alone[1])
+    assert sum("several programs to a matrix" in message for message in caplog.messages) == 1
+    module._warn_alone.cache_clear()
 
 
 def test_only_one_triangle_is_read(device):
