@@ -30,7 +30,9 @@ SWEEPS = 15  # at most, where NaN or rounding keeps the test from holding
 # Of the cosine of two rows, in units of eps: what rounding leaves of a product of 80 to 200 terms.
 TOLERANCE = {torch.float32: 4 * 2.0**-24, torch.float64: 4 * 2.0**-53}
 BLOCK = 32  # columns: eight threads to a row in float32, so that sums take three shuffles
-PAIRS = 64  # rotated at once, four to a warp
+# Rotated at once, four to a warp. A tile of fewer than 16 bytes a thread would be held by several warps, each of which
+# could read rows that another has turned already.
+PAIRS = 64
 ROWS = 64
 WARPS = 16
 SHIFT = 1.25  # times a bound on |A|: less makes rows shorter than the rounding of others, more costs accuracy

@@ -58,9 +58,15 @@ def test_sizes(device, n):
 
 def test_more_pairs_than_are_turned_at_once(device, monkeypatch):
     A = symmetric(list(range(11)), torch.float32).to(device)
-    monkeypatch.setattr(sys.modules["sosd_fast.kernels.eigh"], "PAIRS", 4)
-    monkeypatch.setattr(sys.modules["sosd_fast.kernels.eigh"], "ROWS", 8)
+    module = sys.modules["sosd_fast.kernels.eigh"]
+    for name, value in {"PAIRS": 4, "ROWS": 8, "WARPS": 1}.items():
+        monkeypatch.setattr(module, name, value)
     assert_solves(*eigh(A), A)
+
+
+def test_no_row_is_held_by_two_warps():
+    module = sys.modules["sosd_fast.kernels.eigh"]
+    assert 4 * module.PAIRS * module.BLOCK >= 16 * 32 * module.WARPS
 
 
 def test_a_nearly_diagonal_matrix_takes_few_sweeps(device, monkeypatch):
