@@ -37,7 +37,7 @@ class Loop:
         parts = (part.to(self.device).split(args.micro_batch) for part in next(draw))
         self.micro = list(zip(*parts, strict=True))  # the same ones at each step
         self.tokens = sequences * config.context
-        self.probes: dict[str, sosd_fast.track.Probe] = {}
+        self.probes: dict[str, sosd_fast.Probe] = {}
         self.clocks: dict[str, Stopwatch] = {}
 
     def add(self, name: str, budget: float):
