@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchrun import finish, start, torchrun
 
 import sosd_fast
@@ -22,9 +23,11 @@ WORKER = Path(__file__).with_name("training_worker.py")
 FLAGS = ["--steps=6", "--batch-size=8", "--warmup=2", "--eval-every=3", "--eval-sequences=5", "--quiet", "--clip=1"]
 FLAGS += ["--device=cpu", "--weight-decay=0.1", "--tracker-k=4"]
 PARALLEL = {"ddp": (2, []), "fsdp": (2, []), "hsdp": (4, ["--replicas=2"])}
-# At Muon's usual 0.02 six steps move SD by 5e-6 under DDP as well, where each matrix is measured whole: the weights
-# differ, not their measurement (tests/test_sharded.py compares that on equal weights).
-MODELS = {"adamw": ["--model=gpt2-nano"], "muon": ["--model=llama-nano", "--lr=0.002", "--micro-batch-size=2"]}
+MODELS = {"adamw": ["--model=gpt2-nano"], "muon": ["--model=llama-nano", "--micro-batch-size=2"]}
+# Sums over ranks round in another order, which Muon amplifies most where a gradient's singular values are smallest. In
+# float64 nothing of it is left to see: what differs there by more than the rounding of the spectra's files is a fault.
+RUNS = {**MODELS, "muon64": ["--float64", *MODELS["muon"]]}
+TOLERANCE = {"adamw": (1e-5, 1e-6), "muon": (1e-5, 1e-6), "muon64": (1e-12, 1e-8)}  # losses, relative; SD
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +44,18 @@ def joined(runs):
 
 def every_optimizer(text, folder, *more):
     return joined(
-        [*FLAGS, *flags, f"--optimizer={name}", "--tracker=full", f"--data={text}", f"--run-dir={folder / name}", *more]
-        for name, flags in MODELS.items()
+        [*flags, *FLAGS, f"--optimizer={name.rstrip('64')}", "--tracker=full", "--checkpoint-every=6", *more]
+        + [f"--data={text}", f"--run-dir={folder / name}"]
+        for name, flags in RUNS.items()
     )
 
 
 @pytest.fixture(scope="module")
 def alone(text, tmp_path_factory):
-    """The runs of one process, by optimizer."""
+    """The runs of one process."""
     folder = tmp_path_factory.mktemp("alone")
     subprocess.run([sys.executable, WORKER, *every_optimizer(text, folder)], check=True, timeout=120)
-    return {name: sosd_fast.load(folder / name) for name in MODELS}
+    return {name: sosd_fast.load(folder / name) for name in RUNS}
 
 
 def log(run_dir):
@@ -65,16 +69,31 @@ def test_losses_and_spectra_are_those_of_one_process(alone, text, tmp_path, kind
     ranks, more = PARALLEL[kind]
     done = torchrun(ranks, WORKER, *every_optimizer(text, tmp_path, f"--parallel={kind}", *more))
     assert done.returncode == 0, done.stdout
-    for optimizer, one in alone.items():
-        same_run(one, tmp_path / optimizer, ranks)
+    for name, one in alone.items():
+        same_run(one, tmp_path / name, ranks, *TOLERANCE[name])
+        spectra_are_those_of_the_gathered_weights(tmp_path / name)
 
 
-def same_run(one, run_dir, ranks):
+def spectra_are_those_of_the_gathered_weights(run_dir):
+    """Whatever the weights became: the records of the last step against a float64 SVD of the checkpoint's weights."""
+    whole = run_dir / "weights.pt"
+    dcp_to_torch_save(checkpoint.latest(run_dir), whole)
+    weights, run = torch.load(whole)["model"], sosd_fast.load(run_dir)
+    for name in run.names:
+        name_of_whole, _, part = name.rstrip("]").partition("[")
+        W = weights[name_of_whole].double()
+        W = W.chunk(3)["qkv".index(part)] if part else W
+        steps, spectra = run.spectra(name)
+        assert steps[-1] == 6
+        assert sd_distance(torch.tensor(spectra[-1]), torch.linalg.svdvals(W)) <= 1e-6, name
+
+
+def same_run(one, run_dir, ranks, loss_tolerance, sd_tolerance):
     several = sosd_fast.load(run_dir)
     assert len(several.log) == 6
     for key in ("loss", "val_loss", "grad_norm"):
         expected, found = ([line[key] for line in run.log if key in line] for run in (one, several))
-        np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=key)
+        np.testing.assert_allclose(found, expected, rtol=loss_tolerance, err_msg=key)
 
     measured = [sorted((r.step, r.name) for r in run.records) for run in (one, several)]
     assert measured[0] == measured[1]  # each matrix by exactly one rank
@@ -82,14 +101,14 @@ def same_run(one, run_dir, ranks):
     assert len(owners) == ranks and all(owners) and sum(map(len, owners)) == len(one.names)
     for name in one.names:
         for S, S_ref in zip(several.spectra(name)[1], one.spectra(name)[1], strict=True):
-            assert sd_distance(torch.tensor(S), torch.tensor(S_ref)) <= 1e-6, name
+            assert sd_distance(torch.tensor(S), torch.tensor(S_ref)) <= sd_tolerance, name
     expected = {(r.step, r.name): r for r in one.records}
     for r in several.records:
         ref = expected[r.step, r.name]
         assert (r.shape, r.interval) == (ref.shape, ref.interval)
         if ref.sd_variation is not None:
-            assert r.sd_variation == pytest.approx(ref.sd_variation, abs=2e-6)
-        assert r.cosine == pytest.approx(ref.cosine, abs=1e-6)
+            assert r.sd_variation == pytest.approx(ref.sd_variation, abs=2 * sd_tolerance)
+        assert r.cosine == pytest.approx(ref.cosine, abs=sd_tolerance)
         assert len(r.topk) == len(ref.topk)
 
 
@@ -102,7 +121,7 @@ def half_done(run_dir, to):
 
 def test_checkpoints_resume_bit_for_bit_and_on_other_numbers_of_ranks(text, tmp_path):
     whole = tmp_path / "whole"
-    flags = [*FLAGS, "--model=llama-nano", "--optimizer=muon", "--lr=0.002", "--tracker=topk", f"--data={text}"]
+    flags = [*FLAGS, "--model=llama-nano", "--optimizer=muon", "--tracker=topk", f"--data={text}"]
     done = torchrun(2, WORKER, *flags, "--parallel=fsdp", "--checkpoint-every=3", f"--run-dir={whole}")
     assert done.returncode == 0, done.stdout
 

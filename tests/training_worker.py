@@ -1,6 +1,7 @@
 """training/run.py on tiny models; run by test_distributed.py, alone or under torchrun.
 
-"--next" separates the flags of runs that follow each other, in one process group. DIE=rank:step kills that rank in that
+"--next" separates the flags of runs that follow each other, in one process group; "--float64" before a run's flags
+trains it in that. DIE=rank:step kills that rank in that
 step, HANG=rank:step lets it sleep.
 """
 
@@ -47,7 +48,8 @@ if sys.argv.count("--next"):
 status, argv = 0, []
 for flag in [*sys.argv[1:], "--next"]:
     if flag == "--next":
-        status, argv = status or run.main(argv), []
+        torch.set_default_dtype(torch.float64 if "--float64" in argv else torch.float32)
+        status, argv = status or run.main([each for each in argv if each != "--float64"]), []
     else:
         argv.append(flag)
 if "--next" in sys.argv and dist.is_initialized():

@@ -90,7 +90,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Source: Su et al., RoFormer (arXiv 2104.09864), in the half-split layout of GPT-NeoX and LLaMA.
     """
-    x1, x2 = x.float().chunk(2, dim=-1)  # float32 also under bf16: late positions need more than 8 bits of angle
+    x1, x2 = x.chunk(2, dim=-1)  # times float32 tables, also under bf16: late positions need more than 8 bits of angle
     return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).to(x.dtype)
 
 
@@ -213,4 +213,5 @@ class Transformer(nn.Module):
         logits = self.lm_head(self.norm(x))  # (B, T, vocab)
         if targets is None:
             return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(dtype).flatten(0, 1), targets.flatten())

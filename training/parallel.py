@@ -40,7 +40,9 @@ class Parallel:
         if self.kind == "none":
             return model
         if self.kind == "ddp":
-            return DistributedDataParallel(model, broadcast_buffers=False)  # they are constants
+            spread = DistributedDataParallel(model)
+            spread.broadcast_buffers = False  # they are constants; as an argument torch 2.13 deprecates it
+            return spread
         half = torch.bfloat16 if dtype == "bfloat16" else None
         # Inputs keep their dtype: the blocks take the tables of RoPE, which bfloat16 would blur at late positions.
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=half, cast_forward_inputs=False)
