@@ -25,10 +25,11 @@ def documents(source: str) -> Iterator[tuple[str, bytes]]:
 
     Args:
         source: a text file; a folder, whose text files come in the order of a hash of their names; or
-            "hf:DATASET:CONFIG:SPLIT", streamed from the Hugging Face hub in its own order.
+            "hf:DATASET:CONFIG:SPLIT", streamed from the Hugging Face hub, or a local folder of its files, in its own
+            order. Rows must have a column "text".
 
     Raises:
-        ValueError: a source that does not exist.
+        ValueError: a source that does not exist, or rows without text.
         ImportError: `datasets` is missing.
     """
     if source.startswith("hf:"):
@@ -38,7 +39,13 @@ def documents(source: str) -> Iterator[tuple[str, bytes]]:
             raise ImportError("documents: expected `datasets` for hf: sources. Run `pip install datasets`.") from None
         name, config, split = (source.split(":")[1:] + [""] * 2 + ["train"])[:3]
         stream = load_dataset(name, config or None, split=split or "train", streaming=True)
-        yield from ((f"{source}#{i}", row["text"].encode()) for i, row in enumerate(stream))
+        for i, row in enumerate(stream):
+            if not isinstance(row.get("text"), str):
+                raise ValueError(
+                    f"documents: expected a column text of strings, got {', '.join(row)} in row {i} of {source}. "
+                    "Rename the column, or choose another data set."
+                )
+            yield f"{source}#{i}", row["text"].encode()
     elif Path(source).is_file():
         yield source, Path(source).read_bytes()
     elif Path(source).is_dir():
