@@ -63,8 +63,8 @@ class StockTransformer(nn.Module):
         self.proj = nn.ModuleList(nn.Linear(c.ff_width, d, bias=False) for _ in range(c.n_layer))
         self.norm = nn.RMSNorm(d, eps=1e-6, elementwise_affine=False)
         self.relu, self.loss = nn.ReLU(), nn.CrossEntropyLoss()
-        self.register_buffer("cos", torch.cat((ours.cos, ours.cos), -1))
-        self.register_buffer("sin", torch.cat((ours.sin, ours.sin), -1))
+        self.register_buffer("cos", ours.cos)
+        self.register_buffer("sin", ours.sin.chunk(2, -1)[1].repeat(1, 2))  # turn() has the sign
         with torch.no_grad():
             self.wte.weight.copy_(ours.wte.weight)
             for i, block in enumerate(ours.h):

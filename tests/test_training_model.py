@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,7 +124,8 @@ def test_forward_matches_a_plain_fp64_reference(config):
 
     def rope(z):  # z (T, D): pairs as complex numbers
         half = z.shape[-1] // 2
-        turned = torch.complex(z[:, :half], z[:, half:]) * torch.complex(model.cos, model.sin)
+        angles = torch.complex(model.cos[:, half:], model.sin[:, half:])
+        turned = torch.complex(z[:, :half], z[:, half:]) * angles
         return torch.cat((turned.real, turned.imag), -1)
 
     mask = torch.full((config.context, config.context), float("-inf")).triu(1)
@@ -133,8 +135,7 @@ def test_forward_matches_a_plain_fp64_reference(config):
             q, k, v = (norm(f"h.{i}.attn_norm", z) @ weights[f"h.{i}.attn.c_attn.weight"].T).chunk(3, -1)
             heads = []
             for qh, kh, vh in zip(*(part.chunk(config.n_head, -1) for part in (q, k, v)), strict=True):
-                # RoPE runs in float32 in the model whatever the dtype
-                scores = rope(qh).float().double() @ rope(kh).float().double().T / math.sqrt(qh.shape[-1])
+                scores = rope(qh) @ rope(kh).T / math.sqrt(qh.shape[-1])
                 heads.append((scores + mask).softmax(-1) @ vh)
             z = z + torch.cat(heads, -1) @ weights[f"h.{i}.attn.c_proj.weight"].T
             mlp = {n.split(".")[-2]: w for n, w in weights.items() if n.startswith(f"h.{i}.mlp.")}
@@ -144,7 +145,22 @@ def test_forward_matches_a_plain_fp64_reference(config):
             else:
                 z = z + (u @ mlp["c_fc"].T).clamp_min(0) ** 2 @ mlp["c_proj"].T
         reference = norm("norm", z) @ weights["wte.weight" if config.tied else "lm_head.weight"].T
-        torch.testing.assert_close(got, reference, rtol=0, atol=1e-7)
+        torch.testing.assert_close(got, reference, rtol=0, atol=1e-12)
+
+
+def test_the_gradient_of_a_tied_embedding_is_whole():
+    model, x, y = build(GPT2), tokens(GPT2), tokens(GPT2, seed=2)
+    model(x, y).backward()
+    found = model.wte.weight.grad
+    assert found.layout is torch.strided
+    model.zero_grad()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(x, y).backward()
+    torch.testing.assert_close(found, model.wte.weight.grad)
+    # and by hand, with embedding and head apart
+    apart = Transformer(replace(GPT2, tied=False))
+    apart.load_state_dict({**model.state_dict(), "lm_head.weight": model.wte.weight})
+    apart(x, y).backward()
+    torch.testing.assert_close(found, apart.wte.weight.grad + apart.lm_head.weight.grad)
 
 
 def test_rope_keeps_norms_and_depends_on_distance_only():

@@ -79,19 +79,22 @@ def flops_per_token(config: Config) -> float:
 
 
 def rope_tables(context: int, head_width: int, base: float = 10000.0, device=None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles t * base^(-2i/head_width), each (context, head_width / 2), float32."""
+    """Cosines and signed sines of the angles t * base^(-2i/head_width), each (context, head_width), float32.
+
+    Features i and i + head_width/2 share an angle; the first has -sin, the second sin.
+    """
     frequencies = base ** (-torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width)
     angles = torch.outer(torch.arange(context, dtype=torch.float32, device=device), frequencies)
-    return angles.cos(), angles.sin()
+    return torch.cat((angles.cos(), angles.cos()), -1), torch.cat((-angles.sin(), angles.sin()), -1)
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn feature pairs (i, i + D/2) of x (..., T, D) by the angle of their position; same dtype as x.
+    """Turn feature pairs (i, i + D/2) of x (..., D) by the angles of `rope_tables`; same dtype as x.
 
     Source: Su et al., RoFormer (arXiv 2104.09864), in the half-split layout of GPT-NeoX and LLaMA.
     """
-    x1, x2 = x.chunk(2, dim=-1)  # times float32 tables, also under bf16: late positions need more than 8 bits of angle
-    return torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1).to(x.dtype)
+    # The tables keep this in float32 also under bf16: late positions need more than 8 bits of angle
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -106,9 +109,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Attend over x (B, T, d)."""
         B, T, d = x.shape
-        heads = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).transpose(1, 3)  # (B, H, 3, T, D)
-        q, k, v = heads.unbind(2)  # whose gradient is written once, where slices add up three
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        # Before the heads come first, so that the gradients of all three are stacked where they belong, in one copy
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).unbind(2)  # (B, T, H, D) each
+        cos, sin = cos[:, None], sin[:, None]
+        q, k, v = (y.transpose(1, 2) for y in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, d))
 
@@ -207,7 +211,10 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"Transformer: expected at most context={self.config.context} tokens, got T={T}. Shorten the sequence."
             )
-        x = self.wte(tokens)  # (B, T, d)
+        # Of a tied matrix the embedding's gradient is added to the head's: on a CPU, row by row of those that occur,
+        # where a dense one would be a second matrix of zeros.
+        sparse = self.config.tied and tokens.is_cpu and not torch.compiler.is_compiling()
+        x = F.embedding(tokens, self.wte.weight, sparse=sparse)  # (B, T, d)
         for block in self.h:
             x = block(x, self.cos[:T], self.sin[:T])
         logits = self.lm_head(self.norm(x))  # (B, T, vocab)
