@@ -127,7 +127,8 @@ class SquaredReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each position of x (B, T, d)."""
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        y = F.relu(self.c_fc(x))
+        return self.c_proj(y * y)  # square() would copy y for its gradient
 
 
 class SwiGLU(nn.Module):
