@@ -75,6 +75,10 @@ def test_damaged_shards_are_named(tmp_path):
     (tmp_path / "x" / "val_0.bin").write_bytes(good)
     with pytest.raises(ValueError, match=r"expected token ids below vocab=64, got 99 in .*train_0\.bin"):
         next(passes(load_data(tmp_path / "x", vocab=64).train, 1, 99, seed=0))
+    for meta in ("{", "{}", "[]", '{"vocab": null}', '{"vocab": "many"}'):
+        (tmp_path / "x" / "meta.json").write_text(meta)
+        with pytest.raises(ValueError, match=r"load_data: expected a vocab in .*meta\.json, got"):
+            load_data(tmp_path / "x")
 
 
 def test_shards_are_one_sequence(tmp_path):
@@ -237,6 +241,17 @@ def test_errors(tmp_path, monkeypatch, capsys):
         prepare(str(source), source, "bytes")
     with pytest.raises(ValueError, match=r"prepare: expected more than val_tokens=10000000 tokens, got \d+ in"):
         prepare(str(source), tmp_path / "small", "bytes")
+    for number in ("val_tokens", "max_tokens", "shard_tokens", "train_bytes"):
+        with pytest.raises(ValueError, match=rf"prepare: expected a positive number, got {number}=0"):
+            prepare(str(source), tmp_path / "zero", "bytes", **{number: 0})
+    for name in ("bpe:abc", "bpe:256", "bpe:", "bpe:-4"):
+        with pytest.raises(ValueError, match=rf"Tokenizer: expected a vocabulary of at least 257 .*got name='{name}'"):
+            Tokenizer(name)
+    for name in ("sentencepiece:/no/such", "tokenizers:"):
+        with pytest.raises(ValueError, match=rf"Tokenizer: expected a file, got name='{name}'"):
+            Tokenizer(name)
+    with pytest.raises(ValueError, match=r"documents: expected .* got source='hf:'"):
+        prepare("hf:", tmp_path / "hf", "bytes")
     monkeypatch.setitem(sys.modules, "datasets", None)
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(ImportError, match=r"documents: expected `datasets` for hf: sources\. Run `pip install data"):

@@ -46,7 +46,12 @@ def load_data(path: str | Path | None = None, vocab: int = 50304) -> Tokens:
             f"{len(parts[1])}. Write both with training/prepare.py."
         )
     meta = Path(path) / "meta.json"
-    vocab = json.loads(meta.read_text())["vocab"] if meta.exists() else vocab
+    try:
+        vocab = int(json.loads(meta.read_text())["vocab"]) if meta.exists() else vocab
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"load_data: expected a vocab in {meta}, got {error!r}. Write the shards again with training/prepare.py."
+        ) from None
     return Tokens(*(Shards(files, vocab) for files in parts), vocab, str(path))
 
 

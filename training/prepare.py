@@ -32,7 +32,7 @@ def documents(source: str) -> Iterator[tuple[str, bytes]]:
         ValueError: a source that does not exist, or rows without text.
         ImportError: `datasets` is missing.
     """
-    if source.startswith("hf:"):
+    if source.startswith("hf:") and source != "hf:":
         try:
             from datasets import load_dataset
         except ImportError:
@@ -70,12 +70,19 @@ class Tokenizer:
         separator: the token before each document.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, a missing file, or a vocabulary too small.
         ImportError: the package behind it is missing.
     """
 
     def __init__(self, name: str, texts: Iterable[str] = ()):
         kind, _, argument = name.partition(":")
+        if kind == "bpe" and not (argument.isdecimal() and int(argument) > 256):
+            raise ValueError(
+                f"Tokenizer: expected a vocabulary of at least 257 (all bytes, <|endoftext|>), got name={name!r}. "
+                "Use bpe:4096."
+            )
+        if kind in ("sentencepiece", "tokenizers") and not Path(argument).is_file():
+            raise ValueError(f"Tokenizer: expected a file, got name={name!r}. Check that it exists.")
         try:
             if kind == "bytes":
                 self.vocab, self.separator = 256, 0
@@ -213,11 +220,16 @@ def prepare(
         What meta.json holds: tokenizer, vocab, train_tokens, val_tokens, source.
 
     Raises:
-        ValueError: a folder that is not empty, or a source too small.
+        ValueError: a folder that is not empty, a source too small, or a number that is not positive.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"prepare: expected a new or empty folder, got out={str(out)!r}. Choose another.")
+
+    numbers = {"val_tokens": val_tokens, "max_tokens": max_tokens, "shard_tokens": shard_tokens}
+    for name, value in (numbers | {"train_bytes": train_bytes}).items():
+        if value is not None and value < 1:
+            raise ValueError(f"prepare: expected a positive number, got {name}={value}. Leave it out for the default.")
 
     def sample():
         left = train_bytes

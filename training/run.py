@@ -203,7 +203,8 @@ def main(argv=None) -> int:
     config = resized(PRESETS[args.model], args.layers, args.width)
     config = replace(config, context=args.context or config.context)
     if args.dry_run:
-        print(describe(args, config, args.data or "no data yet"))
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(describe(args, config, args.data or "no data yet"))
         return 0
 
     # Processes and data, then the run directory: a wrong --data leaves no folder behind
