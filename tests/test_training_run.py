@@ -13,7 +13,7 @@ import torch
 import sosd_fast
 from sosd_fast.records import JsonLines, Record, RunWriter
 from training import run as script
-from training.model import PRESETS, Config, Transformer
+from training.model import PRESETS, Config, Transformer, flops_per_token
 from training.schedule import constant, cosine, step_decay, wsd
 
 RUN = Path(script.__file__)
@@ -202,6 +202,13 @@ def test_bfloat16(train):
 
 
 @pytest.mark.filterwarnings("ignore")  # the probe warns of the matrices that turned NaN, as it should
+def test_mfu_is_the_models_flops_over_the_peak(train, monkeypatch):
+    monkeypatch.setitem(script.PEAK_FLOPS, "", 1e12)  # "" is part of any device's name, also of none
+    _, run_dir = train("mfu", "--quiet", "--tracker=off", "--steps=2")
+    for line in read_log(run_dir):
+        assert line["mfu"] == pytest.approx(flops_per_token(TINY) * line["tokens_per_s"] / 1e12)
+
+
 def test_non_finite_loss_stops_with_its_records_kept(train, capsys):
     status, run_dir = train("run", "--tracker=full", "--lr=1e15", "--warmup=0", "--quiet")
     assert status == 1
