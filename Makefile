@@ -1,5 +1,6 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
+ROOT := $(if $(filter 0,$(shell id -u)),,sudo)  # for packages of the system
 
 .PHONY: demo test test-integrations check bench gpu sanitize install clean
 
@@ -11,7 +12,8 @@ test: install  ## the whole suite
 
 test-integrations: install  ## with the real Trainer, Lightning, TensorBoard, W&B, Parquet readers, a browser (about 4 minutes)
 	$(PYTHON) -m pip install --quiet -c requirements.txt -r requirements-integrations.txt
-	command -v chromium chromium-browser google-chrome >/dev/null || apt-get install -y --no-install-recommends chromium
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { $(ROOT) apt-get update -qq && $(ROOT) apt-get install -yqq --no-install-recommends chromium; }
 	$(PYTHON) -m pytest tests/integrations tests/test_records.py tests/test_analyze.py tests/test_report.py
 
 check: test  ## what a change must pass: lint, tests, README code, benchmark smoke

@@ -30,8 +30,9 @@ def main(argv=None) -> int:
         "analyze", help="spectra of saved weights, and their change between them", formatter_class=defaults
     )
     analyze.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", help="safetensors file, torch checkpoint, or folder of either"
-    )
+        "checkpoints", nargs="+", metavar="CHECKPOINT",
+        help="safetensors file, torch checkpoint, folder of either, or folder of torch.distributed.checkpoint",
+    )  # fmt: skip
     analyze.add_argument("--json", action="store_true", help="print JSON instead of tables")
     analyze.add_argument("--spectra", action="store_true", help="with --json: all singular values too")
     analyze.add_argument("--run-dir", metavar="DIR", help="also keep the records as a run, for report")

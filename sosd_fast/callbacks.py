@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from sosd_fast.records import JsonLines, Record
-from sosd_fast.sharded import is_sharded
+from sosd_fast.sharded import copies
 from sosd_fast.track import Probe, track
 
 METRICS = ("sd_variation", "sd_variation_topk", "cosine", "sigma_max", "stable_rank", "effective_rank")
@@ -89,13 +90,12 @@ class _Attached:
         self.run_dir, self._track_options = run_dir, track_options
         self.probe: Probe | None = None
         self._log: JsonLines | None = None
+        self._copied: nn.Module | None = None
 
-    def attach(self, model: nn.Module, step: int, on_record: Callable[[Record], None] | None = None) -> Probe:
-        if any(is_sharded(p) for p in model.parameters()):
-            raise ValueError(
-                f"{type(self).__name__}: expected weights that one process holds, got model={type(model).__name__} "
-                "with sharded parameters. Call sosd_fast.track on every rank instead."
-            )
+    def attach(
+        self, model: nn.Module, step: int, ranks: int, main: bool, on_record: Callable[[Record], None] | None = None
+    ) -> Probe:
+        """Begins to follow a model that `ranks` processes train; on each of them, one of which is the main one."""
         given = self._track_options.get("on_record")
 
         def each(record):
@@ -104,9 +104,12 @@ class _Attached:
                     function(record)
 
         self.detach()
+        if ranks > 1:
+            self._copied = getattr(model, "_orig_mod", model)
+            copies[self._copied] = dist.group.WORLD  # counts where the parameters are not sharded
         options: dict[str, Any] = self._track_options | {"on_record": each if given or on_record else None}
         self.probe = track(model, run_dir=self.run_dir, step=step, **options)
-        if self.run_dir is not None:
+        if self.run_dir is not None and main:
             self._log = JsonLines(Path(self.run_dir) / "log.jsonl", step)
         return self.probe
 
@@ -121,7 +124,9 @@ class _Attached:
             self.probe.close()
         if self._log is not None:
             self._log.close()
-        self._log = None
+        if self._copied is not None:
+            copies.pop(self._copied, None)
+        self._log = self._copied = None
 
 
 @functools.cache
@@ -134,7 +139,7 @@ def _hugging_face() -> type:
         ) from None
 
     class HuggingFaceCallback(_Attached, TrainerCallback):
-        """Follows a transformers.Trainer; on the main process of several.
+        """Follows a transformers.Trainer; of several processes each measures its share, as `sosd_fast.track` says.
 
         Losses that the Trainer logs go to the run directory's log.jsonl, for the figures.
 
@@ -147,8 +152,8 @@ def _hugging_face() -> type:
         """
 
         def on_train_begin(self, args, state, control, model=None, **kwargs):  # noqa: ARG002
-            if state.is_world_process_zero and model is not None:
-                self.attach(model, state.global_step)
+            if model is not None:
+                self.attach(model, state.global_step, args.world_size, state.is_world_process_zero)
 
         def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ARG002
             found = logs or {}
@@ -175,10 +180,10 @@ def _lightning() -> type:
         ) from None
 
     class LightningCallback(_Attached, Callback):
-        """Follows a lightning.Trainer; on the main process of several.
+        """Follows a lightning.Trainer; of several processes each measures its share, as `sosd_fast.track` says.
 
-        Its loggers get spectra/<module>/<metric> at each step that is a multiple of log_every_n_steps; the run
-        directory's log.jsonl gets the loss that training_step returns, and the metric val_loss.
+        Its loggers get spectra/<module>/<metric> of all processes at each step that is a multiple of log_every_n_steps;
+        the run directory's log.jsonl gets the loss that training_step returns, and the metric val_loss.
 
         Args:
             run_dir: where records are written. A resumed training goes on in it.
@@ -191,27 +196,49 @@ def _lightning() -> type:
 
         def __init__(self, *, run_dir=None, metrics=METRICS, **track_options):
             super().__init__(run_dir=run_dir, **track_options)
-            self._metrics, self._fresh, self._step = metrics, [], None
+            self._metrics, self._step, self._told, self._heard = metrics, None, 0, {}
 
         def on_train_start(self, trainer, pl_module):
-            if trainer.is_global_zero:
-                step = trainer.global_step if self._step is None else self._step
-                self._step = self.attach(pl_module, step, self._fresh.append)._step
+            def hear(record):
+                if self._logs(trainer, record.step):
+                    self._heard.setdefault(record.step, {}).update(scalars(record, self._metrics))
+
+            step = trainer.global_step if self._step is None else self._step
+            self._told = trainer.global_step
+            self._step = self.attach(pl_module, step, trainer.world_size, trainer.is_global_zero, hear)._step
 
         def on_train_batch_end(self, trainer: Any, pl_module, outputs: Any, batch, batch_idx):  # noqa: ARG002
-            if self.probe is None or self.probe._step == self._step:
-                return  # another rank, or gradients are being accumulated
-            self._step = self.probe._step
-            records, self._fresh[:] = list(self._fresh), []
-            for step in dict.fromkeys(r.step for r in records if r.step % trainer.log_every_n_steps == 0):
-                values = {k: v for r in records if r.step == step for k, v in scalars(r, self._metrics).items()}
-                for logger in trainer.loggers:
-                    logger.log_metrics(values, step=step)
-            if self._step % trainer.log_every_n_steps == 0:
+            if self.probe is None or (trainer.global_step == self._told and self.probe._step == self._step):
+                return  # gradients are being accumulated
+            if self._step != self.probe._step and self._logs(trainer, self.probe._step):
                 loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
                 loss = None if loss is None else float(loss) * trainer.accumulate_grad_batches
                 rate = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else None
-                self.write(self._step, loss=loss, lr=rate)
+                self.write(self.probe._step, loss=loss, lr=rate)
+            self._step, before, self._told = self.probe._step, self._told, trainer.global_step
+            every = trainer.log_every_n_steps
+            # All processes must come here together, also where the probe of one has stopped: the Trainer's steps count.
+            if trainer.world_size == 1 or (every and self._told // every > before // every):
+                self._tell(trainer)
+
+        def on_train_end(self, trainer, pl_module):  # noqa: ARG002
+            if self.probe is not None:
+                self.probe.flush()  # measurements on a GPU may be late
+                self._tell(trainer)
+
+        def _logs(self, trainer, step: int) -> bool:
+            return trainer.log_every_n_steps > 0 and step % trainer.log_every_n_steps == 0
+
+        def _tell(self, trainer):
+            """Gives the loggers what there is of the steps that they log, of all processes."""
+            heard, self._heard = [self._heard], {}
+            if trainer.world_size > 1 and trainer.loggers:
+                heard *= trainer.world_size
+                dist.all_gather_object(heard, heard[0])
+            for step in sorted({step for each in heard for step in each}) if trainer.is_global_zero else ():
+                values = {key: value for each in heard for key, value in each.get(step, {}).items()}
+                for logger in trainer.loggers:
+                    logger.log_metrics(values, step=step)
 
         def on_validation_end(self, trainer, pl_module):  # noqa: ARG002
             if self.probe is not None and "val_loss" in trainer.callback_metrics:

@@ -58,12 +58,19 @@ def find_matrices(
         computing the weight itself may change state (spectral_norm's).
 
     Raises:
-        ValueError: no matrix, an include pattern without a match, or parts that do not fit.
+        ValueError: no matrix, an include pattern without a match, parts that do not fit, or the flat parameters of
+            FullyShardedDataParallel.
     """
     include, exclude = ((p,) if isinstance(p, str) else tuple(p) for p in (include, exclude))
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise ValueError(
+            f"track: expected parameters with their shapes, got model={type(model).__name__} with the flat ones of "
+            "FullyShardedDataParallel. Shard with fully_shard: fsdp_version=2 in accelerate, ModelParallelStrategy in "
+            "Lightning."
+        )
     kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
     candidates = {
         name.replace("_orig_mod.", "").replace("parametrizations.", ""): parameter

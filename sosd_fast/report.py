@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from sosd_fast import plot
-from sosd_fast.analyze import find_checkpoints, parameter_alignment
+from sosd_fast.analyze import parameter_alignment
+from sosd_fast.checkpoints import find_checkpoints
 from sosd_fast.matrices import kind
 from sosd_fast.records import Run, load
 

@@ -10,6 +10,7 @@ Owners then tell all ranks the spectra, so that every rank carries the same stat
 """
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 METHODS = ("gram32", "gram64", "direct64", "exact")
 CHUNK_BYTES = 64 * 2**20  # sent at a time
+
+# Models that the ranks of a group hold copies of, though nothing about them says so: what a Trainer passes to callbacks
+copies: "weakref.WeakKeyDictionary[nn.Module, ProcessGroup]" = weakref.WeakKeyDictionary()
 
 
 class Share(NamedTuple):
@@ -80,7 +84,7 @@ def share(model: nn.Module, matrices: list[Matrix]) -> Share:
     """Finds what this rank measures.
 
     Args:
-        model: DistributedDataParallel, sharded by `fully_shard`, or neither.
+        model: DistributedDataParallel, among `copies`, sharded by `fully_shard`, or none of these.
         matrices: all of its matrices, in the same order on every rank.
 
     Raises:
@@ -91,10 +95,10 @@ def share(model: nn.Module, matrices: list[Matrix]) -> Share:
     parameters = [m.parameter for m in matrices]
     sharded = [p for p in parameters if is_sharded(p)]
     if not sharded:
-        if not isinstance(model, nn.parallel.DistributedDataParallel):
+        ddp = isinstance(model, nn.parallel.DistributedDataParallel)
+        group = model.process_group if ddp else copies.get(model)
+        if group is None:
             return Share(matrices, parameters, None, 0, 1)
-        group = model.process_group
-        assert group is not None
         rank, ranks = group.rank(), group.size()
         return Share(_own(matrices, rank, ranks), parameters, None, rank, ranks)
     mesh, placements = sharded[0].device_mesh, sharded[0].placements

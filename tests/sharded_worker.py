@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -57,6 +58,11 @@ whole.conv = nn.Conv2d(2, 13, 3, bias=False)
 whole.conv.weight.data = noisy(13, 2, 3, 3)
 model.conv = nn.Conv2d(2, 13, 3, bias=False)
 model.conv.weight = nn.Parameter(distribute_tensor(noisy(13, 2, 3, 3), mesh, placements))
+
+state = {"model": model.state_dict(), "optimizers": {"state": {"tall.exp_avg": model.tall}}}
+dcp.save(state, checkpoint_id=f"{sys.argv[2]}/shards")
+if dist.get_rank() == 0:
+    torch.save(whole.state_dict(), f"{sys.argv[2]}/whole.pt")
 
 expected = {m.name: m.tensor() for m in find_matrices(whole)}
 share = sharded.share(model, find_matrices(model))

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 import sosd_fast
 from sosd_fast.__main__ import main
-from sosd_fast.analyze import analyze, find_checkpoints, parameter_alignment
+from sosd_fast.analyze import analyze, parameter_alignment
+from sosd_fast.checkpoints import find_checkpoints
 
 
 def weights(seed=0, scale=0.0):
@@ -153,8 +154,6 @@ def test_damaged_and_missing_files(tmp_path):
     refuse(tmp_path / "nothing", "It does not exist")
     (tmp_path / "empty").mkdir()
     refuse(tmp_path / "empty", "expected a folder with .safetensors, .* with none")
-    (tmp_path / "empty" / ".metadata").write_bytes(b"")
-    refuse(tmp_path / "empty", "dcp_to_torch")
     refuse(torch_file(tmp_path / "vectors", {"b": torch.ones(4), "n": torch.ones(3, 3).long()}), "without a floating")
     folder = sharded(tmp_path / "shards", weights())
     (folder / "model-00002-of-00002.safetensors").unlink()

@@ -1,10 +1,12 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torchrun import torchrun
 
+from sosd_fast.analyze import analyze
 from sosd_fast.matrices import Matrix
 from sosd_fast.sharded import assign, cost, held, shape_of
 
@@ -47,7 +49,15 @@ def test_conv_kernels_flatten():
 
 
 @pytest.mark.parametrize(("ranks", "kind"), [(3, "rows"), (4, "hybrid")])
-def test_spectra_are_those_of_one_process(ranks, kind):
-    done = torchrun(ranks, WORKER, kind)
+def test_spectra_are_those_of_one_process(ranks, kind, tmp_path):
+    done = torchrun(ranks, WORKER, kind, tmp_path)
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("all as in one process") == ranks, done.stdout
+
+    (joined,), (whole,) = (analyze([tmp_path / name]) for name in ("shards", "whole.pt"))
+    assert len(list((tmp_path / "shards").glob("*.distcp"))) == ranks
+    expected = {r.name: r for r in whole}
+    assert sorted(expected) == sorted(r.name for r in joined) and "tall.exp_avg" not in expected
+    for r in joined:
+        assert r.shape == expected[r.name].shape
+        assert np.array_equal(r.spectrum, expected[r.name].spectrum, equal_nan=True), r.name

@@ -1,0 +1,45 @@
+"""The callbacks in runs of two processes: DistributedDataParallel and fully_shard, through the real Trainers."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from torchrun import torchrun
+
+import sosd_fast
+from sosd_fast.callbacks import METRICS, scalars
+from sosd_fast.testing import sd_distance
+
+WORKER = Path(__file__).with_name("trainers_worker.py")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("library", ["hugging_face", "lightning"])
+def test_each_process_measures_its_share(tmp_path, library, kind):
+    done = torchrun(2, WORKER, library, kind, tmp_path, timeout=600)
+    assert done.returncode == 0, done.stdout
+    weights = {name: W for name, W in torch.load(tmp_path / "weights.pt").items() if W.ndim > 1}
+    prefix = "model." if library == "lightning" else ""
+    run = sosd_fast.load(tmp_path / "run")
+    assert {r.name for r in run.records} == {prefix + name for name in weights}
+    assert len(run.records) == 7 * len(weights) and {r.step for r in run.records} == set(range(7))
+    owners = [{r.name for r in sosd_fast.load(path).records} for path in sorted((tmp_path / "run").glob("rank-*"))]
+    assert len(owners) == 2 and all(owners) and not owners[0] & owners[1]
+    for name, W in weights.items():
+        S = torch.from_numpy(run.spectra(prefix + name)[1][-1])
+        assert sd_distance(S, torch.linalg.svdvals(W.double())) <= 1e-6, "of the weights after the last step"
+    steps = [line["step"] for line in run.log if "loss" in line]
+    assert steps == ([1, 2, 3, 4, 5, 6] if library == "hugging_face" else [2, 4, 6])
+    if library == "lightning":
+        with open(tmp_path / "csv/version_0/metrics.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["spectra/model.lm_head.weight/sigma_max"]]
+        assert [int(row["step"]) for row in rows] == [0, 2, 4, 6]
+        for r in run.records:
+            for key, value in scalars(r, METRICS).items() if r.step % 2 == 0 else ():
+                assert float(rows[r.step // 2][key]) == value, "of both processes"
+
+
+def test_flat_parameters_are_refused(tmp_path):
+    done = torchrun(2, WORKER, "hugging_face", "fsdp1", tmp_path, timeout=600)
+    assert done.returncode != 0 and "Shard with fully_shard: fsdp_version=2 in accelerate" in done.stdout

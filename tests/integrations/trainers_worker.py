@@ -1,0 +1,58 @@
+"""Run by test_parallel.py under torchrun: the real Trainers over several processes, with the callbacks on each."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from test_trainers import Module, fit, hugging_face, llama
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+from sosd_fast.callbacks import HuggingFaceCallback, LightningCallback
+
+library, kind, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+main = os.environ["RANK"] == "0"
+
+
+def weights(model):
+    """The whole weights, on every process."""
+    return {name: p.full_tensor() if hasattr(p, "full_tensor") else p.data for name, p in model.named_parameters()}
+
+
+def by_hugging_face():
+    callback, model = HuggingFaceCallback(run_dir=folder / "run", method="full"), llama()
+    if kind != "ddp":  # which accelerate does on GPUs only
+        dist.init_process_group("gloo")
+    if kind == "fsdp2":
+        fully_shard(model)
+    if kind == "fsdp1":
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    trainer = hugging_face(model, folder, [callback], ddp_backend="gloo")
+    if kind != "ddp":
+        trainer.accelerator.prepare_model = lambda model, **_: model
+    trainer.train()
+    assert dist.get_world_size() == 2 and trainer.args.world_size == 2
+    return weights(trainer.model)
+
+
+def by_lightning():
+    from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+    class Sharded(Module):
+        def configure_model(self):
+            if kind == "fsdp2":
+                fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
+    strategy = {"ddp": DDPStrategy, "fsdp2": ModelParallelStrategy}[kind](process_group_backend="gloo")
+    callback, module, found = LightningCallback(run_dir=folder / "run", method="full"), Sharded(llama), {}
+    module.on_train_end = lambda: found.update(weights(module.model))
+    logger = CSVLogger(folder, name="csv", version=0)
+    fit(module, folder, [callback], strategy=strategy, devices=2, logger=logger, log_every_n_steps=2)
+    return found
+
+
+found = {"hugging_face": by_hugging_face, "lightning": by_lightning}[library]()
+if main:
+    torch.save(found, folder / "weights.pt")
