@@ -65,12 +65,16 @@ def find_matrices(
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
-        raise ValueError(
-            f"track: expected parameters with their shapes, got model={type(model).__name__} with the flat ones of "
-            "FullyShardedDataParallel. Shard with fully_shard: fsdp_version=2 in accelerate, ModelParallelStrategy in "
-            "Lightning."
-        )
+    for module in model.modules():
+        bases = {base.__name__ for base in type(module).__mro__}  # not to import them
+        if "FullyShardedDataParallel" in bases:
+            raise ValueError(
+                f"track: expected parameters with their shapes, got model={type(model).__name__} with the flat ones of "
+                "FullyShardedDataParallel. Shard with fully_shard: fsdp_version=2 in accelerate, ModelParallelStrategy "
+                "in Lightning."
+            )
+        if "FSDPModule" in bases:  # whose root holds whole parameters after a forward pass without a backward
+            module.reshard()  # pyright: ignore[reportCallIssue]
     kernels = {id(m.weight) for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)}
     candidates = {
         name.replace("_orig_mod.", "").replace("parametrizations.", ""): parameter

@@ -134,19 +134,22 @@ def plot_spectra(run: Run, names: Sequence[str], *, change: bool = True, columns
             steps, S = steps[usable], np.maximum(S[usable], 1e-12 * S[usable].max())
             S = S / S.sum(1, keepdims=True)
             image = np.log2(S / S[0]) if change else np.log10(S * S.shape[1])
-            images[name] = steps, image
-    values = np.concatenate([image.ravel() for _, image in images.values()]) if images else np.zeros(1)
-    low, high = np.quantile(values, [0.005, 0.995])
+            times = np.linspace(steps[0], max(steps[-1], steps[0] + 1), min(300, len(steps)) + 1)  # edges of the pixels
+            ranks = np.unique(np.geomspace(1, image.shape[1] + 1, 100).round().astype(int))
+            images[name] = times, ranks, image[np.searchsorted(steps, times[:-1], "right") - 1][:, ranks[:-1] - 1]
+    # By area, or the many values of high rank would leave the first, which take half of a panel, beyond the scale.
+    weights = [np.broadcast_to(np.diff(np.log(ranks)), pixels.shape).ravel() for _, ranks, pixels in images.values()]
+    values = np.concatenate([pixels.ravel() for *_, pixels in images.values()]) if images else np.zeros(1)
+    order = np.argsort(values)
+    area = np.cumsum(np.concatenate(weights)[order]) if images else np.ones(1)
+    low, high = values[order[np.searchsorted(area / area[-1], [0.005, 0.995])]]
     limits = {"vmin": -max(-low, high, 0.01), "vmax": max(-low, high, 0.01)} if change else {"vmin": low, "vmax": high}
     shown = None
     for name, panel in zip(names, axes.ravel(), strict=False):
         panel.set_title(name, fontsize=7)
         panel.tick_params(labelsize=7)
         if name in images:
-            steps, image = images[name]
-            times = np.linspace(steps[0], max(steps[-1], steps[0] + 1), min(300, len(steps)) + 1)  # edges of the pixels
-            ranks = np.unique(np.geomspace(1, image.shape[1] + 1, 100).round().astype(int))
-            pixels = image[np.searchsorted(steps, times[:-1], "right") - 1][:, ranks[:-1] - 1]
+            times, ranks, pixels = images[name]
             shown = panel.pcolormesh(
                 times, ranks, pixels.T, cmap="RdBu_r" if change else "viridis", rasterized=True, **limits
             )

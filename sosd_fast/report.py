@@ -20,6 +20,7 @@ from sosd_fast.matrices import kind
 from sosd_fast.records import Run, load
 
 _TEMPLATE = Path(__file__).with_name("report.html")
+_WIDE = {True: ' class="wide"', False: ""}
 
 
 def write_report(
@@ -203,10 +204,13 @@ def _settings(runs: dict[str, Run]) -> str:
         settings[label] = {f"track: {k}": v for k, v in run.meta.get("settings", {}).items()} | config
     keys = list(dict.fromkeys(key for values in settings.values() for key in values))
     rows = [[key, *(_plain(values.get(key, "–")) for values in settings.values())] for key in keys]
+    rows.sort(key=lambda row: len(set(row[1:])) == 1 < len(runs))  # first what the runs differ in
     return _section("Settings", _table(["setting", *runs], rows)) if rows else ""
 
 
 def _plain(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
     return value if isinstance(value, str) else json.dumps(value)
 
 
@@ -220,7 +224,8 @@ def _note(text: str) -> str:
 
 def _table(header: Sequence, rows: Iterable[Sequence]) -> str:
     def line(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+        texts = map(str, cells)
+        return "<tr>" + "".join(f"<{tag}{_WIDE[len(t) > 40]}>{escape(t)}</{tag}>" for t in texts) + "</tr>"
 
     body = "\n".join(line(row, "td") for row in rows)
     return f'<div class="scroll"><table><thead>{line(header, "th")}</thead><tbody>{body}</tbody></table></div>'

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from sosd_fast import newton_schulz, sharded
@@ -127,6 +128,14 @@ for s, (rows, before) in enumerate(zip(done, several, strict=True)):
     X = DTensor.from_local(rows, mesh, placements, shape=before.shape, stride=before.stride()).full_tensor()
     torch.testing.assert_close(X, newton_schulz(noisy(37, 23, seed=s)), rtol=0, atol=1e-5)
     assert torch.equal(before.full_tensor(), noisy(37, 23, seed=s))
+
+# A forward pass without a backward leaves the root's parameters whole
+if not hybrid:
+    net = fully_shard(nn.Sequential(nn.Linear(6, 9, bias=False)), mesh=mesh)
+    with torch.no_grad():
+        net(torch.ones(2, 6))
+    assert not sharded.is_sharded(net[0].weight)
+    assert sharded.share(net, find_matrices(net)).rows is not None and sharded.is_sharded(net[0].weight)
 
 # More ranks than matrices
 lone = nn.Module()

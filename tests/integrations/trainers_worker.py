@@ -17,7 +17,8 @@ main = os.environ["RANK"] == "0"
 
 def weights(model):
     """The whole weights, on every process."""
-    return {name: p.full_tensor() if hasattr(p, "full_tensor") else p.data for name, p in model.named_parameters()}
+    whole = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
+    return {name: p.detach() for name, p in whole.items()}
 
 
 def by_hugging_face():
@@ -45,7 +46,9 @@ def by_lightning():
             if kind == "fsdp2":
                 fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
 
-    strategy = {"ddp": DDPStrategy, "fsdp2": ModelParallelStrategy}[kind](process_group_backend="gloo")
+    strategy = DDPStrategy(process_group_backend="gloo")
+    if kind == "fsdp2":
+        strategy = ModelParallelStrategy(2, 1, process_group_backend="gloo")
     callback, module, found = LightningCallback(run_dir=folder / "run", method="full"), Sharded(llama), {}
     module.on_train_end = lambda: found.update(weights(module.model))
     logger = CSVLogger(folder, name="csv", version=0)
