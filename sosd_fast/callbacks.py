@@ -55,7 +55,8 @@ class WandbWriter:
     A step's values go into one row, which the next step, or the end of the W&B run, completes.
 
     Args:
-        run: what wandb.init returned; None takes the run that is active when the first record comes.
+        run: what wandb.init returned; None takes the run that is active when the first record comes. Of several
+            processes those without one write nothing, except the first, which must have one.
         metrics: fields of `Record`.
     """
 
@@ -70,6 +71,8 @@ class WandbWriter:
                 import wandb
 
                 self._run = wandb.run
+            if self._run is None and dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+                return
             if self._run is None:
                 raise ValueError(
                     "WandbWriter: expected an active W&B run, got run=None. Call wandb.init first, or pass its result."
