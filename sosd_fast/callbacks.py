@@ -107,9 +107,10 @@ class _Attached:
                     function(record)
 
         self.detach()
-        if ranks > 1:
-            self._copied = getattr(model, "_orig_mod", model)
-            copies[self._copied] = dist.group.WORLD  # counts where the parameters are not sharded
+        group = dist.group.WORLD if ranks > 1 else None
+        if group is not None:  # counts where the parameters are not sharded
+            self._copied = copied = getattr(model, "_orig_mod", model)
+            copies[copied] = group
         options: dict[str, Any] = self._track_options | {"on_record": each if given or on_record else None}
         self.probe = track(model, run_dir=self.run_dir, step=step, **options)
         if self.run_dir is not None and main:

@@ -13,7 +13,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -164,7 +164,7 @@ def _safe_open(file: Path):
         raise _damaged(file, error) from error
 
 
-def _torch_load(file: Path, part: "_Part | None" = None):
+def _torch_load(file: Path, part: IO[bytes] | None = None):
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # what matters is whether it can be read
@@ -335,7 +335,7 @@ def _stitched(folder: Path, tensor: _Chunked) -> Tensor:
     whole = None
     for offsets, extent, name, start, length in tensor.chunks:
         with open(folder / name, "rb") as file:
-            part = _torch_load(folder / name, _Part(file, start, length))
+            part = _torch_load(folder / name, cast(IO[bytes], _Part(file, start, length)))
         if not isinstance(part, Tensor) or tuple(part.shape) != extent or part.dtype != tensor.dtype:
             raise _damaged(folder / name, f"{tensor.key} is not the tensor that {_INDEX} tells of")
         if extent == tensor.shape:

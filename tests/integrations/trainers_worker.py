@@ -59,3 +59,6 @@ def by_lightning():
 found = {"hugging_face": by_hugging_face, "lightning": by_lightning}[library]()
 if main:
     torch.save(found, folder / "weights.pt")
+if dist.is_initialized():  # or what its threads still do can abort the process at its end
+    dist.barrier()
+    dist.destroy_process_group()
