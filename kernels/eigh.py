@@ -38,15 +38,7 @@ WARPS = 16
 SHIFT = 1.25  # times a bound on |A|: less makes rows shorter than the rounding of others, more costs accuracy
 
 if triton is not None:
-
-    @triton.jit
-    def _sqrt(x):
-        """Rounds to nearest: approximations would leave rotations less than orthogonal."""
-        return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
-
-    @triton.jit
-    def _divide(x, y):
-        return tl.div_rn(x, y) if y.dtype == tl.float32 else x / y
+    from sosd_fast.kernels.tridiagonal import _divide, _sqrt
 
     @triton.jit
     def _eigh_kernel(
