@@ -7,6 +7,7 @@ import math
 import platform
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -58,10 +59,15 @@ def _analyze(args):
     from sosd_fast.analyze import analyze
     from sosd_fast.records import RunWriter
 
-    writer = RunWriter(args.run_dir, {"settings": {"checkpoints": args.checkpoints}}) if args.run_dir else None
-    found = []
+    if args.run_dir and Path(args.run_dir).is_dir() and any(Path(args.run_dir).iterdir()):
+        raise ValueError(
+            f"analyze: expected a new or empty folder, got --run-dir={args.run_dir}. Choose another: the records of a "
+            "run would be mixed with these."
+        )
+    writer, found = None, []
     for path, records in zip(args.checkpoints, analyze(args.checkpoints), strict=True):
-        if writer:
+        if args.run_dir:
+            writer = writer or RunWriter(args.run_dir, {"settings": {"checkpoints": args.checkpoints}})
             writer.append(records)
         if args.json:
             rows = [
