@@ -119,6 +119,12 @@ def files_of(folder: Path) -> list[Path]:
                 shards = sorted(set(json.loads(index[0].read_text())["weight_map"].values()))
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ValueError(f"analyze: expected an index with a weight_map, got a damaged {index[0]}.") from None
+            outside = [shard for shard in shards if not isinstance(shard, str) or Path(shard).name != shard]
+            if outside:
+                raise ValueError(
+                    f"analyze: expected files inside {folder}, got {index[0].name} with {outside[0]!r}. "
+                    "Move the shards beside their index."
+                )
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing:
                 raise ValueError(
@@ -176,7 +182,7 @@ def _torch_load(file: Path, part: IO[bytes] | None = None):
             f"analyze: expected tensors only, got path={file} with other objects "
             f"({what[0][:200] if what else 'not a checkpoint'}). Nothing in it was run; save model.state_dict()."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(file, error) from error
 
 
@@ -341,7 +347,7 @@ def _stitched(folder: Path, tensor: _Chunked) -> Tensor:
         if extent == tensor.shape:
             return part
         if whole is None:
-            whole = part.new_empty(tensor.shape)
+            whole = part.new_empty(tensor.shape).fill_(math.nan)  # what overlapping parts would leave out
         whole[tuple(slice(o, o + e) for o, e in zip(offsets, extent, strict=True))] = part
     assert whole is not None  # the parts add up to its size
     return whole

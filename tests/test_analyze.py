@@ -160,6 +160,9 @@ def test_damaged_and_missing_files(tmp_path):
     refuse(folder, "expected all shards of .* without model-00002-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text("{}")
     refuse(folder, "expected an index with a weight_map")
+    for outside in ("../a.safetensors", str(tmp_path / "a.safetensors"), None):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": outside}}))
+        refuse(folder, "expected files inside")
 
 
 def test_nan_weights_are_null(tmp_path, capsys):
@@ -178,8 +181,12 @@ def test_command(tmp_path, capsys):
     assert "checkpoint-20, step 20" in text and "h.10.attn.c_attn.weight[q]" in text and "SD variation" in text
     run = sosd_fast.load(tmp_path / "run")
     assert len(run.records) == 24 and run.spectra("head.weight")[0].tolist() == [10, 20]
-    assert main(["analyze", str(tmp_path / "none")]) == 2
-    assert "does not exist" in capsys.readouterr().err
+    assert main(["analyze", *paths, "--run-dir", str(tmp_path / "run")]) == 2
+    assert (
+        "expected a new or empty folder" in capsys.readouterr().err and len(sosd_fast.load(run.run_dir).records) == 24
+    )
+    assert main(["analyze", str(tmp_path / "none"), "--run-dir", str(tmp_path / "new")]) == 2
+    assert "does not exist" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_missing_safetensors_is_named(tmp_path, monkeypatch):
