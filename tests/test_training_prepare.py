@@ -241,6 +241,7 @@ def test_errors(tmp_path, monkeypatch, capsys):
         prepare(str(source), source, "bytes")
     with pytest.raises(ValueError, match=r"prepare: expected more than val_tokens=10000000 tokens, got \d+ in"):
         prepare(str(source), tmp_path / "small", "bytes")
+    assert not any((tmp_path / "small").iterdir()), "the next try may use it"
     for number in ("val_tokens", "max_tokens", "shard_tokens", "train_bytes"):
         with pytest.raises(ValueError, match=rf"prepare: expected a positive number, got {number}=0"):
             prepare(str(source), tmp_path / "zero", "bytes", **{number: 0})

@@ -248,6 +248,8 @@ def prepare(
     for kind, stream, count in (("val", val, val_tokens), ("train", train, max_tokens)):
         counts[f"{kind}_tokens"] = write_shards(out, kind, stream.take(count), shard_tokens)
     if not all(counts.values()):
+        for path in out.glob("*.bin"):  # or the same folder would be refused the next time
+            path.unlink()
         raise ValueError(
             f"prepare: expected more than val_tokens={val_tokens} tokens, got {counts['val_tokens']} in "
             f"source={source!r}, which leaves none to train on. Lower --val-tokens."
