@@ -161,6 +161,11 @@ def test_the_gradient_of_a_tied_embedding_is_whole():
     apart.load_state_dict({**model.state_dict(), "lm_head.weight": model.wte.weight})
     apart(x, y).backward()
     torch.testing.assert_close(found, apart.wte.weight.grad + apart.lm_head.weight.grad)
+    # where something untied them, no head's gradient makes the embedding's whole
+    model.lm_head.weight = torch.nn.Parameter(model.wte.weight.detach().clone())
+    model.zero_grad()
+    model(x, y).backward()
+    assert model.wte.weight.grad.layout is torch.strided
 
 
 def test_rope_keeps_norms_and_depends_on_distance_only():

@@ -214,7 +214,8 @@ class Transformer(nn.Module):
             )
         # Of a tied matrix the embedding's gradient is added to the head's: on a CPU, row by row of those that occur,
         # where a dense one would be a second matrix of zeros.
-        sparse = self.config.tied and tokens.is_cpu and not torch.compiler.is_compiling()
+        tied = self.lm_head.weight is self.wte.weight  # else nothing would make the gradient dense again
+        sparse = tied and tokens.is_cpu and not torch.compiler.is_compiling()
         x = F.embedding(tokens, self.wte.weight, sparse=sparse)  # (B, T, d)
         for block in self.h:
             x = block(x, self.cos[:T], self.sin[:T])
