@@ -237,9 +237,13 @@ def test_paper_prints_its_commands_and_every_run_has_a_preset(capsys):
     assert {name for names in reproduce.PAPER.values() for name in names} <= set(presets.RUNS)
 
 
-def test_flags_are_those_of_the_script():
+def test_flags_are_those_of_the_script(capsys):
     for scale in reproduce.SCALES.values():
         for flags in reproduce.run_flags(scale, scale.steps).values():
             parse_run_args(flags)
     with pytest.raises(SystemExit):
         reproduce.parse_args(["fig9"])
+    for flag in ("--seeds=0", "--steps=0", "--jobs=-1"):
+        with pytest.raises(SystemExit):
+            reproduce.parse_args([flag])
+        assert f"argument {flag.split('=')[0]}: expected a number of at least" in capsys.readouterr().err

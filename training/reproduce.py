@@ -103,10 +103,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     parser.add_argument("figures", nargs="*", default=["all"], metavar="figure", help=f"{', '.join(PAPER)}, or all")
     parser.add_argument("--scale", choices=[*SCALES, "paper"], default="nano", help="paper prints its commands only")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind, of seeds 0, 1, ...")
-    parser.add_argument("--steps", type=int, help="of each run, instead of the scale's")
+    positive = run.number(int, 1)
+    parser.add_argument("--seeds", type=positive, default=3, help="runs of each kind, of seeds 0, 1, ...")
+    parser.add_argument("--steps", type=positive, help="of each run, instead of the scale's")
     parser.add_argument(
-        "--jobs", type=int, help="runs at a time; None: one a core, or one on a GPU; 0: in this process"
+        "--jobs", type=run.number(int, 0), help="runs at a time; None: one a core, or one on a GPU; 0: in this process"
     )
     parser.add_argument("--data", help="for run.py; None is Python's standard library")
     parser.add_argument("--out", help="folder for runs and results; None is runs/reproduce-SCALE")

@@ -42,14 +42,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split(":")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    positive, fraction = _number(int, 1), _number(float, 0)
+    positive, fraction = number(int, 1), number(float, 0)
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--preset", choices=list(RUNS), help="defaults of the other flags: a run of the paper, or nano")
     parser.add_argument("--resume", metavar="RUN_DIR", help="go on from its last checkpoint, with its flags")
     # The probe
     parser.add_argument("--tracker", choices=[*METHODS, "off"], default="fast", help="how spectra are measured")
     parser.add_argument(
-        "--tracker-budget", type=_number(float, 1e-6, 1), default=0.03, help="part of the step time it may take"
+        "--tracker-budget", type=number(float, 1e-6, 1), default=0.03, help="part of the step time it may take"
     )
     parser.add_argument("--tracker-k", type=positive, default=32, help="leading singular values kept of each matrix")
     # Model
@@ -73,7 +73,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--decay-all", action=switch, default=False, help="on embedding and head, too")
     parser.add_argument("--clip", type=fraction, help="largest norm of the gradient; None clips nothing")
     parser.add_argument("--schedule", choices=list(SCHEDULES), default="wsd", help="learning rate over the steps")
-    parser.add_argument("--warmup", type=_number(int, 0), default=20, help="steps of linear warm-up")
+    parser.add_argument("--warmup", type=number(int, 0), default=20, help="steps of linear warm-up")
     parser.add_argument("--steps", type=positive, default=350, help="optimizer steps")
     parser.add_argument("--batch-size", type=positive, default=8, help="sequences in a step, over all ranks")
     parser.add_argument("--batch-tokens", type=positive, help="tokens in a step instead; a multiple of the context")
@@ -132,7 +132,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def _number(convert, least, most=math.inf):
+def number(convert, least, most=math.inf):
+    """The type of a flag: a finite number from `least` to `most`."""
+
     def read(text):
         value = convert(text)
         if not (least <= value <= most and math.isfinite(value)):

@@ -48,7 +48,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=12000, help="of gradient descent")
     parser.add_argument("--seeds", type=int, default=3, help="runs, of seeds 0, 1, ...")
     parser.add_argument("--out", default="runs/theory", help="folder for theory.png and theory.json")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.steps < 1 or args.seeds < 1:
+        parser.error(f"expected at least one step and one seed, got --steps={args.steps} --seeds={args.seeds}.")
+    return args
 
 
 class Problem(NamedTuple):
