@@ -201,7 +201,6 @@ def test_bfloat16(train):
     assert first != second and second == pytest.approx(first, rel=1e-2)
 
 
-@pytest.mark.filterwarnings("ignore")  # the probe warns of the matrices that turned NaN, as it should
 def test_mfu_is_the_models_flops_over_the_peak(train, monkeypatch):
     monkeypatch.setitem(script.PEAK_FLOPS, "", 1e12)  # "" is part of any device's name, also of none
     _, run_dir = train("mfu", "--quiet", "--tracker=off", "--steps=2")
@@ -209,6 +208,7 @@ def test_mfu_is_the_models_flops_over_the_peak(train, monkeypatch):
         assert line["mfu"] == pytest.approx(flops_per_token(TINY) * line["tokens_per_s"] / 1e12)
 
 
+@pytest.mark.filterwarnings("ignore")  # the probe warns of the matrices that turned NaN, as it should
 def test_non_finite_loss_stops_with_its_records_kept(train, capsys):
     status, run_dir = train("run", "--tracker=full", "--lr=1e15", "--warmup=0", "--quiet")
     assert status == 1
