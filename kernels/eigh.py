@@ -255,7 +255,10 @@ def library(name: str, A: Tensor) -> Any:
     if A.is_cuda and A.ndim > 2 and torch.__version__ < (2, 12):  # pyright: ignore[reportOperatorIssue]
         cupy = _cupy()
         if cupy is not None:
-            with cupy.cuda.Device(A.device.index), cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+            with (
+                cupy.cuda.Device(A.device.index),
+                cupy.cuda.ExternalStream(torch.cuda.current_stream(A.device).cuda_stream),
+            ):
                 found = getattr(cupy.linalg, name)(cupy.from_dlpack(A.contiguous()))
                 return torch.from_dlpack(found) if name == "eigvalsh" else tuple(map(torch.from_dlpack, found))
         _warn_loop()

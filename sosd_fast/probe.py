@@ -18,8 +18,10 @@ from sosd_fast.budget import Budget
 from sosd_fast.measure import Audit, Auditor, Launched, Tracked, audit, measure_full, measure_leading
 from sosd_fast.records import Record, RunWriter, load
 from sosd_fast.rounds import Rounds
+from sosd_fast.sharded import shape_of
 
 KEPT_RECORDS = 10_000  # in memory, where no run directory keeps them
+FOREIGN_STEPS = 20  # before it is said that they are
 
 log = logging.getLogger("sosd_fast")
 probes_of: "weakref.WeakKeyDictionary[nn.Module, list[Probe]]" = weakref.WeakKeyDictionary()
@@ -59,7 +61,7 @@ class Probe:
         self._ended: float | None = None
         self._budget: Budget | None = None  # with "auto"
         self._planned = 0.0
-        self._said_coverage = False
+        self._said_coverage = self._said_foreign = False
         self._clock = time.perf_counter
         self._lanes: dict[torch.device, side.Host | side.Side] = {}
         self._under_way: deque[_Work] = deque()
@@ -82,8 +84,10 @@ class Probe:
 
     def _take(self, own):
         """Follows the matrices of a `Share`; those already known keep what is remembered of them."""
-        known = {t.name: t for t in self._tracked}
-        self._tracked = [known.get(m.name) or self._make(m) for m in own.matrices]
+        known = {(t.name, t.shape): t for t in self._tracked}
+        self._tracked = [known.get((m.name, shape_of(m))) or self._make(m) for m in own.matrices]
+        for t, m in zip(self._tracked, own.matrices, strict=True):
+            t.matrix = m  # its parameter may be another
         self._rows = own.rows
         for i, t in enumerate(self._tracked):
             t.rows, t.place = own.rows, i
@@ -168,7 +172,7 @@ class Probe:
         def after(optimizer, args, kwargs):  # noqa: ARG001
             probe = this()
             if probe is not None and not _capturing():
-                probe._guarded(lambda: probe._rounds.ends_after(optimizer) and probe._count())
+                probe._guarded(lambda: probe._after(optimizer))
 
         return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
 
@@ -176,6 +180,17 @@ class Probe:
         if self._rounds.ends_before(optimizer):
             self._count()
         self._hold()
+
+    def _after(self, optimizer):
+        new = self._rounds.is_new(optimizer)
+        ended = self._rounds.ends_after(optimizer)
+        if not ended and new and not self._rounds.pending:  # it may hold what was put in the place of parameters
+            self._grow()
+            ended = self._rounds.ends_after(optimizer)
+        if ended:
+            self._count()
+        elif self._rounds.foreign >= FOREIGN_STEPS:
+            self._say_foreign()
 
     def _guarded(self, action):
         if not self._finalizer.alive:
@@ -231,14 +246,15 @@ class Probe:
             self._budget = Budget(self._fraction, full, [topk_seconds.get(i) for i in everything])
 
     def _grow(self):
-        """Takes up matrices that the optimizers' parameters gained since the last step."""
-        known = {t.name for t in self._tracked}
-        self._drain(wait=True)  # what is under way counts the matrices as they were
+        """Takes up matrices that the model has gained or put in the place of others since the last step."""
         own = self._find()
-        if own is None or [m.name for m in own.matrices] == [t.name for t in self._tracked]:
+        followed = [(t.name, id(t.matrix.parameter)) for t in self._tracked]
+        if own is None or [(m.name, id(m.parameter)) for m in own.matrices] == followed:
             return
+        self._drain(wait=True)  # what is under way counts the matrices as they were
+        known = set(map(id, self._tracked))
         self._take(own)
-        new = [i for i, t in enumerate(self._tracked) if t.name not in known]
+        new = [i for i, t in enumerate(self._tracked) if id(t) not in known]
         self._rounds.follow(own.parameters)
         log.info("sosd_fast: %d more matrices are measured from step %d on.", len(new), self._step)
         records, _ = self._measure_now(full=new, topk=[])
@@ -252,7 +268,7 @@ class Probe:
         """Counts a step, measures it and keeps the records."""
         self._rounds.finish()
         began = self._clock()
-        if self._rounds.size != self._size:
+        if self._rounds.size != self._size or self._rounds.lost:
             if self._size:
                 self._grow()
             self._size = self._rounds.size
@@ -396,6 +412,15 @@ class Probe:
         if t.warned != what:
             t.warned = what
             log.warning("sosd_fast: %s %s at step %d, so it has no singular distribution.", t.name, what, step)
+
+    def _say_foreign(self):
+        if not self._said_foreign:
+            self._said_foreign = True
+            log.warning(
+                "sosd_fast: %d steps of optimizers that hold none of the tracked parameters, so none was counted. "
+                "Where copies of the weights are trained, pass optimizers=[] and call Probe.step after each step.",
+                self._rounds.foreign,
+            )
 
     def _say_coverage(self, budget: Budget):
         if not self._said_coverage and budget.coverage < 0.9 and self._step > 20:

@@ -68,9 +68,10 @@ class Record:
     sd_error: float | None = None  # |SD - SD_true|_2 is at most this
     audit_error: float | None = None  # |SD - SD_true|_2, where the spectrum was audited
     theory_bound: float | None = None  # on sd_variation, from the size of the update
-    topk: tuple[float, ...] = ()  # leading singular values, descending; empty where a run directory left them out
-    residual: tuple[float, ...] | None = None  # of each leading value, where method is topk
-    spectrum: np.ndarray | None = dataclasses.field(default=None, compare=False)  # all values, descending
+    # Leading singular values, descending; empty where a run directory left them out.
+    topk: tuple[float, ...] = dataclasses.field(default=(), repr=False)
+    residual: tuple[float, ...] | None = dataclasses.field(default=None, repr=False)  # of each, where method is topk
+    spectrum: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)  # all values, descending
 
 
 _FLOATS = tuple(f.name for f in dataclasses.fields(Record) if f.type == float | None)

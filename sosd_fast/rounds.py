@@ -14,6 +14,9 @@ class Rounds:
         self._known = weakref.WeakSet()
         self._stepped = weakref.WeakSet()
         self._orphans: set[int] = set()  # parameters that a whole round passed by
+        self.lost = False  # whether the last round passed by some that the one before did not
+        self._strangers = weakref.WeakSet()  # optimizers that hold none of the parameters
+        self.foreign = 0  # their steps before the first round
 
     @property
     def pending(self) -> bool:
@@ -28,6 +31,10 @@ class Rounds:
     def follow(self, parameters):
         """Takes another list of parameters."""
         self._parameters = parameters
+
+    def is_new(self, optimizer) -> bool:
+        """Whether this optimizer has not stepped yet."""
+        return self._given is None and optimizer not in self._known and optimizer not in self._strangers
 
     def ends_before(self, optimizer) -> bool:
         """Whether this optimizer, about to step, begins a new round."""
@@ -44,6 +51,8 @@ class Rounds:
             self._stepped.add(optimizer)
             return self._given == self._stepped
         if not self._held(optimizer) & {id(p) for p in self._parameters}:
+            self._strangers.add(optimizer)
+            self.foreign += not self._known
             return False
         self._stepped.add(optimizer)
         self._known.add(optimizer)
@@ -54,7 +63,8 @@ class Rounds:
         """Closes the round."""
         self._known = self._stepped
         held = set().union(*map(self._held, self._known))
-        self._orphans = {id(p) for p in self._parameters} - held
+        orphans = {id(p) for p in self._parameters} - held
+        self.lost, self._orphans = bool(orphans - self._orphans), orphans
         self._stepped = weakref.WeakSet()
 
     @staticmethod

@@ -354,7 +354,7 @@ def _chunks(matrices: list):
     """Slices of a list of matrices of which no copies take more than CHUNK_BYTES, or of one matrix."""
     first, size = 0, 0
     for i, A in enumerate(matrices):
-        own = 4 * A.shape[0] * A.shape[1]
+        own = max(4, A.element_size()) * A.shape[0] * A.shape[1]
         if i > first and size + own > CHUNK_BYTES:
             yield slice(first, i)
             first, size = i, 0

@@ -137,6 +137,36 @@ def test_grouped_queries_stay_whole_unless_asked_for():
         sosd_fast.track(net, split={"qkv.weight": 5})
 
 
+@pytest.mark.parametrize("method", ["full", "topk"])
+def test_a_parameter_put_in_the_place_of_another_is_followed(method):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 12, bias=False), nn.Linear(12, 8, bias=False))
+    probe = sosd_fast.track(net, method=method, k=2)
+    train(net, torch.optim.SGD(net.parameters(), lr=0.1), torch.randn(5, 12))
+    net[0].weight = nn.Parameter(net[0].weight.detach() + 0.1)  # of the same shape
+    net[1].weight = nn.Parameter(torch.randn(10, 12))  # of another
+    train(net, torch.optim.SGD(net.parameters(), lr=0.1), torch.randn(5, 12))
+    probe.flush()
+    last = {r.name: r for r in probe.latest().values()}
+    assert last["0.weight"].frobenius_norm == pytest.approx(net[0].weight.norm().item(), rel=1e-5)
+    assert last["1.weight"].shape == (10, 12)
+    assert last["1.weight"].frobenius_norm == pytest.approx(net[1].weight.norm().item(), rel=1e-5)
+    assert steps(probe) == [0, 1, 2, 3, 4] and all(r.step == 4 for r in last.values())
+
+
+def test_optimizers_that_hold_copies_of_the_weights_are_named_once(caplog):
+    net = nn.Sequential(nn.Linear(6, 6))
+    probe = sosd_fast.track(net)
+    masters = [nn.Parameter(p.detach().clone()) for p in net.parameters()]
+    optimizer = torch.optim.SGD(masters, lr=0.1)
+    for _ in range(50):
+        for p in masters:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert steps(probe) == [0]
+    assert sum("pass optimizers=[] and call Probe.step" in message for message in caplog.messages) == 1
+
+
 def test_parameters_added_midway():
     net = LoRA()
     net.base.requires_grad_(True)

@@ -29,7 +29,7 @@ def _alone_is_fine():
 
 def latest(run_dir: Path) -> Path | None:
     """The newest whole checkpoint of a run."""
-    found = sorted((run_dir / "checkpoints").glob("step-*"))
+    found = sorted((run_dir / "checkpoints").glob("step-*"), key=step_of)
     return found[-1] if found else None
 
 
@@ -55,7 +55,7 @@ def save(
     parallel.barrier()
     if parallel.main:
         partial.rename(path)
-        for old in sorted(path.parent.glob("step-*"))[:-KEEP]:
+        for old in sorted(path.parent.glob("step-*"), key=step_of)[:-KEEP]:
             shutil.rmtree(old)
     parallel.barrier()
     return path

@@ -83,12 +83,13 @@ class _Page:
 def _fig1(page: _Page, runs):
     seeds = runs["gpt2-wsd"]
     left, right = page.panels(1, 2, width=5, height=3.6)[0]
-    left.set_title("cosine to the final state (median over matrices)")
+    left.set_title("cosine to the final state, median over matrices", fontsize=10)
     _cosines(page, left, seeds)
-    right.set_title("loss and SD variation; dotted: onsets, dashed: loss boundary")
+    kink = seeds[0].phases.loss
+    what = "loss boundary" if kink else "knot on linear axes"
+    right.set_title(f"loss, SD variation; dotted: onsets, dashed: {what}", fontsize=10)
     page.loss(right, seeds)
-    boundary = seeds[0].phases.loss or seeds[0].phases.loss_linear
-    if boundary:
+    if boundary := kink or seeds[0].phases.loss_linear:
         right.axvline(boundary.step, color="#222222", ls="--", lw=1)
     other = right.twinx()
     page.variation(other, seeds, COLORS)

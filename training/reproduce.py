@@ -195,14 +195,15 @@ def train(run_dir: Path, flags: list[str], steps: int) -> float:
     if status:
         raise RuntimeError(f"reproduce: expected {run_dir} to end well, got exit status {status} of run.py.")
     observer.save(run_dir / "observed.npz")
-    (run_dir / "finished.json").write_text(json.dumps(flags))  # last, so that what is there is whole
+    mark = {"flags": flags, "commit": commit()}
+    (run_dir / "finished.json").write_text(json.dumps(mark))  # last, so that what is there is whole
     return time.monotonic() - began
 
 
 def is_finished(run_dir: Path, flags: list[str]) -> bool:
     """Whether this folder holds exactly this run, to its end."""
     mark = run_dir / "finished.json"
-    return mark.exists() and json.loads(mark.read_text()) == flags
+    return mark.exists() and json.loads(mark.read_text())["flags"] == flags
 
 
 def train_all(todo: dict[Path, list[str]], steps: int, jobs: int, console: Console) -> list[str]:
@@ -277,8 +278,7 @@ def table(claims: list[Claim]) -> str:
 
 def settings(args: argparse.Namespace, steps: int, todo: dict[Path, list[str]]) -> dict:
     """What the results were made with: machine, versions, commit, flags."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
+    marks = [json.loads((path / "finished.json").read_text()) for path in todo]
     return {
         "scale": args.scale,
         "seeds": list(range(args.seeds)),
@@ -287,9 +287,17 @@ def settings(args: argparse.Namespace, steps: int, todo: dict[Path, list[str]]) 
         "machine": platform.machine(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() if commit and commit.returncode == 0 else None,
+        "commit": commit(),
+        "commits of the runs": sorted({str(mark["commit"]) for mark in marks}),
         "flags": {path.name: " ".join(flags) for path, flags in todo.items()},
     }
+
+
+def commit() -> str | None:
+    """The commit of this file, with -dirty where the tree differs from it; None outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    said = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
+    return said.stdout.strip() if said and said.returncode == 0 else None
 
 
 def paper_commands(names: list[str], data: str | None) -> list[str]:

@@ -101,7 +101,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=args.device)
+        if not torch.device(args.device).type == "cuda":
+            torch.empty(0, device=args.device)
+        elif (torch.device(args.device).index or 0) >= torch.cuda.device_count():  # a tensor would take up GPU 0
+            raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs")
     except (RuntimeError, AssertionError) as error:
         parser.error(f"argument --device: expected a usable device, got {args.device!r} ({error}). Try --device=cpu.")
     try:
