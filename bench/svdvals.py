@@ -186,7 +186,7 @@ def main():
                 "+".join(sorted(set(found.methods))),
             ]
         )
-    columns = ["shape", "ms each", "x svdvals", "x eigvalsh(G)", "x SciPy", "at that rate/time", "SD error", "precision"]
+    columns = ["shape", "ms each", "x svdvals", "x eigvalsh(G)", "x SciPy", "at mm rate/time", "SD error", "precision"]
     show(f"{args.dtype}, {BATCH} Gaussian matrices a call; svdvals in its faster orientation", columns, rows)
 
     result = {"benchmark": "svdvals", "settings": vars(args), "gate": True, "rows": results}
