@@ -107,7 +107,11 @@ def measure_full(group: list[Tracked], step: int, every: int, k: int) -> Launche
         result = rows.spectra([t.place for t in group], "direct64" if strict else method, known)
     else:
         result = spectra([W.double() for W in matrices] if strict else matrices, "exact" if strict else method, known)
-    fixed = _stack([t.reference for t in group], device)
+    compared = [t.reference is not None for t in group]
+    fixed = None
+    if any(compared):  # NaN stands for what has no reference
+        missing = torch.full_like(result.S[0], math.nan)
+        fixed = _stack([missing if t.reference is None else t.reference for t in group], device)
     d = singular_distribution(result.S, before, fixed)
     k = min(k, result.S.shape[1])
     tensors = {"S": result.S, "sd_error": result.sd_error} | {f: getattr(d, f) for f in _SUMMARIES}
@@ -136,7 +140,8 @@ def measure_full(group: list[Tracked], step: int, every: int, k: int) -> Launche
         found = []
         for j, t in enumerate(group):
             t.spectrum = torch.from_numpy(S[j].copy())
-            values = {f: columns[f][j] for f in (*_SUMMARIES, "sd_error", "cosine") if f in columns}
+            values = {f: columns[f][j] for f in (*_SUMMARIES, "sd_error")}
+            values["cosine"] = columns["cosine"][j] if compared[j] else None
             values |= {"method": result.methods[j], "topk": tuple(S[j, :k].tolist())}
             values |= {"spectrum": S[j], "residual": None}
             if consecutive[j]:

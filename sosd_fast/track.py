@@ -94,11 +94,14 @@ def track(
             f"track: expected 'initial', a mapping from names to spectra, or None, got reference={reference!r}. "
             "Use 'initial'."
         )
-    if isinstance(reference, Mapping) and not set(reference) & {m.name for m in find_matrices(model)}:
-        raise ValueError(
-            f"track: expected spectra by the names of matrices, got reference={{{', '.join(map(repr, reference))}}}. "
-            f"The model has {', '.join(m.name for m in find_matrices(model)[:8])}."
-        )
+    if isinstance(reference, Mapping):
+        names = [m.name for m in find_matrices(model, include, exclude, split)]
+        if not set(reference) & set(names):
+            raise ValueError(
+                "track: expected spectra by the names of matrices, got "
+                f"reference={{{', '.join(map(repr, reference))}}}"
+                f". The matrices are {', '.join(names[:8])}."
+            )
     if optimizers is not None:
         given = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
         if not all(isinstance(o, torch.optim.Optimizer) for o in given):

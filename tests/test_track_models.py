@@ -1,6 +1,7 @@
 """One line tracks any model: which matrices, which names, and which steps."""
 
 import importlib
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -165,6 +166,18 @@ def test_optimizers_that_hold_copies_of_the_weights_are_named_once(caplog):
         optimizer.step()
     assert steps(probe) == [0]
     assert sum("pass optimizers=[] and call Probe.step" in message for message in caplog.messages) == 1
+
+
+def test_a_reference_goes_by_the_names_after_splitting():
+    net = nn.Sequential(OrderedDict(fused=nn.Linear(8, 16, bias=False)))
+    parts = {"fused.weight": 2}
+    S = torch.linalg.svdvals(net.fused.weight.detach()[:8])
+    probe = sosd_fast.track(net, split=parts, reference={"fused.weight[0]": S}, method="full")
+    train(net, torch.optim.SGD(net.parameters(), lr=0.1), torch.randn(5, 8))
+    latest = probe.latest()
+    assert 0 < latest["fused.weight[0]"].cosine <= 1 and latest["fused.weight[1]"].cosine is None
+    with pytest.raises(ValueError, match=r"got reference=\{'fused.weight'\}. The matrices are fused.weight\[0\]"):
+        sosd_fast.track(net, split=parts, reference={"fused.weight": S})
 
 
 def test_parameters_added_midway():
