@@ -84,6 +84,10 @@ def test_the_same_seed_gives_the_same_table_and_finished_runs_are_kept(tiny, cap
     assert "1 are there, 1 to do" in capsys.readouterr().out
     assert (first / "gpt2-wsd-s1" / "log.jsonl").stat().st_mtime_ns == before
     assert (first / "table.md").read_text() == (second / "table.md").read_text()
+    mark = first / "gpt2-wsd-s0" / "finished.json"
+    mark.write_text(json.dumps(json.loads(mark.read_text())["flags"]))  # as it was written before there were commits
+    tiny("fig1", "--seeds=2")
+    assert "1 are there, 1 to do" in capsys.readouterr().out
     tiny("fig1", "--seeds=1", "--steps=8")  # other flags: another run
     assert "0 are there, 1 to do" in capsys.readouterr().out
 

@@ -203,7 +203,8 @@ def train(run_dir: Path, flags: list[str], steps: int) -> float:
 def is_finished(run_dir: Path, flags: list[str]) -> bool:
     """Whether this folder holds exactly this run, to its end."""
     mark = run_dir / "finished.json"
-    return mark.exists() and json.loads(mark.read_text())["flags"] == flags
+    kept = json.loads(mark.read_text()) if mark.exists() else None
+    return isinstance(kept, dict) and kept["flags"] == flags  # a list was written before commits were kept
 
 
 def train_all(todo: dict[Path, list[str]], steps: int, jobs: int, console: Console) -> list[str]:
