@@ -169,8 +169,8 @@ def singular_distribution(S: Tensor, previous: Tensor | None = None, reference: 
     if triton_takes_it:
         _launch(rows, *others, sd=sd, statistics=statistics)
     else:
-        arrays = (t if t is None else t.to(S.dtype).contiguous().numpy() for t in (rows, *others))
-        kernels._C.singular_distribution(*arrays, sd.view(rows.shape).numpy(), statistics.numpy())
+        spectra = (t if t is None else t.to(S.dtype).contiguous() for t in (rows, *others))
+        kernels._C.singular_distribution(*spectra, sd.view(rows.shape), statistics)
     found = Distribution(sd, *(column.reshape(S.shape[:-1]) for column in statistics.unbind(1)))
     if previous is None:
         found = found._replace(variation_l2=None, variation_l1=None, variation_linf=None)

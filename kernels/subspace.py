@@ -51,11 +51,11 @@ def advance_subspaces(matrices: list[Tensor], V: Tensor, P: Tensor | None, pace:
     V = V.contiguous()
     result = Advance(*(V.new_empty(V.shape[:2]) for _ in range(2)), *(V.new_empty(V.shape) for _ in range(2)))
     ordinary = kernels._C.advance_subspaces(
-        [(A.data_ptr(), *A.shape, *A.stride()) for A in matrices],
+        matrices,
         pace,
-        V.numpy(),
-        None if P is None else P.contiguous().numpy(),
-        *(result[i].numpy() for i in (2, 3, 0, 1)),
+        V,
+        None if P is None else P.contiguous(),
+        *(result[i] for i in (2, 3, 0, 1)),
         torch.get_num_threads(),
     )
     return result if ordinary else None

@@ -30,7 +30,6 @@ LARGEST_REDUCED = 2048  # sides of Gram matrices that the Triton kernels take; b
 CHUNK_BYTES = 2**30  # of copies of weights and of Gram matrices at a time
 
 _LADDER = ("gram32", "gram64", "direct64")
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _PRECISIONS = {"gram32": 0, "gram64": 1, "auto": 2, "direct64": 3}
 
 
@@ -59,9 +58,9 @@ def svdvals(W: Tensor, *, method: str = "auto", return_bound: bool = False) -> T
     Accuracy:
         "auto": |SD - SD_true|_2 <= 1e-6 for SD = S / sum(S); on CUDA 2e-6 for deficient rank. "gram32", "gram64": with
         d = c * eps * S[0]**2, a value s errs by at most d / (s + sqrt(max(s**2 - d, 0))), so values below about
-        sqrt(eps) * S[0] are lost; "exact": c * eps * S[0]. In units of eps / 2, c = 32 + 2 sqrt(r) + sqrt(K) / 8 for
-        the C++ kernels (K = max(m, n)) and 32 + 16 sqrt(r) for torch's operations. Both were calibrated against
-        float64 (LOG.md) and are tested to hold; they are not proofs.
+        sqrt(eps) * S[0] are lost; "exact": c * eps * S[0]. In units of eps / 2 and with K = max(m, n),
+        c = 32 + max(2 sqrt(r), r / 12) + sqrt(K) / 8 for the C++ kernels and 32 + 16 sqrt(r) for torch's operations.
+        Both were calibrated against float64 (LOG.md) and are tested to hold; they are not proofs.
 
     Raises:
         ValueError: fewer than two dimensions, an integer or complex dtype, an empty matrix, an unknown method.
@@ -136,12 +135,11 @@ def _compiled(matrices: Sequence[Tensor], method: str, previous: Tensor | None) 
     S = torch.empty(len(matrices), min(m, n), dtype=torch.float64, device="cpu")
     bound = torch.empty_like(S)
     found = kernels._C.svdvals(
-        layouts=[(W.data_ptr(), m, n, *W.stride()) for W in matrices],
-        dtype=_DTYPES[matrices[0].dtype],
+        matrices=matrices,
         precision=_PRECISIONS[method],
-        previous=None if previous is None else previous.contiguous().numpy(),
-        S=S.numpy(),
-        bound=bound.numpy(),
+        previous=None if previous is None else previous.to(torch.float64).contiguous(),
+        S=S,
+        bound=bound,
         threads=torch.get_num_threads(),
     )
     names = list(_PRECISIONS)

@@ -1,102 +1,140 @@
-#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
-#include <array>
-#include <optional>
-#include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "distribution.hpp"
 #include "svdvals.hpp"
+#include "tensor.hpp"
 
 namespace py = pybind11;
+using sosd_fast::DType;
+using sosd_fast::Tensor;
 
 namespace {
 
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
+constexpr int64_t kLongestShortSide = int64_t(1) << 20;  // its Gram matrix would have 10^12 elements
 
-template <class T>
-const T* rows_like(const std::optional<Array<T>>& spectra, int64_t rows, int64_t r) {
-    if (!spectra) return nullptr;
-    if (spectra->ndim() != 2 || spectra->shape(0) != rows || spectra->shape(1) != r)
-        throw std::invalid_argument("singular_distribution: expected previous and reference shaped like S");
-    return spectra->data();
-}
+[[noreturn]] void refuse(const std::string& message) { throw py::value_error("sosd_fast._C." + message); }
 
-template <class T>
-void singular_distribution(const Array<T>& S, const std::optional<Array<T>>& previous,
-                           const std::optional<Array<T>>& reference, Array<T>& sd, Array<double>& statistics) {
-    if (S.ndim() != 2 || S.shape(1) < 1) throw std::invalid_argument("singular_distribution: expected S of shape (B, r)");
-    const int64_t rows = S.shape(0), r = S.shape(1);
-    if (sd.size() != S.size() || statistics.size() != rows * sosd_fast::kStatistics)
-        throw std::invalid_argument("singular_distribution: outputs have the wrong size");
-    const T* before = rows_like(previous, rows, r);
-    const T* fixed = rows_like(reference, rows, r);
-    const T* spectra = S.data();
-    T* out = sd.mutable_data();
-    double* summary = statistics.mutable_data();
-    py::gil_scoped_release release;
-    sosd_fast::singular_distribution(spectra, before, fixed, rows, r, out, summary);
-}
-
-// layouts: of each matrix its address, rows, columns, row stride and column stride, in elements. S and bound hold the
-// values of all matrices end to end, as does previous. Returns (precision used, predicted SD error) of each.
-std::vector<std::pair<int, double>> svdvals(const std::vector<std::array<int64_t, 5>>& layouts, int dtype, int precision,
-                                            const std::optional<Array<double>>& previous, Array<double>& S,
-                                            Array<double>& bound, int threads) {
-    if (dtype < 0 || dtype > 3 || precision < 0 || precision > 3)
-        throw std::invalid_argument("svdvals: expected dtype and precision in 0..3");
-    std::vector<sosd_fast::SvdvalsTask> tasks(layouts.size());
-    int64_t total = 0;
-    double *values = S.mutable_data(), *bounds = bound.mutable_data();
-    const double* before = previous ? previous->data() : nullptr;
-    for (size_t i = 0; i < layouts.size(); ++i) {
-        const auto& [address, m, n, row_stride, col_stride] = layouts[i];
-        sosd_fast::SvdvalsTask& t = tasks[i];
-        t.data = reinterpret_cast<const void*>(address);
-        t.dtype = static_cast<sosd_fast::DType>(dtype);
-        t.m = m, t.n = n, t.row_stride = row_stride, t.col_stride = col_stride;
-        t.precision = static_cast<sosd_fast::Precision>(precision);
-        t.S = values + total;
-        t.bound = bounds + total;
-        t.previous = before ? before + total : nullptr;
-        total += std::min(m, n);
+// The matrices of one call: of one shape and dtype.
+std::vector<Tensor> open_matrices(const char* function, const py::sequence& given) {
+    std::vector<Tensor> matrices;
+    matrices.reserve(given.size());
+    for (const py::handle& each : given) {
+        matrices.emplace_back(each, "matrices");
+        const Tensor& W = matrices.back();
+        if (W.dims() != 2 || W.size != matrices[0].size || W.dtype != matrices[0].dtype)
+            refuse(std::string(function) + ": expected matrices of one shape and dtype, got shape " +
+                   sosd_fast::to_string(W.size) + " after " + sosd_fast::to_string(matrices[0].size) +
+                   ". Call it once for each shape and dtype.");
     }
-    if (S.size() != total || bound.size() != total || (previous && previous->size() != total))
-        throw std::invalid_argument("svdvals: outputs or previous have the wrong size");
+    if (!matrices.empty() && std::min(matrices[0].size[0], matrices[0].size[1]) > kLongestShortSide)
+        refuse(std::string(function) + ": expected a short side of at most 2^20, got shape " +
+               sosd_fast::to_string(matrices[0].size) + ".");
+    return matrices;
+}
+
+// Opens what may be None.
+std::vector<Tensor> open_optional(const py::object& given, const char* name) {
+    std::vector<Tensor> out;
+    if (!given.is_none()) out.emplace_back(given, name);
+    return out;
+}
+
+template <class T>
+void singular_distribution(const Tensor& S, const std::vector<Tensor>& previous, const std::vector<Tensor>& reference,
+                           const Tensor& sd, const Tensor& statistics) {
+    const int64_t rows = S.size[0], r = S.size[1];
+    const T* before = previous.empty() ? nullptr : previous[0].as<T>();
+    const T* fixed = reference.empty() ? nullptr : reference[0].as<T>();
+    py::gil_scoped_release release;
+    sosd_fast::singular_distribution(S.as<T>(), before, fixed, rows, r, sd.as<T>(), statistics.as<double>());
+}
+
+// S, previous, reference and sd are (B, r) of one dtype, contiguous; statistics is (B, kStatistics) float64.
+void any_distribution(const py::object& S, const py::object& previous, const py::object& reference, const py::object& sd,
+                      const py::object& statistics) {
+    const Tensor spectra(S, "S"), out(sd, "sd"), summary(statistics, "statistics");
+    const std::vector<Tensor> before = open_optional(previous, "previous"), fixed = open_optional(reference, "reference");
+    if (spectra.dims() != 2 || spectra.size[1] < 1 || (spectra.dtype != DType::f32 && spectra.dtype != DType::f64))
+        refuse("singular_distribution: expected S of shape (B, r) in float32 or float64, got shape " +
+               sosd_fast::to_string(spectra.size) + ".");
+    spectra.expect("S", spectra.dtype, spectra.size);
+    out.expect("sd", spectra.dtype, spectra.size);
+    for (const Tensor& t : before) t.expect("previous", spectra.dtype, spectra.size);
+    for (const Tensor& t : fixed) t.expect("reference", spectra.dtype, spectra.size);
+    summary.expect("statistics", DType::f64, {spectra.size[0], int64_t(sosd_fast::kStatistics)});
+    if (spectra.dtype == DType::f32)
+        singular_distribution<float>(spectra, before, fixed, out, summary);
+    else
+        singular_distribution<double>(spectra, before, fixed, out, summary);
+}
+
+// matrices: B tensors (m, n) of one dtype, any strides. S, bound and previous: (B, min(m, n)) float64, contiguous; S and
+// bound are written. Returns (precision used, predicted SD error) of each.
+std::vector<std::pair<int, double>> svdvals(const py::sequence& matrices, int precision, const py::object& previous,
+                                            const py::object& S, const py::object& bound, int threads) {
+    if (precision < 0 || precision > 3) refuse("svdvals: expected precision in 0..3, got " + std::to_string(precision));
+    const std::vector<Tensor> opened = open_matrices("svdvals", matrices);
+    if (opened.empty()) return {};
+    const int64_t m = opened[0].size[0], n = opened[0].size[1], r = std::min(m, n), count = int64_t(opened.size());
+    const Tensor values(S, "S"), bounds(bound, "bound");
+    const std::vector<Tensor> before = open_optional(previous, "previous");
+    values.expect("S", DType::f64, {count, r});
+    bounds.expect("bound", DType::f64, {count, r});
+    for (const Tensor& t : before) t.expect("previous", DType::f64, {count, r});
+    std::vector<sosd_fast::SvdvalsTask> tasks(opened.size());
+    for (int64_t i = 0; i < count; ++i) {
+        const Tensor& W = opened[size_t(i)];
+        sosd_fast::SvdvalsTask& t = tasks[size_t(i)];
+        t.data = W.data;
+        t.dtype = W.dtype;
+        t.m = m, t.n = n, t.row_stride = W.stride[0], t.col_stride = W.stride[1];
+        t.precision = static_cast<sosd_fast::Precision>(precision);
+        t.S = values.as<double>() + i * r;
+        t.bound = bounds.as<double>() + i * r;
+        t.previous = before.empty() ? nullptr : before[0].as<double>() + i * r;
+    }
     {
         py::gil_scoped_release release;
-        sosd_fast::svdvals(tasks.data(), static_cast<int64_t>(tasks.size()), threads);
+        sosd_fast::svdvals(tasks.data(), count, threads);
     }
     std::vector<std::pair<int, double>> used;
     for (const auto& t : tasks) used.emplace_back(static_cast<int>(t.used), t.predicted_sd_error);
     return used;
 }
 
-// layouts as above, upright (rows >= columns); V, P, next_V and next_P (B, b, n), squares and residual (B, b). Returns
-// whether every matrix is ordinary, see SubspaceTask; where not, the outputs are not to be used.
-bool advance_subspaces(const std::vector<std::array<int64_t, 5>>& layouts, float pace, const Array<float>& V,
-                       const std::optional<Array<float>>& P, Array<float>& next_V, Array<float>& next_P,
-                       Array<float>& squares, Array<float>& residual, int threads) {
-    const int64_t count = int64_t(layouts.size());
-    if (V.ndim() != 3 || V.shape(0) != count || (P && P->size() != V.size()))
-        throw std::invalid_argument("advance_subspaces: expected V and P of shape (B, b, n)");
-    const int64_t b = V.shape(1), n = V.shape(2);
-    if (b >= n || next_V.size() != V.size() || next_P.size() != V.size() || squares.size() != count * b ||
-        residual.size() != count * b)
-        throw std::invalid_argument("advance_subspaces: expected b < n and outputs of the right size");
+// matrices: B float32 tensors (m, n), m >= n, one of the strides 1. V, P, next_V and next_P are (B, b, n), squares and
+// residual (B, b), all float32 and contiguous; b < n; P may be None. Returns whether every matrix is ordinary, see
+// SubspaceTask; where not, the outputs are not to be used.
+bool advance_subspaces(const py::sequence& matrices, float pace, const py::object& V, const py::object& P,
+                       const py::object& next_V, const py::object& next_P, const py::object& squares,
+                       const py::object& residual, int threads) {
+    const std::vector<Tensor> opened = open_matrices("advance_subspaces", matrices);
+    if (opened.empty()) return true;
+    const int64_t count = int64_t(opened.size()), m = opened[0].size[0], n = opened[0].size[1];
+    const Tensor basis(V, "V"), to_V(next_V, "next_V"), to_P(next_P, "next_P"), values(squares, "squares"),
+        residuals(residual, "residual");
+    const std::vector<Tensor> change = open_optional(P, "P");
+    if (opened[0].dtype != DType::f32 || m < n || basis.dims() != 3 || basis.size[1] < 1 || basis.size[1] >= n)
+        refuse("advance_subspaces: expected upright float32 matrices and b < n directions, got shapes " +
+               sosd_fast::to_string(opened[0].size) + " and " + sosd_fast::to_string(basis.size) + ".");
+    const int64_t b = basis.size[1];
+    for (const auto* t : {&basis, &to_V, &to_P}) t->expect("V, next_V and next_P", DType::f32, {count, b, n});
+    for (const Tensor& t : change) t.expect("P", DType::f32, {count, b, n});
+    for (const auto* t : {&values, &residuals}) t->expect("squares and residual", DType::f32, {count, b});
     std::vector<sosd_fast::SubspaceTask> tasks;
     for (int64_t i = 0; i < count; ++i) {
-        const auto& [address, rows, columns, row_stride, col_stride] = layouts[i];
-        if (columns != n || rows < n || (row_stride != 1 && col_stride != 1))
-            throw std::invalid_argument("advance_subspaces: expected upright matrices with a stride of 1");
+        const Tensor& W = opened[size_t(i)];
+        if (W.stride[0] != 1 && W.stride[1] != 1)
+            refuse("advance_subspaces: expected a stride of 1, got strides " + sosd_fast::to_string(W.stride) + ".");
         const int64_t at = i * b * n;
-        tasks.push_back({reinterpret_cast<const float*>(address), rows, n, row_stride, col_stride, V.data() + at,
-                         P ? P->data() + at : nullptr, next_V.mutable_data() + at, next_P.mutable_data() + at,
-                         squares.mutable_data() + i * b, residual.mutable_data() + i * b, false});
+        tasks.push_back({W.as<float>(), m, n, W.stride[0], W.stride[1], basis.as<float>() + at,
+                         change.empty() ? nullptr : change[0].as<float>() + at, to_V.as<float>() + at,
+                         to_P.as<float>() + at, values.as<float>() + i * b, residuals.as<float>() + i * b, false});
     }
     {
         py::gil_scoped_release release;
@@ -105,23 +143,15 @@ bool advance_subspaces(const std::vector<std::array<int64_t, 5>>& layouts, float
     return std::all_of(tasks.begin(), tasks.end(), [](const auto& t) { return t.ordinary; });
 }
 
-template <class T>
-void define(py::module_& m) {
-    m.def("singular_distribution", &singular_distribution<T>, py::arg("S").noconvert(),
-          py::arg("previous").noconvert(), py::arg("reference").noconvert(), py::arg("sd").noconvert(),
-          py::arg("statistics").noconvert());
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "C++ kernels of sosd_fast for CPU arrays; call them through sosd_fast.kernels.";
+    m.doc() = "C++ kernels of sosd_fast for CPU tensors; call them through sosd_fast.kernels.";
     m.def("isa", [] { return sosd_fast::kernels().isa; });
-    m.def("svdvals", &svdvals, py::arg("layouts"), py::arg("dtype"), py::arg("precision"),
-          py::arg("previous").noconvert(), py::arg("S").noconvert(), py::arg("bound").noconvert(), py::arg("threads"));
-    m.def("advance_subspaces", &advance_subspaces, py::arg("layouts"), py::arg("pace"), py::arg("V").noconvert(),
-          py::arg("P").noconvert(), py::arg("next_V").noconvert(), py::arg("next_P").noconvert(),
-          py::arg("squares").noconvert(), py::arg("residual").noconvert(), py::arg("threads"));
-    define<float>(m);
-    define<double>(m);
+    m.def("svdvals", &svdvals, py::arg("matrices"), py::arg("precision"), py::arg("previous"), py::arg("S"),
+          py::arg("bound"), py::arg("threads"));
+    m.def("advance_subspaces", &advance_subspaces, py::arg("matrices"), py::arg("pace"), py::arg("V"), py::arg("P"),
+          py::arg("next_V"), py::arg("next_P"), py::arg("squares"), py::arg("residual"), py::arg("threads"));
+    m.def("singular_distribution", &any_distribution, py::arg("S"), py::arg("previous"), py::arg("reference"),
+          py::arg("sd"), py::arg("statistics"));
 }

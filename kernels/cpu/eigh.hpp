@@ -1,7 +1,7 @@
 // All eigenvalues and vectors of a small symmetric matrix: Householder tridiagonalisation and implicit QR.
 #pragma once
 
-#include "simd.hpp"
+#include "arena.hpp"
 
 namespace sosd_fast {
 namespace SOSD_ISA {
@@ -32,15 +32,15 @@ inline void rotate_columns(float* X, int64_t stride, const float* c, const float
     for (int v = 0; v < N; ++v) S::at(X + count * stride + v * S::L) = held[v];
 }
 
-inline int64_t eigh_work_size(int64_t n) { return 4 * round_up(n, 16) + 4 * n; }
-
 // A (n, n), rows `stride` apart, symmetric, destroyed; stride is a multiple of 16 and the padding is zero. values[i], in no
 // order, belongs to row i of X (n, n). Returns whether it converged. The rotations' angles are in double: the chain of one
 // sweep is as long as the matrix. Source: Golub & Van Loan, Matrix Computations, 8.3.
-inline bool eigh(float* A, int64_t n, int64_t stride, double* values, float* X, float* work) {
+inline bool eigh(float* A, int64_t n, int64_t stride, double* values, float* X, Arena& arena) {
+    const ArenaScope scope(arena);
     const int64_t padded = round_up(n, 16);
-    float *v = work, *w = v + padded, *c = w + padded, *s = c + padded;
-    double *d = values, *e = reinterpret_cast<double*>(s + padded);
+    float *v = take<float>(arena, padded), *w = take<float>(arena, padded);
+    float *c = take<float>(arena, n), *s = take<float>(arena, n);
+    double *d = values, *e = take<double>(arena, n);
     for (int64_t i = 0; i < n; ++i) {
         for (int64_t k = 0; k < stride; ++k) X[i * stride + k] = 0;
         X[i * stride + i] = 1;

@@ -1,7 +1,7 @@
 // G = W W^T on the short side, one triangle, in tiles.
 #pragma once
 
-#include "simd.hpp"
+#include "rounding.hpp"
 
 namespace sosd_fast {
 
@@ -34,6 +34,17 @@ struct Tiles {
 constexpr int64_t kPaddedTo = 32;  // a multiple of every panel height below and of the tile rows
 inline Tiles tiles_of(int64_t r) { return Tiles{round_up(r, kPaddedTo) / kTileRows}; }
 
+// The longest chain of sums in registers. Where products are equal, as those of signs or ternary weights are, rounding
+// does not average out: n equal terms drift by up to n / 3 ulps of their sum, so chains are kept short.
+constexpr int64_t kChain = 64;
+constexpr double kMostDrift = 0x1p-18;  // of elements beside the diagonal, relative
+
+// Of a matrix G as `gram` leaves it: (1 + drift) W W^T + noise.
+struct GramSums {
+    double trace;  // of W W^T, in float summed in double
+    double drift;
+};
+
 namespace SOSD_ISA {
 
 // Height of the row panels in which W, and the panel of reflectors, are packed: [panel][k][kPanel rows]. One packed
@@ -44,7 +55,7 @@ template <class T> constexpr int kColumns = kRegisters == 32 && kPanel<T> >= 8 ?
 
 // acc[c][v] = sum over k of A[k][v] * B[k][c]; Swap takes B's neighbouring k in exchanged order (v w^T + w v^T).
 template <class T, bool Swap>
-inline void micro_kernel(const T* A, const T* B, int64_t K, typename Simd<T>::V (&acc)[kColumns<T>][kPanelVectors]) {
+inline void micro_chain(const T* A, const T* B, int64_t K, typename Simd<T>::V (&acc)[kColumns<T>][kPanelVectors]) {
     using S = Simd<T>;
     constexpr int P = kPanel<T>;
     for (int c = 0; c < kColumns<T>; ++c)
@@ -64,12 +75,26 @@ inline void micro_kernel(const T* A, const T* B, int64_t K, typename Simd<T>::V 
     }
 }
 
-enum class Store { set, add, subtract };
+// The same for any K, in chains.
+template <class T, bool Swap>
+inline void micro_kernel(const T* A, const T* B, int64_t K, typename Simd<T>::V (&acc)[kColumns<T>][kPanelVectors]) {
+    constexpr int P = kPanel<T>;
+    micro_chain<T, Swap>(A, B, min_of(kChain, K), acc);
+    for (int64_t k = kChain; k < K; k += kChain) {
+        typename Simd<T>::V more[kColumns<T>][kPanelVectors];
+        micro_chain<T, Swap>(A + k * P, B + k * P, min_of(kChain, K - k), more);
+        for (int c = 0; c < kColumns<T>; ++c)
+            for (int v = 0; v < kPanelVectors; ++v) acc[c][v] += more[c][v];
+    }
+}
 
-// The tile-rows of one panel x 8 columns of G: G (=, +=, -=) A B^T.
+enum class Store { set, add, subtract, compensate };
+
+// The tile-rows of one panel x 8 columns of G: G (=, +=, -=) A B^T. compensate adds the rounding errors of G += A B^T to
+// `lost`, an array like G (Knuth's two-sum).
 template <class T, Store How, bool Swap>
 inline void update_block(const Tiles& tiles, T* G, int64_t panel, int64_t J, const T* A, const T* packed_columns,
-                         int64_t panel_stride, int64_t K) {
+                         int64_t panel_stride, int64_t K, T* lost = nullptr) {
     using S = Simd<T>;
     constexpr int P = kPanel<T>;
     for (int half = 0; half < kTileCols / kColumns<T>; ++half) {
@@ -80,10 +105,18 @@ inline void update_block(const Tiles& tiles, T* G, int64_t panel, int64_t J, con
         for (int v = 0; v < kPanelVectors; ++v) {
             const int64_t i = panel * P + v * S::L;
             if (i / kTileRows < J / 2) continue;
-            T* g = G + tiles.tile(i / kTileRows, J) + half * kColumns<T> * kTileRows + i % kTileRows;
+            const int64_t at = tiles.tile(i / kTileRows, J) + half * kColumns<T> * kTileRows + i % kTileRows;
+            T* g = G + at;
 #pragma GCC unroll 8
             for (int c = 0; c < kColumns<T>; ++c) {
                 typename S::V& out = S::at(g + c * kTileRows);
+                if constexpr (How == Store::compensate) {
+                    const typename S::V before = out, x = acc[c][v];
+                    out = before + x;
+                    const typename S::V added = out - before;
+                    S::at(lost + at + c * kTileRows) += (before - (out - added)) + (x - added);
+                    continue;
+                }
                 out = How == Store::set ? acc[c][v] : How == Store::add ? out + acc[c][v] : out - acc[c][v];
             }
         }
@@ -197,11 +230,35 @@ constexpr int64_t kBlockRows = 256; // rows of packed W that stay in L2 while al
 constexpr int64_t kBlockCols = 128; // columns of G in one task
 
 constexpr int64_t kSlabs = 4;       // depths packed at once when other threads help
+constexpr int64_t kCompensated = 8 * kDepth;  // a longer sum keeps what rounding loses: its terms may all drift one way
 
-template <class T> inline int64_t gram_work_size(int64_t r) { return round_up(r, kPaddedTo) * kDepth * kSlabs; }
+template <class T> constexpr bool kMeasured = sizeof(T) == 4;  // in double nothing more precise is at hand
 
-// G <- W W^T (scaled). packed: gram_work_size elements. Every element of G is summed in the same order always.
-template <class T> void gram(const Source& w, T* G, T* packed, const Parallel& parallel) {
+// Puts right what equal products do to G, see rounding.hpp: the drift of its elements beside the diagonal is found by
+// regression on some, and the diagonal set to (1 + drift) times its value in double.
+template <int P>
+inline GramSums correct_gram(const Tiles& tiles, float* G, int64_t r, int64_t K, const ExactProducts& exact) {
+    double trace = 0, products = 0, squares = 0;
+    int64_t count = 0;
+    for (int64_t i = 0; i < r; ++i) {
+        trace += exact.squares[i];
+        if (i % P + kApart >= P || i + kApart >= r) continue;
+        const double g = exact.cross[i];
+        products += (G[tiles.at(i + kApart, i)] - g) * g;
+        squares += g * g;
+        ++count;
+    }
+    // Where rows are nearly orthogonal the elements say little; those of random signs are mean / sqrt(K).
+    const double mean = trace / double(r), least = double(count) * mean * mean / (16 * double(K));
+    double drift = squares + least > 0 ? products / (squares + least) : 0;
+    drift = max_of(-kMostDrift, min_of(kMostDrift, drift));
+    for (int64_t i = 0; i < r; ++i) G[tiles.at(i, i)] = float(exact.squares[i] * (1 + drift));
+    return {trace, drift};
+}
+
+// G <- W W^T (scaled). Every element of G is summed in the same order always.
+template <class T> GramSums gram(const Source& w, T* G, Arena& arena, const Parallel& parallel) {
+    const ArenaScope scope(arena);
     constexpr int P = kPanel<T>;
     const Tiles tiles = tiles_of(w.r);
     const int64_t rows = tiles.tile_rows * kTileRows, panels = rows / P;
@@ -209,11 +266,21 @@ template <class T> void gram(const Source& w, T* G, T* packed, const Parallel& p
     constexpr int64_t ratio = kBlockRows / kBlockCols;
     const bool shared = parallel.helpers(parallel.self);
     const int64_t slab = shared ? kSlabs * kDepth : kDepth, panel_stride = slab * P;
+    T* packed = take<T>(arena, rows * slab);
+    T* lost = w.K > kCompensated ? take<T>(arena, tiles.size()) : nullptr;
+    if (lost)
+        for (int64_t i = 0; i < tiles.size(); ++i) lost[i] = 0;
+    const ExactProducts exact{take<double>(arena, rows), take<double>(arena, rows)};
+    for (int64_t i = 0; i < rows; ++i) exact.squares[i] = exact.cross[i] = 0;
     for (int64_t k0 = 0; k0 < w.K; k0 += slab) {
         const int64_t K = min_of(slab, w.K - k0);
         const auto pack = [&](int64_t p) {
             const int64_t valid = max_of<int64_t>(0, min_of<int64_t>(P, w.r - p * P));
             pack_panel(w, p * P, k0, valid, K, packed + p * panel_stride);
+            for (int64_t k = 0; kMeasured<T> && k < K; k += kDepth)  // while the panel is near
+                if constexpr (kMeasured<T>)
+                    add_products<P>(packed + p * panel_stride + k * P, min_of(kDepth, K - k),
+                                    {exact.squares + p * P, exact.cross + p * P});
         };
         const auto multiply = [&](int64_t task) {
             const int64_t row_block = task / col_blocks, col_block = task % col_blocks;
@@ -229,6 +296,8 @@ template <class T> void gram(const Source& w, T* G, T* packed, const Parallel& p
                         const T* A = from + p * panel_stride;
                         if (k0 + k == 0)
                             update_block<T, Store::set, false>(tiles, G, p, J, A, from, panel_stride, depth);
+                        else if (lost)
+                            update_block<T, Store::compensate, false>(tiles, G, p, J, A, from, panel_stride, depth, lost);
                         else
                             update_block<T, Store::add, false>(tiles, G, p, J, A, from, panel_stride, depth);
                     }
@@ -238,6 +307,12 @@ template <class T> void gram(const Source& w, T* G, T* packed, const Parallel& p
         parallel_for(parallel, panels, pack);
         parallel_for(parallel, row_blocks * col_blocks, multiply);
     }
+    if (lost)
+        for (int64_t i = 0; i < tiles.size(); ++i) G[i] += lost[i];
+    if constexpr (kMeasured<T>) return correct_gram<P>(tiles, G, w.r, w.K, exact);
+    double trace = 0;
+    for (int64_t i = 0; i < w.r; ++i) trace += double(G[tiles.at(i, i)]);
+    return {trace, 0};
 }
 
 }  // namespace SOSD_ISA

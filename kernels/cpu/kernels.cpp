@@ -12,13 +12,12 @@ namespace sosd_fast {
 namespace SOSD_ISA {
 
 template <class T> constexpr Stages<T> stages() {
-    return {gram<T>,        gram_work_size<T>, tridiagonal<T>, tridiagonal_work_size<T>, sturm<T>,
-            sturm_work_size<T>};
+    return {gram<T>, tridiagonal<T>, sturm<T>};
 }
 
 extern const Kernels table;
-const Kernels table = {SOSD_STRING(SOSD_ISA), max_abs,           stages<float>(),  stages<double>(),
-                       svdvals_one_sided,     bidiagonal_work_size, advance_subspace, subspace_work_size};
+const Kernels table = {SOSD_STRING(SOSD_ISA), max_abs,      stages<float>(), stages<double>(),
+                       svdvals_bidiagonal,    advance_subspace};
 
 }  // namespace SOSD_ISA
 }  // namespace sosd_fast

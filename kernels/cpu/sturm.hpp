@@ -1,7 +1,7 @@
 // All eigenvalues of a symmetric tridiagonal matrix by bisection on Sturm counts, vectorised over eigenvalues.
 #pragma once
 
-#include "simd.hpp"
+#include "arena.hpp"
 
 namespace sosd_fast {
 namespace SOSD_ISA {
@@ -71,19 +71,19 @@ template <class T> inline void sturm_count(const T* d, const T* e2, int64_t n, c
     for (int u = 0; u < kChains; ++u) S::at(counts + u * S::L) = __builtin_convertvector(count[u], V);
 }
 
-template <class T> inline int64_t sturm_work_size(int64_t n) { return 8 * round_up(n, 64) + 512; }
-
 // values[0 .. n) <- the eigenvalues of tridiag(d, e), ascending, those below zero as zero: T comes from a Gram matrix.
-// tolerance: final half-width relative to the norm. work: sturm_work_size elements; d and e are not modified.
+// tolerance: final half-width relative to the norm. d and e are not modified.
 // The brackets do not come from an earlier spectrum: that saved 1 to 3 % of the whole, and made the last bits depend on
 // history, so that a frozen matrix seemed to move.
 template <class T>
-void sturm(const T* d, const T* e, int64_t n, double tolerance, double* values, T* work, const Parallel& parallel) {
+void sturm(const T* d, const T* e, int64_t n, double tolerance, double* values, Arena& arena, const Parallel& parallel) {
+    const ArenaScope scope(arena);
     using Lim = SturmLimits<T>;
     constexpr int64_t B = kSturmBlock<T>;
     const int64_t padded = round_up(n, kRescaleMost), blocks = (n + B - 1) / B, probes = round_up(2 * n, B);
-    T *ds = work, *es = ds + padded, *x = es + padded, *counts = x + probes;
-    T *lo = counts + probes, *hi = lo + blocks * B;
+    T *ds = take<T>(arena, padded), *es = take<T>(arena, padded);
+    T *x = take<T>(arena, probes), *counts = take<T>(arena, probes);
+    T *lo = take<T>(arena, blocks * B), *hi = take<T>(arena, blocks * B);
 
     double norm = 0;
     for (int64_t i = 0; i < n; ++i) {

@@ -160,11 +160,11 @@ struct Alone {
 
 // Leading b Ritz pairs: H c = value M c, M and H of order q, rows `stride` apart, both destroyed. rows of C are the
 // coefficients. The shift and its removal are those of topk.py; false: dependent directions, which need its slower way.
-inline bool rayleigh_ritz(float* M, float* H, int64_t q, int64_t stride, int64_t b, float* squares, float* C, float* work,
+inline bool rayleigh_ritz(float* M, float* H, int64_t q, int64_t stride, int64_t b, float* squares, float* C, Arena& arena,
                           const Parallel& alone) {
-    float *inverse = work, *T = inverse + q * stride, *norm = T + q * stride;
-    double* values = reinterpret_cast<double*>(norm + round_up(q, 16));
-    float* rest = reinterpret_cast<float*>(values + round_up(q, 16));
+    const ArenaScope scope(arena);
+    float *inverse = take<float>(arena, q * stride), *T = take<float>(arena, q * stride), *norm = take<float>(arena, q);
+    double* values = take<double>(arena, q);
     const float shift = 4 * q * 0x1p-23f;
     for (int64_t i = 0; i < q; ++i) norm[i] = M[i * stride + i] > 0 ? __builtin_sqrtf(M[i * stride + i]) : 1;
     for (int64_t i = 0; i < q; ++i) {
@@ -194,7 +194,7 @@ inline bool rayleigh_ritz(float* M, float* H, int64_t q, int64_t stride, int64_t
         for (int64_t j = q; j < stride; ++j) H[i * stride + j] = 0;
         for (int64_t j = 0; j < i; ++j) H[i * stride + j] = H[j * stride + i] = (H[i * stride + j] + H[j * stride + i]) / 2;
     }
-    if (!eigh(H, q, stride, values, T, rest)) return false;
+    if (!eigh(H, q, stride, values, T, arena)) return false;
     float* U = H;  // eigenvectors of the b largest, sorted
     for (int64_t i = 0; i < b; ++i) {
         int64_t largest = 0;
@@ -213,16 +213,12 @@ inline bool rayleigh_ritz(float* M, float* H, int64_t q, int64_t stride, int64_t
     return true;
 }
 
-inline int64_t subspace_work_size(int64_t m, int64_t n, int64_t b) {
-    const int64_t stride = round_up(2 * b, 16);
-    return 2 * b * m + 3 * b * round_up(n, 16) + 64 + 5 * 2 * b * stride + 3 * stride + eigh_work_size(2 * b) + 64;
-}
-
-inline void advance_subspace(SubspaceTask& t, int64_t b, float pace, float* work, const Parallel& parallel) {
+inline void advance_subspace(SubspaceTask& t, int64_t b, float pace, Arena& arena, const Parallel& parallel) {
+    const ArenaScope scope(arena);
     const int64_t m = t.m, n = t.n, p = min_of(b, n - b), q = b + p, stride = round_up(q, 16);
-    float *M = work, *H = M + q * stride, *C = H + q * stride, *small = C + q * stride;  // first: aligned
-    float* Y = small + 2 * q * stride + 3 * stride + eigh_work_size(q);
-    float *WD = Y + b * m, *Z = WD + b * m, *R = Z + b * n, *D = R + b * n, *X = C;
+    float *M = take<float>(arena, q * stride), *H = take<float>(arena, q * stride), *C = take<float>(arena, q * stride);
+    float *Y = take<float>(arena, b * m), *WD = take<float>(arena, p * m), *X = C;
+    float *Z = take<float>(arena, b * n), *R = take<float>(arena, b * n), *D = take<float>(arena, p * n);
     const bool upright = t.col_stride == 1;
     const Rows W{t.data, upright ? t.row_stride : t.col_stride, upright ? m : n};
     const Rows V{t.V, n, b}, Zs{Z, n, b}, Ds{D, n, p}, WDs{WD, m, p};
@@ -240,7 +236,7 @@ inline void advance_subspace(SubspaceTask& t, int64_t b, float pace, float* work
         sum_rows(Rows{Y, m, b}, W, n, Z, n, false, parallel);
     else
         dot_rows(Rows{Y, m, b}, W, m, Z, n, parallel);
-    for (int64_t i = 0; i < 2 * q * stride; ++i) work[i] = 0;
+    for (int64_t i = 0; i < q * stride; ++i) M[i] = H[i] = 0;
     dot_rows(Zs, V, n, H, stride, parallel);
     for (int64_t i = 0; i < b; ++i) {
         const float rho = H[i * stride + i];
@@ -279,7 +275,7 @@ inline void advance_subspace(SubspaceTask& t, int64_t b, float pace, float* work
             M[k * stride + b + i] = M[(b + i) * stride + k];
             H[k * stride + b + i] = H[(b + i) * stride + k];
         }
-    t.ordinary = rayleigh_ritz(M, H, q, stride, b, t.squares, C, small, Alone().parallel);
+    t.ordinary = rayleigh_ritz(M, H, q, stride, b, t.squares, C, arena, Alone().parallel);
     if (!t.ordinary) return;
     sum_rows(Rows{C + b, stride, b}, Ds, n, t.next_P, n, false, parallel);
     for (int64_t i = 0; i < b * n; ++i) t.next_V[i] = t.next_P[i];

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "team.hpp"
@@ -38,14 +39,17 @@ namespace {
 constexpr double eps_of(Precision p) { return p == Precision::f32 ? 0x1p-24 : 0x1p-53; }
 
 // ||error of S / sum(S)||_2 to be expected of a Gram matrix. Its small eigenvalues, the ones that matter, err by
-// 6 / sqrt(r) eps S[0]^2 in root mean square or less in fp32 (13 spectra, r = 4 .. 768). In fp64 they were seen to err
-// by 3 eps S[0]^2 on trained 256 x 256 matrices, 8 times as much: its sums run in fewer, longer chains.
+// 6 / sqrt(r) eps max(S[0]^2, 4 mean(S^2)) in root mean square or less in fp32 (13 spectra, r = 4 .. 768, and flat ones).
 // Weights in bf16 and f16 err by up to 2.7 times as much as f32 ones in fp32 (r = 256 .. 768), whose products are exact.
-double predicted_error(const double* S, int64_t r, Precision precision, DType dtype) {
-    const bool half = dtype == DType::bf16 || dtype == DType::f16;
-    const double units = std::max(6 / std::sqrt(double(r)), 0.15) * (precision == Precision::f64 ? 8 : half ? 3 : 1);
-    const double dl = units * eps_of(precision) * S[0] * S[0];
-    double sum = 0, squares = 0, ds_squares = 0, ds_one_sided = 0;
+// In fp64 they were seen to err by 3 eps S[0]^2 on trained 256 x 256 matrices, 8 times as much, and its diagonal may drift
+// by 2/3 kChain eps mean(S^2), which nothing measures; `shift` is what the fp32 Gram matrix was seen to drift by.
+double predicted_error(const double* S, int64_t r, Precision precision, DType dtype, double shift) {
+    const bool half = dtype == DType::bf16 || dtype == DType::f16, twice = precision == Precision::f64;
+    const double mean = std::inner_product(S, S + r, S, 0.0) / double(r), eps = eps_of(precision);
+    const double units = std::max(6 / std::sqrt(double(r)), 0.15) * (twice ? 8 : half ? 3 : 1);
+    const double drift = twice ? 2 * kChain / 3.0 * eps * mean : shift;
+    const double dl = std::hypot(units * eps * std::max(S[0] * S[0], 4 * mean), drift);
+    double sum = 0, squares = 0, ds_squares = 0, ds_upwards = 0;
     for (int64_t i = 0; i < r; ++i) {
         const double s2 = S[i] * S[i];
         const double up = dl / (std::sqrt(s2 + dl) + S[i]);
@@ -54,27 +58,29 @@ double predicted_error(const double* S, int64_t r, Precision precision, DType dt
         sum += S[i];
         squares += s2;
         ds_squares += ds * ds;
-        if (s2 < 4 * dl) ds_one_sided += ds;
+        if (s2 < 4 * dl) ds_upwards += ds;
     }
-    return (std::sqrt(ds_squares) + std::sqrt(squares) / sum * ds_one_sided) / sum;
+    return (std::sqrt(ds_squares) + std::sqrt(squares) / sum * ds_upwards) / sum;
 }
 
 constexpr double kAllowedSdError = 3e-7;
+constexpr double kDriftLeft = 0.5;  // of what `correct_gram` takes out; less was seen
 
+// Eigenvalues of W W^T; returns how far rounding moved them together.
 template <class T>
-void gram_values(const Stages<T>& stages, const Source& w, double* ascending, Workspace& memory, const Parallel& parallel) {
-    const int64_t r = w.r, matrix = tiles_of(r).size();
-    const int64_t work =
-        std::max({stages.gram_work_size(r), stages.tridiagonal_work_size(r), stages.sturm_work_size(r)});
-    const int64_t vector = round_up(r, 64);
-    T* G = memory.get<T>(matrix + work + 2 * vector);
-    T *d = G + matrix, *e = d + vector, *rest = e + vector;
-    stages.gram(w, G, rest, parallel);
-    stages.tridiagonal(G, r, d, e, rest);
-    stages.sturm(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, ascending, rest, parallel);
+double gram_values(const Stages<T>& stages, const Source& w, double* ascending, Arena& arena, const Parallel& parallel) {
+    const ArenaScope scope(arena);
+    const int64_t r = w.r;
+    T *G = take<T>(arena, tiles_of(r).size()), *d = take<T>(arena, r), *e = take<T>(arena, r);
+    const GramSums sums = stages.gram(w, G, arena, parallel);
+    stages.tridiagonal(G, r, d, e, arena);
+    stages.sturm(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, ascending, arena, parallel);
+    for (int64_t i = 0; i < r; ++i) ascending[i] /= 1 + sums.drift;
+    const double shift = std::accumulate(ascending, ascending + r, -sums.trace) / double(r);
+    return std::hypot(shift, kDriftLeft * sums.drift * sums.trace / double(r));
 }
 
-void solve(SvdvalsTask& t, Workspace& memory, const Parallel& parallel) {
+void solve(SvdvalsTask& t, Arena& arena, const Parallel& parallel) {
     const bool wide = t.m <= t.n;
     const int64_t r = wide ? t.m : t.n, K = wide ? t.n : t.m;
     if (r <= 0) return;
@@ -99,28 +105,32 @@ void solve(SvdvalsTask& t, Workspace& memory, const Parallel& parallel) {
 
     std::vector<double> ascending(r);
     if (t.precision == Precision::automatic && t.previous && t.previous[0] > 0) {
-        while (t.used != Precision::one_sided && predicted_error(t.previous, r, t.used, t.dtype) >= kAllowedSdError)
-            t.used = t.used == Precision::f32 ? Precision::f64 : Precision::one_sided;
+        const double unit = std::ldexp(1.0, -std::ilogb(t.previous[0]));  // whose squares stay in range
+        std::vector<double> previous(t.previous, t.previous + r);
+        for (double& value : previous) value *= unit;
+        while (t.used != Precision::bidiagonal && predicted_error(previous.data(), r, t.used, t.dtype, 0) >= kAllowedSdError)
+            t.used = t.used == Precision::f32 ? Precision::f64 : Precision::bidiagonal;
     }
+    double shift = 0;
     for (;;) {
-        if (t.used == Precision::one_sided) {
-            k.svdvals_one_sided(w, ascending.data(), memory.get<double>(k.one_sided_work_size(r)), parallel);
+        if (t.used == Precision::bidiagonal) {
+            k.svdvals_bidiagonal(w, ascending.data(), arena, parallel);
             for (int64_t i = 0; i < r; ++i) t.S[i] = ascending[r - 1 - i];
             t.predicted_sd_error = eps_of(t.used) * std::sqrt(double(r));
             break;
         }
         if (t.used == Precision::f32)
-            gram_values(k.f32, w, ascending.data(), memory, parallel);
+            shift = gram_values(k.f32, w, ascending.data(), arena, parallel);
         else
-            gram_values(k.f64, w, ascending.data(), memory, parallel);
+            gram_values(k.f64, w, ascending.data(), arena, parallel);
         for (int64_t i = 0; i < r; ++i) t.S[i] = std::sqrt(ascending[r - 1 - i]);
-        t.predicted_sd_error = t.S[0] > 0 ? predicted_error(t.S, r, t.used, t.dtype) : 0;
+        t.predicted_sd_error = t.S[0] > 0 ? predicted_error(t.S, r, t.used, t.dtype, shift) : 0;
         if (t.precision != Precision::automatic || t.predicted_sd_error < kAllowedSdError) break;
-        t.used = t.used == Precision::f32 ? Precision::f64 : Precision::one_sided;
+        t.used = t.used == Precision::f32 ? Precision::f64 : Precision::bidiagonal;
     }
     if (t.bound) {
         const double s1 = t.S[0], eps = eps_of(t.used);
-        if (t.used == Precision::one_sided) {
+        if (t.used == Precision::bidiagonal) {
             // sqrt(K): one rounding per merged row block; 22 eps measured at 16 x 20000, entries in [0, 1]
             std::fill_n(t.bound, r, (8 * std::sqrt(double(r)) + std::sqrt(double(K))) * eps * s1);
         } else {
@@ -132,7 +142,8 @@ void solve(SvdvalsTask& t, Workspace& memory, const Parallel& parallel) {
                 t.bound[i] = std::max(up, down);
             }
         }
-        for (int64_t i = 0; i < r; ++i) t.bound[i] = std::ldexp(t.bound[i], -exponent);
+        constexpr double least = std::numeric_limits<double>::denorm_min();  // the rounding of values that small
+        for (int64_t i = 0; i < r; ++i) t.bound[i] = std::ldexp(t.bound[i], -exponent) + least;
     }
     for (int64_t i = 0; i < r; ++i) t.S[i] = std::ldexp(t.S[i], -exponent);
 }
@@ -144,16 +155,18 @@ double cost(const SvdvalsTask& t) {
 
 }  // namespace
 
-// Measured maxima over 13 spectra in fp32 (LOG.md): 11 at r = 4, 18 at 16, 24 at 64, 26 at 256, 38 at 768 x 3072.
+// Measured maxima over 13 spectra in fp32: 11 at r = 4, 18 at 16, 24 at 64, 26 at 256, 38 at 768 x 3072 (LOG.md,
+// gram-error). Constant matrices, whose sums drift in the reduction too: 18 at 256, 41 at 1536, 103 at 2048; a chain of
+// r / 8 equal terms drifts by r / 12 at most.
 double gram_error_coefficient(int64_t r, int64_t K) {
-    return 32 + 2 * std::sqrt(double(r)) + std::sqrt(double(K)) / 8;
+    return 32 + std::max(2 * std::sqrt(double(r)), double(r) / 12) + std::sqrt(double(K)) / 8;
 }
 
 void svdvals(SvdvalsTask* tasks, int64_t count, int n_threads) {
     std::vector<double> costs(count);
     std::transform(tasks, tasks + count, costs.begin(), cost);
-    for_each(costs, n_threads, [&](int64_t i, Workspace& memory, const Parallel& parallel) {
-        solve(tasks[i], memory, parallel);
+    for_each(costs, n_threads, [&](int64_t i, Arena& arena, const Parallel& parallel) {
+        solve(tasks[i], arena, parallel);
     });
 }
 
@@ -161,9 +174,9 @@ void advance_subspaces(SubspaceTask* tasks, int64_t count, int64_t b, float pace
     std::vector<double> costs(count);
     std::transform(tasks, tasks + count, costs.begin(), [&](const SubspaceTask& t) { return 6.0 * b * t.m * t.n; });
     const Kernels& k = kernels();
-    for_each(costs, n_threads, [&](int64_t i, Workspace& memory, const Parallel& parallel) {
+    for_each(costs, n_threads, [&](int64_t i, Arena& arena, const Parallel& parallel) {
         SubspaceTask& t = tasks[i];
-        k.advance_subspace(t, b, pace, memory.get<float>(k.subspace_work_size(t.m, t.n, b)), parallel);
+        k.advance_subspace(t, b, pace, arena, parallel);
     });
 }
 

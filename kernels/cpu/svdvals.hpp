@@ -7,7 +7,7 @@
 
 namespace sosd_fast {
 
-enum class Precision : int { f32 = 0, f64 = 1, automatic = 2, one_sided = 3 };
+enum class Precision : int { f32 = 0, f64 = 1, automatic = 2, bidiagonal = 3 };
 
 // One matrix W: element (i, j) is data[i * row_stride + j * col_stride], i < m, j < n; W is only read.
 struct SvdvalsTask {

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
-#include <memory>
 #include <mutex>
 #include <new>
 #include <numeric>
@@ -12,7 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "simd.hpp"
+#include "arena.hpp"
 
 namespace sosd_fast {
 
@@ -82,31 +81,11 @@ private:
     int working_ = 0;
 };
 
-class Workspace {
-public:
-    template <class T> T* get(int64_t count) {
-        const size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
-        if (bytes > size_) {
-            data_.reset();
-            data_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t(64))));
-            size_ = bytes;
-        }
-        return reinterpret_cast<T*>(data_.get());
-    }
-
-private:
-    struct Free {
-        void operator()(char* p) const { ::operator delete(p, std::align_val_t(64)); }
-    };
-    std::unique_ptr<char, Free> data_;
-    size_t size_ = 0;
-};
-
 // Below this many operations a thread costs more to start than it saves: as the owner of matrices, and as a mere helper
 // (one 256 x 256: 0.41 ms alone, 0.5 to 1.6 with a helper; one 768 x 768: 7.4 and 6.9).
 constexpr double kWorthAThread = 2e6, kWorthHelpers = 5e8;
 
-// Runs solve(i, workspace, parallel) for each matrix, the dearest first. Threads live for one call only.
+// Runs solve(i, arena, parallel) for each matrix, the dearest first. Threads live for one call only.
 template <class F> void for_each(const std::vector<double>& costs, int n_threads, F solve) {
     const int64_t count = int64_t(costs.size());
     std::vector<int64_t> order(count);
@@ -128,7 +107,7 @@ template <class F> void for_each(const std::vector<double>& costs, int n_threads
     const auto work = [&](bool owner) {
         if (owner) {
             try {
-                Workspace memory;
+                Arena memory;
                 for (int64_t i; (i = next.fetch_add(1)) < count;) solve(order[i], memory, parallel);
             } catch (const std::bad_alloc&) {
                 out_of_memory = true;

@@ -62,10 +62,6 @@ template <class T> struct Panel {
     T& at(int64_t i, int l) const { return data[(i / P * W + l) * P + i % P]; }
 };
 
-template <class T> inline int64_t tridiagonal_work_size(int64_t r) {
-    return round_up(r, kPaddedTo) * (2 * kReflectors + 3) + 2 * kReflectors * (Simd<T>::L + 3) + 64;
-}
-
 // What is needed of reflector c - 1 to finish w and to form column c.
 template <class T> struct Step {
     int width;          // 2 x finished reflectors in the panel
@@ -133,18 +129,20 @@ inline T advance(const Tiles& tiles, const T* G, const Panel<T>& panel, int64_t 
     return sum_lanes<T>(squares);
 }
 
-// d[0 .. r), e[0 .. r - 1) <- the tridiagonal matrix similar to G (destroyed). work: tridiagonal_work_size elements.
+// d[0 .. r), e[0 .. r - 1) <- the tridiagonal matrix similar to G (destroyed).
 // A column whose part below the diagonal has norm < eps / 1000 times G's largest diagonal element counts as zero: its
 // squares could underflow, and the reflector would not be orthogonal.
-template <class T> void tridiagonal(T* G, int64_t r, T* d, T* e, T* work) {
+template <class T> void tridiagonal(T* G, int64_t r, T* d, T* e, Arena& arena) {
+    const ArenaScope scope(arena);
     using S = Simd<T>;
     using V = typename S::V;
     constexpr int P = kPanel<T>;
     const Tiles tiles = tiles_of(r);
     const int64_t rows = tiles.tile_rows * kTileRows;
-    const Panel<T> panel{work};
-    T *v = work + rows * Panel<T>::W, *y = v + rows, *a = y + rows;
-    T *sums = a + rows, *t = sums + 2 * kReflectors * S::L, *s = t + 2 * kReflectors, *row = s + 2 * kReflectors;
+    const Panel<T> panel{take<T>(arena, rows * Panel<T>::W)};
+    T *v = take<T>(arena, rows), *y = take<T>(arena, rows), *a = take<T>(arena, rows);
+    T *sums = take<T>(arena, 2 * kReflectors * S::L), *t = take<T>(arena, 2 * kReflectors);
+    T *s = take<T>(arena, 2 * kReflectors), *row = take<T>(arena, 2 * kReflectors);
     constexpr T eps = sizeof(T) == 4 ? T(0x1p-24) : T(0x1p-53);
     T largest = 0;
     for (int64_t i = 0; i < r; ++i) largest = max_of(largest, G[tiles.at(i, i)]);

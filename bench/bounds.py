@@ -1,0 +1,145 @@
+"""Errors of `svdvals` against its bounds, over many random matrices of few distinct values and ordinary ones.
+
+Truth is `torch.linalg.svdvals` in float64. Matrices are drawn from seeds, so that one beyond its bound can be drawn again.
+"""
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from bench.harness import card, finish, parser, show
+from sosd_fast.svdvals import spectra
+from sosd_fast.testing import matrix
+
+DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ORDINARY = ("gaussian", "uniform", "power", "log4", "spikes", "half_zeros")
+SIZES = ((48, 64), (200, 20), (640, 6))  # short side at most, long side over short at most
+SHARES = (0.94, 0.055, 0.005)
+BATCH = 16  # of one shape and dtype, of different kinds
+
+
+def few_values(m: int, n: int, g: torch.Generator) -> dict[str, Tensor]:
+    """Matrices (m, n) of few distinct values, by kind: equal products round alike, and nothing averages out."""
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=g)
+
+    def integers(low, high):
+        return torch.randint(low, high, (m, n), generator=g).float()
+
+    c = float(uniform(1) + 0.5) * 10.0 ** int(torch.randint(-3, 3, (1,), generator=g))
+    signs = torch.where(uniform(m, n) < 0.5, -1.0, 1.0)
+    return {
+        "signs": c * signs,
+        "ternary": c * signs * (uniform(m, n) < 0.6),
+        "sparse signs": c * signs * (uniform(m, n) < 0.1),
+        "int4": c * integers(-8, 8),
+        "int4 by rows": (uniform(m, 1) + 0.1) * integers(-7, 8),
+        "int4 by columns": (uniform(1, n) + 0.1) * integers(-7, 8),
+        "int8": c * integers(-127, 128),
+        "mask": c * (uniform(m, n) < 0.5),
+        "two values": c + c * float(uniform(1)) * (uniform(m, n) < 0.3),
+        "constant": torch.full((m, n), c),
+        "constant column": torch.cat([normal(m, n - 1), torch.full((m, 1), c)], 1),
+        "constant row": torch.cat([normal(m - 1, n), torch.full((1, n), c)]),
+        "blocks of signs": c * signs * torch.where(uniform(m, 1) < 0.5, 1.0, 0.37),
+        "pattern and noise": c * torch.where(torch.arange(m)[:, None] & torch.arange(n) & 5 > 0, 1.0, -1.0)
+        + 0.01 * c * normal(m, n),
+        "repeated rows": normal((m + 2) // 3, n).repeat(3, 1)[:m],
+        "16 levels": torch.bucketize(normal(m, n), torch.linspace(-2, 2, 15)).float() * c - 7.3 * c,
+    }
+
+
+def batches(count: int, ordinary: bool, seed: int) -> Iterator[tuple[int, torch.dtype, list[str], list[Tensor]]]:
+    """Yields (seed, dtype, kinds, matrices of one shape and dtype) until `count` matrices were drawn."""
+    drawn = 0
+    while drawn < count:
+        g = torch.Generator().manual_seed(seed)
+        largest, ratio = SIZES[int(torch.multinomial(torch.tensor(SHARES), 1, generator=g))]
+        r = round(math.exp(float(torch.rand(1, generator=g)) * math.log(largest)))
+        K = round(r * math.exp(float(torch.rand(1, generator=g)) * math.log(ratio)))
+        m, n = (r, K) if torch.rand(1, generator=g) < 0.5 else (K, r)
+        dtype = DTYPES[int(torch.randint(len(DTYPES), (1,), generator=g))]
+        if ordinary:
+            kinds = {f"{name} {i}": matrix(name, m, n, seed=8 * seed + i) for name in ORDINARY for i in range(2)}
+        else:
+            kinds = few_values(m, n, g)
+        names = list(kinds)[: count - drawn]
+        yield seed, dtype, names, [kinds[name].to(dtype) for name in names]
+        drawn += len(names)
+        seed += 1
+
+
+def check(matrices: list[Tensor]) -> list[tuple[str, float, float, float]]:
+    """Returns (method, SD error, SD error over its bound, the worst value's error over its bound) of each matrix."""
+    found = spectra(matrices)
+    W = torch.stack(matrices).double()
+    truth = torch.linalg.svdvals(W if W.shape[1] >= W.shape[2] else W.mT)
+    own = 4 * 2.0**-53 * math.sqrt(W.shape[1] + W.shape[2])  # the truth's error, relative to the largest value
+    rows = []
+    for i, method in enumerate(found.methods):
+        S, T, top = found.S[i], truth[i], float(truth[i, 0])
+        if top == 0:
+            rows.append((method, 0.0, 0.0, float(S.abs().max() > 0) * math.inf))
+            continue
+        error = float((S / S.sum() - T / T.sum()).norm())
+        value = ((S - T).abs() / (found.bound[i] + own * top)).max()
+        rows.append((method, error, error / (float(found.sd_error[i]) + own), float(value)))
+    return rows
+
+
+def main():
+    """Table, JSON; fails where a matrix is beyond a bound."""
+    p = parser(__doc__.splitlines()[0])
+    p.add_argument("--few", type=int, default=300_000, help="Matrices of few distinct values to draw (default 300000).")
+    p.add_argument("--ordinary", type=int, default=100_000, help="Ordinary matrices to draw (default 100000).")
+    p.add_argument("--seed", type=int, default=0, help="Seed of the first batch (default 0).")
+    args = p.parse_args()
+    print("  ".join(f"{k} {v}" for k, v in card().items() if v))
+    torch.set_num_threads(1)  # small matrices
+    worst: dict[str, list] = defaultdict(lambda: [0, 0.0, 0.0, 0.0, 0, 0])
+    beyond, largest, began = [], 0.0, time.perf_counter()
+    for ordinary, count in ((False, args.few), (True, args.ordinary)):
+        for seed, dtype, kinds, matrices in batches(count, ordinary, args.seed):
+            for kind, W, (method, error, sd, value) in zip(kinds, matrices, check(matrices), strict=True):
+                row = worst[kind.rstrip(" 01")]
+                row[0] += 1
+                row[1], row[2], row[3] = max(row[1], error), max(row[2], sd), max(row[3], value)
+                row[4] += method == "gram32"
+                largest = max(largest, error)
+                if sd > 1 or value > 1 or error > 1e-6:
+                    row[5] += 1
+                    beyond.append([seed, kind, list(W.shape), str(dtype)[6:], method, error, sd, value])
+    columns = ["kind", "matrices", "SD error", "over its bound", "a value's", "in float32", "beyond"]
+    table = [
+        [kind, n, f"{e:.1e}", f"{sd:.2f}", f"{value:.2f}", f"{quick / n:.0%}", out]
+        for kind, (n, e, sd, value, quick, out) in worst.items()
+    ]
+    show("worst of each kind", columns, table)
+    for row in beyond[:20]:
+        print("beyond:", *row)
+    print(f"{len(beyond)} of {args.few + args.ordinary} beyond a bound or 1e-6; largest SD error {largest:.1e}")
+    finish(
+        {
+            "benchmark": "bounds",
+            "settings": vars(args),
+            "gate": not beyond,
+            "seconds": round(time.perf_counter() - began),
+            "rows": {kind: dict(zip(columns[1:], row, strict=True)) for kind, row in worst.items()},
+            "beyond": beyond,
+        },
+        args.json,
+    )
+    if beyond:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
