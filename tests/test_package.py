@@ -117,7 +117,7 @@ COMMAND = re.compile(
 )
 DOCUMENTED = {
     match.groups()
-    for page in ("README.md", "training/README.md")
+    for page in ("README.md", "training/README.md", "training/paper/README.md")
     for match in COMMAND.finditer((ROOT / page).read_text())
 }
 
