@@ -1,7 +1,6 @@
 """What a result was made with: the machine card of benchmarks and of the reproduction."""
 
 import importlib.util
-import os
 import platform
 import subprocess
 import time
@@ -14,8 +13,8 @@ import torch
 def card() -> dict:
     """Names the machine, the versions and the commit, with -dirty where the working tree differs from it."""
     cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0] if names else cpu
     return {
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
