@@ -40,7 +40,8 @@ def interleaved(variants: dict[str, Callable], repeats: int, warmup: int = 2) ->
     """Times variants in turn, A B C A B C ..., so that a drifting machine hits all alike.
 
     On the CPU each begins after a pause: OpenMP's threads go on spinning for milliseconds after their work, and would
-    charge one variant with the end of another (top-k at 768 x 768 after svdvals: 1.65 ms, by itself 0.77).
+    charge one variant with the end of another (top-k at 768 x 768 after svdvals: 1.65 ms, by itself 0.77;
+    LOG.md#topk-cpp).
 
     Returns:
         name -> {"ms": median, "low": 20 % quantile, "high": 80 % quantile}.

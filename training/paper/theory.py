@@ -5,7 +5,8 @@ One layer, one head, X (L, d) given, labels one-hot over C classes, full-batch g
     Q, K, V = X W_Q, X W_K, X W_V;   A = softmax(Q K^T / sqrt(d));   H = A V;   loss = mean cross-entropy of H W_O
 
 W_O is fixed. Half of the positions share one label, so that uniform attention, which a small start gives, leaves
-V a gradient: with balanced labels it leaves none, and nothing moves for thousands of steps.
+V a gradient: with balanced labels it leaves none, and nothing moves for thousands of steps
+(LOG.md#simplified-transformer).
 
 Along the run it checks the lemmas behind the bound on the SD variation, records what the theorems assume, times the
 thresholds T_V and T_QK after which the variation stays below each of a grid of levels, and relates the decrease of the
