@@ -12,7 +12,7 @@ import torch
 
 import sosd_fast
 from bench.harness import bar, finish, gates, parser, show, show_card, true_svdvals
-from bench.svd_overhead import Errors, Stopwatch
+from bench.svd_overhead import Errors, Stopwatch, tracker_flags
 from training.data import batches, load_text
 from training.flags import METHODS
 from training.model import PRESETS, Transformer
@@ -147,51 +147,20 @@ def measure(args) -> tuple[dict, dict, dict]:
 def main():
     """Gate, table, JSON."""
     p = parser(__doc__.split("\n")[0])
-    p.add_argument(
-        "--model",
-        default="gpt2-small",
-        choices=PRESETS,
-        help="The model, a preset of training/model.py, %(default)s by default.",
-    )
-    p.add_argument(
-        "--optimizer",
-        default="adamw",
-        choices=list(DEFAULT_LR),
-        help="The optimizer of the training, %(default)s by default.",
-    )
-    p.add_argument(
-        "--tokens",
-        type=int,
-        default=524288,
-        help="The number of tokens in a step, accumulated, %(default)s by default.",
-    )
-    p.add_argument(
-        "--micro-batch",
-        type=int,
-        default=32,
-        help="The number of sequences computed at a time, %(default)s by default.",
-    )
-    p.add_argument("--compile", action="store_true", help="Compiles the model with torch.compile; off by default.")
-    p.add_argument(
-        "--trackers",
-        nargs="+",
-        default=["full", "fast", "topk"],
-        choices=list(METHODS),
-        help="The kinds of trackers, by default full, fast and topk.",
-    )
-    p.add_argument(
-        "--budget",
-        type=float,
-        default=0.005,
-        help="The fraction of the step time that fast may take, %(default)s by default.",
-    )
-    p.add_argument("--turns", type=int, default=4, help="The number of turns of each tracker, %(default)s by default.")
-    p.add_argument(
-        "--steps",
-        type=int,
-        default=3,
-        help="The number of timed steps in a turn, after one that is not timed, %(default)s by default.",
-    )
+    tracker_flags(p, "gpt2-small", 0.005)
+    add = p.add_argument
+    # fmt: off
+    add("--tokens", type=int, default=524288,
+        help="The number of tokens in a step, accumulated, %(default)s by default.")
+    add("--micro-batch", type=int, default=32,
+        help="The number of sequences computed at a time, %(default)s by default.")
+    add("--compile", action="store_true", help="Compiles the model with torch.compile; off by default.")
+    add("--trackers", nargs="+", default=["full", "fast", "topk"], choices=list(METHODS),
+        help="The kinds of trackers, by default full, fast and topk.")
+    add("--turns", type=int, default=4, help="The number of turns of each tracker, %(default)s by default.")
+    add("--steps", type=int, default=3,
+        help="The number of timed steps in a turn, after one that is not timed, %(default)s by default.")
+    # fmt: on
     args = p.parse_args()
     show_card()
     seconds, gate, own = measure(args)

@@ -72,7 +72,7 @@ def main():
         nargs="+",
         choices=PARTS,
         default=list(PARTS),
-        help="Runs these parts only; by default all: %(default)s.",
+        help=f"Runs these parts only; by default all: {', '.join(PARTS)}.",
     )
     args = p.parse_args()
     if not torch.cuda.is_available():

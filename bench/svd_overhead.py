@@ -5,6 +5,7 @@ nothing but the tracker; their losses must agree bit for bit. With --model gpt2-
 model's matrices at their seeded initial values, each moved a little at every step.
 """
 
+import argparse
 import random
 import time
 
@@ -171,39 +172,29 @@ def track_only(args):
     return own, errors
 
 
+def tracker_flags(p: argparse.ArgumentParser, model: str, budget: float):
+    """Adds the flags of every benchmark that trains a model under trackers, with its defaults."""
+    # fmt: off
+    p.add_argument("--model", default=model, choices=PRESETS,
+                   help="The model, a preset of training/model.py, %(default)s by default.")
+    p.add_argument("--optimizer", default="adamw", choices=list(DEFAULT_LR),
+                   help="The optimizer of the training, %(default)s by default.")
+    p.add_argument("--budget", type=float, default=budget,
+                   help="The fraction of the step time that the tracker fast may take, %(default)s by default.")
+    # fmt: on
+
+
 def main():
     """Gate, table, JSON."""
     p = parser(__doc__.split("\n")[0])
-    p.add_argument(
-        "--model",
-        default="gpt2-nano",
-        choices=PRESETS,
-        help="The model: the nano ones train, larger ones are tracked only; %(default)s by default.",
-    )
-    p.add_argument(
-        "--optimizer",
-        default="adamw",
-        choices=list(DEFAULT_LR),
-        help="The optimizer of the training, %(default)s by default.",
-    )
-    p.add_argument(
-        "--steps", type=int, help="The number of training steps; by default 40 for a nano model, 3 for others."
-    )
-    p.add_argument(
-        "--batch-size", type=int, default=8, help="The number of sequences in a step, %(default)s by default."
-    )
-    p.add_argument(
-        "--budget",
-        type=float,
-        default=0.03,
-        help="The fraction of the step time that fast may take, %(default)s by default.",
-    )
-    p.add_argument(
-        "--check-every",
-        type=int,
-        default=10,
-        help="The number of steps between two comparisons with float64, %(default)s by default.",
-    )
+    tracker_flags(p, "gpt2-nano", 0.03)
+    add = p.add_argument
+    # fmt: off
+    add("--steps", type=int, help="The number of training steps; by default 40 for a nano model, 3 for others.")
+    add("--batch-size", type=int, default=8, help="The number of sequences in a step, %(default)s by default.")
+    add("--check-every", type=int, default=10,
+        help="The number of steps between two comparisons with float64, %(default)s by default.")
+    # fmt: on
     args = p.parse_args()
     trains = args.model.endswith("nano")
     args.steps = args.steps or (40 if trains else 3)
