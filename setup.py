@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 
@@ -42,9 +42,8 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["sosd_fast", "sosd_fast.kernels"],
-    package_dir={"sosd_fast": "sosd_fast", "sosd_fast.kernels": "kernels"},
-    package_data={"sosd_fast": ["py.typed", "report.html"]},
+    packages=find_packages(include=["sosd_fast", "sosd_fast.*"]),  # through the link sosd_fast/kernels, too
+    package_data={"sosd_fast": ["py.typed"], "": ["*.html"]},
     ext_modules=[Extension("sosd_fast._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

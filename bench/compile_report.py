@@ -160,8 +160,14 @@ def faults(case: Case, row: dict) -> list[str]:
 def main():
     """Table, JSON; exit status 1 on a fault."""
     p = parser(__doc__.split("\n")[0])
-    p.add_argument("--only", default="", help="cases whose name holds this")
-    p.add_argument("--targets", type=int, nargs="+", default=TARGETS, help="compute capabilities, times ten")
+    p.add_argument("--only", default="", help="Compiles only the cases whose name contains this text; by default all.")
+    p.add_argument(
+        "--targets",
+        type=int,
+        nargs="+",
+        default=TARGETS,
+        help="The compute capabilities to compile for, times ten; by default 80, 90 and 100.",
+    )
     args = p.parse_args()
     rows, table, wrong = [], [], 0
     with tempfile.TemporaryDirectory() as cache:

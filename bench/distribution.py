@@ -2,7 +2,7 @@
 
 import torch
 
-from bench.harness import bar, card, finish, interleaved, interleaved_cuda, parser, show
+from bench.harness import bar, finish, interleaved, interleaved_cuda, parser, show, show_card
 from sosd_fast.kernels.distribution import singular_distribution, singular_distribution_ref
 
 GROUPS = [(72, 768), (48, 768), (105, 1280), (24, 2048), (12, 256)]  # spectra, values in each
@@ -10,10 +10,9 @@ GROUPS = [(72, 768), (48, 768), (105, 1280), (24, 2048), (12, 256)]  # spectra, 
 
 def main():
     """Gate, table, JSON."""
-    p = parser(__doc__)
-    p.add_argument("--repeats", type=int, default=20, help="interleaved repetitions")
+    p = parser(__doc__, repeats=20)
     args = p.parse_args()
-    print("  ".join(f"{k} {v}" for k, v in card().items() if v))
+    show_card()
     cuda = torch.cuda.is_available()
     compiled = torch.compile(singular_distribution_ref, dynamic=False) if cuda else None
     rows, results = [], {}

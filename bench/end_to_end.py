@@ -11,9 +11,10 @@ import time
 import torch
 
 import sosd_fast
-from bench.harness import bar, card, finish, parser, show
-from bench.svd_overhead import METHODS, Errors, Stopwatch
+from bench.harness import bar, finish, gates, parser, show, show_card, true_svdvals
+from bench.svd_overhead import Errors, Stopwatch, tracker_flags
 from training.data import batches, load_text
+from training.flags import METHODS
 from training.model import PRESETS, Transformer
 from training.optimizers import DEFAULT_LR, build_optimizers
 
@@ -128,8 +129,7 @@ def measure(args) -> tuple[dict, dict, dict]:
         seen = {t.shape: t for t in probe._tracked if max(t.shape) <= 4096}  # one of each shape
         worst, errors = 0.0, Errors()
         for t in seen.values():
-            W = t.matrix.tensor().double()
-            S = torch.linalg.svdvals(W if W.shape[0] >= W.shape[1] else W.mT).cpu()
+            S = true_svdvals(t.matrix.tensor())
             record = probe.latest()[t.name]
             if record.spectrum is not None:
                 errors.add([record], {t.name: S}, {}, warm=False)
@@ -147,21 +147,24 @@ def measure(args) -> tuple[dict, dict, dict]:
 def main():
     """Gate, table, JSON."""
     p = parser(__doc__.split("\n")[0])
-    p.add_argument("--model", default="gpt2-small", choices=PRESETS, help="preset of training/model.py")
-    p.add_argument("--optimizer", default="adamw", choices=list(DEFAULT_LR), help="of the training")
-    p.add_argument("--tokens", type=int, default=524288, help="tokens a step, accumulated")
-    p.add_argument("--micro-batch", type=int, default=32, help="sequences at a time")
-    p.add_argument("--compile", action="store_true", help="torch.compile the model")
-    p.add_argument("--trackers", nargs="+", default=["full", "fast", "topk"], choices=list(METHODS), help="kinds")
-    p.add_argument("--budget", type=float, default=0.005, help="of the step, for fast")
-    p.add_argument("--turns", type=int, default=4, help="of each tracker")
-    p.add_argument("--steps", type=int, default=3, help="timed steps a turn, after one that is not")
+    tracker_flags(p, "gpt2-small", 0.005)
+    add = p.add_argument
+    # fmt: off
+    add("--tokens", type=int, default=524288,
+        help="The number of tokens in a step, accumulated, %(default)s by default.")
+    add("--micro-batch", type=int, default=32,
+        help="The number of sequences computed at a time, %(default)s by default.")
+    add("--compile", action="store_true", help="Compiles the model with torch.compile; off by default.")
+    add("--trackers", nargs="+", default=["full", "fast", "topk"], choices=list(METHODS),
+        help="The kinds of trackers, by default full, fast and topk.")
+    add("--turns", type=int, default=4, help="The number of turns of each tracker, %(default)s by default.")
+    add("--steps", type=int, default=3,
+        help="The number of timed steps in a turn, after one that is not timed, %(default)s by default.")
+    # fmt: on
     args = p.parse_args()
-    print("  ".join(f"{k} {v}" for k, v in card().items() if v), flush=True)
+    show_card()
     seconds, gate, own = measure(args)
-    for what, holds in gate.items():
-        print(f"gate: {what}: {'holds' if holds else 'FAILS'}")
-    if not all(gate.values()):
+    if not gates(gate):
         print("the gate is red: no times are printed")
         raise SystemExit(1)
     rows, results = [], {}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from bench.harness import ROOT, card, show
+from bench.harness import ROOT, show, show_card
 
 TOTAL = 480  # seconds
 LEAST = 25  # seconds that a part leaves to each later one
@@ -67,11 +67,17 @@ def run(name: str, seconds: float, arguments: list[str], logs: Path) -> tuple[st
 def main():
     """Runs the parts; exit status 1 if one did not end well."""
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts")
+    p.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        help=f"Runs these parts only; by default all: {', '.join(PARTS)}.",
+    )
     args = p.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench.gpu: expected a CUDA GPU, got none. The same kernels are proved by `make test`.")
-    print("  ".join(f"{k} {v}" for k, v in card().items() if v), flush=True)
+    show_card()
     logs = ROOT / "build" / "gpu"
     logs.mkdir(parents=True, exist_ok=True)
     ended, bars = summary(args.only, logs)

@@ -1,46 +1,47 @@
-"""What all benchmarks share: the card, interleaved timing, the table, the JSON line."""
+"""What all benchmarks share: the card, the truth, interleaved timing, gates and bars, the table, the JSON line."""
 
 import argparse
-import importlib.util
 import json
-import os
-import platform
+import resource
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from training.machine import card
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def card() -> dict:
-    """Names the machine, the versions and the commit."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "triton": metadata.version("triton") if importlib.util.find_spec("triton") else None,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
-        "date": time.strftime("%Y-%m-%d"),
-    }
+def show_card():
+    """Prints the machine card."""
+    print("  ".join(f"{name} {value}" for name, value in card().items() if value), flush=True)
+
+
+def upright(W: Tensor) -> Tensor:
+    """The orientation that torch.linalg.svdvals is faster in."""
+    return W if W.shape[0] >= W.shape[1] else W.mT
+
+
+def true_svdvals(W: Tensor) -> Tensor:
+    """The singular values (r,) of W (m, n), by a float64 SVD on the CPU, descending."""
+    return torch.linalg.svdvals(upright(W.double().cpu()))
+
+
+def resident_mb() -> float:
+    """The resident memory of this process in MB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 def interleaved(variants: dict[str, Callable], repeats: int, warmup: int = 2) -> dict[str, dict[str, float]]:
     """Times variants in turn, A B C A B C ..., so that a drifting machine hits all alike.
 
     On the CPU each begins after a pause: OpenMP's threads go on spinning for milliseconds after their work, and would
-    charge one variant with the end of another (top-k at 768 x 768 after svdvals: 1.65 ms, by itself 0.77).
+    charge one variant with the end of another (top-k at 768 x 768 after svdvals: 1.65 ms, by itself 0.77;
+    LOG.md#topk-cpp).
 
     Returns:
         name -> {"ms": median, "low": 20 % quantile, "high": 80 % quantile}.
@@ -107,6 +108,13 @@ def show(title: str, columns: list[str], rows: list[list]):
             print("-" * (sum(widths) + 2 * len(widths) - 2))
 
 
+def gates(found: dict[str, bool]) -> bool:
+    """Says in a line each whether a condition holds without which no time counts; returns whether all do."""
+    for what, holds in found.items():
+        print(f"gate: {what}: {'holds' if holds else 'FAILS'}")
+    return all(found.values())
+
+
 def bar(what: str, value: float, limit: float, at_least: bool = False):
     """Says in one line whether a figure meets the bar set for it."""
     holds = value >= limit if at_least else value <= limit
@@ -114,10 +122,13 @@ def bar(what: str, value: float, limit: float, at_least: bool = False):
     print(f"bar: {what}: {value:.3g}, {side} {limit:g}: {'holds' if holds else 'MISSED'}")
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """An argument parser with the options of every benchmark."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--json", metavar="FILE", help="also write the result to bench/results/<machine>/FILE")
+def parser(description: str, repeats: int | None = None) -> argparse.ArgumentParser:
+    """An argument parser with the options of every benchmark, and --repeats where that has a default."""
+    p = argparse.ArgumentParser(description=description)
+    p.add_argument("--json", metavar="FILE", help="Writes the result to bench/results/<machine>/FILE; off by default.")
+    if repeats is not None:
+        what = "The number of interleaved repetitions, %(default)s by default."
+        p.add_argument("--repeats", type=int, default=repeats, help=what)
     return p
 
 

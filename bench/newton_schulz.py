@@ -2,7 +2,7 @@
 
 import torch
 
-from bench.harness import bar, card, finish, interleaved, interleaved_cuda, parser, show
+from bench.harness import bar, finish, interleaved, interleaved_cuda, parser, show, show_card
 from sosd_fast.kernels.newton_schulz import COEFFICIENTS, _fastest, _iterate, newton_schulz, newton_schulz_ref
 from sosd_fast.testing import matrix
 
@@ -72,10 +72,9 @@ def _flat(X):
 
 def main():
     """Gate, table, JSON."""
-    p = parser(__doc__)
-    p.add_argument("--repeats", type=int, default=7, help="interleaved repetitions")
+    p = parser(__doc__, repeats=7)
     args = p.parse_args()
-    print("  ".join(f"{k} {v}" for k, v in card().items() if v))
+    show_card()
     if torch.cuda.is_available():
         finish(
             {"benchmark": "newton_schulz", "settings": vars(args), "gate": True, "rows": on_cuda(args.repeats)},

@@ -17,11 +17,11 @@ import torch
 from torch.optim import optimizer as torch_optimizer
 
 import sosd_fast
-from bench.harness import card, finish, parser, show
+from bench.harness import finish, gates, parser, resident_mb, show, show_card, true_svdvals
 from bench.svd_overhead import Stopwatch
 from training.data import batches, load_text
 from training.model import PRESETS, Transformer
-from training.run import DEFAULT_LR, build_optimizers
+from training.optimizers import DEFAULT_LR, build_optimizers
 
 BUDGETS = (0.005, 0.01, 0.02, 0.05, 0.2)
 BUDGET_GATE = 1.3
@@ -95,8 +95,7 @@ def bounds(args):
             if name != "fast" or step <= 20 or step % 20 < 18:
                 return
             for t in probe._tracked:
-                W = t.matrix.tensor().double()
-                S = torch.linalg.svdvals(W if W.shape[0] >= W.shape[1] else W.mT)
+                S = true_svdvals(t.matrix.tensor())
                 before, truth[t.name] = truth.get(t.name), (step, S / S.sum())
                 r = probe.latest()[t.name]
                 if before and before[0] == step - 1 and r.step == step and r.sd_variation is not None:
@@ -146,7 +145,7 @@ def soak(args):
                 optimizer.zero_grad()
                 if step % (steps // 20) == 0:
                     gc.collect()
-                    samples[step] = _resident()
+                    samples[step] = resident_mb()
         left = len(torch_optimizer._global_optimizer_post_hooks) + len(torch_optimizer._global_optimizer_pre_hooks)
         run = sosd_fast.load(folder)
         last, size = run.records[-1].step, sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
@@ -178,25 +177,28 @@ def soak(args):
     return abs(result["growth"]) <= 0.05 and left == hooks and last > steps - 20, result  # matrices take turns
 
 
-def _resident() -> float:
-    """Resident memory in MB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
-
-
 def main():
     """Each part asked for, its gate, one JSON line."""
     parts = {"budget": budget, "bounds": bounds, "soak": soak}
     p = parser(__doc__.split("\n")[0])
-    p.add_argument("parts", nargs="*", choices=[*parts, []], default=[], help="all when none is named")
-    p.add_argument("--steps", type=int, help="of each part; 200, 500 and 20,000")
-    p.add_argument("--budget", type=float, default=0.03, help="of the part bounds")
+    p.add_argument("parts", nargs="*", choices=[*parts, []], default=[], help="Runs these parts only; by default all.")
+    p.add_argument(
+        "--steps",
+        type=int,
+        help="The number of steps of each part; by default 200 for budget, 500 for bounds, 20,000 for soak.",
+    )
+    p.add_argument(
+        "--budget",
+        type=float,
+        default=0.03,
+        help="The fraction of the step time that the probe of the part bounds may take, %(default)s by default.",
+    )
     args = p.parse_args()
-    print("  ".join(f"{k} {v}" for k, v in card().items() if v))
+    show_card()
     results, gate = {}, {}
     for name in args.parts or parts:
         gate[name], results[name] = parts[name](args)
-        print(f"gate: {name}: {'holds' if gate[name] else 'FAILS'}")
+        gates({name: gate[name]})
     finish({"benchmark": "probe", "settings": vars(args), "gate": gate, "rows": results}, args.json)
     if not all(gate.values()):
         raise SystemExit(1)

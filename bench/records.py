@@ -4,7 +4,6 @@ python -m bench.records --steps 100000 --matrices 20
 """
 
 import importlib.util
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import sosd_fast
-from bench.harness import card, finish, parser, show
+from bench.harness import finish, parser, resident_mb, show
 from sosd_fast.records import Record, RunWriter
 
 FIELDS = (  # of a matrix that is measured in full
@@ -39,7 +38,7 @@ def simulate(run_dir: Path, steps: int, matrices: int, r: int = 64) -> list[floa
             ]
         )  # fmt: skip
         if (step + 1) % max(steps // 10, 1) == 0:
-            memory.append(_resident())
+            memory.append(resident_mb())
     writer.close()
     return memory
 
@@ -47,8 +46,12 @@ def simulate(run_dir: Path, steps: int, matrices: int, r: int = 64) -> list[floa
 def main():
     """Writes, reads, prints."""
     options = parser(__doc__.splitlines()[0])
-    options.add_argument("--steps", type=int, default=10_000, help="of the simulated run")
-    options.add_argument("--matrices", type=int, default=20, help="measured at each step")
+    options.add_argument(
+        "--steps", type=int, default=10_000, help="The number of steps of the simulated run, %(default)s by default."
+    )
+    options.add_argument(
+        "--matrices", type=int, default=20, help="The number of matrices measured at each step, %(default)s by default."
+    )
     args = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
@@ -73,7 +76,7 @@ def main():
             for kind, pattern in (("scalars", "records*"), ("spectra", "spectra-*"))
         }
     result = {
-        "card": card(), "steps": args.steps, "matrices": args.matrices, "memory_MB": memory,
+        "steps": args.steps, "matrices": args.matrices, "memory_MB": memory,
         "write_us_per_record": 1e6 * write_s / count, "columns_s": columns_s, "to_pandas_s": pandas_s,
         "spectra_s": spectra_s, "kept_spectra": len(kept),
         "scalars_MB": sizes["scalars"], "spectra_MB": sizes["spectra"],
@@ -81,14 +84,9 @@ def main():
     show(
         f"{args.steps} steps x {args.matrices} matrices",
         ["", "value"],
-        [[key, value] for key, value in result.items() if key not in ("card", "steps", "matrices")],
+        [[key, value] for key, value in result.items() if key not in ("steps", "matrices")],
     )
     finish(result, args.json)
-
-
-def _resident() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e6
 
 
 if __name__ == "__main__":

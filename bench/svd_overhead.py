@@ -5,19 +5,20 @@ nothing but the tracker; their losses must agree bit for bit. With --model gpt2-
 model's matrices at their seeded initial values, each moved a little at every step.
 """
 
+import argparse
 import random
 import time
 
 import torch
 
 import sosd_fast
-from bench.harness import bar, card, finish, parser, quantiles, show
+from bench.harness import bar, finish, gates, parser, quantiles, show, show_card, true_svdvals
 from sosd_fast.testing import sd_distance
 from training.data import batches, load_text
+from training.flags import METHODS
 from training.model import PRESETS, Transformer
 from training.optimizers import DEFAULT_LR, build_optimizers
 
-METHODS = {"fast": "auto", "full": "full", "topk": "topk", "exact": "exact"}
 ERROR_GATE = 1e-6  # on the singular distribution of a full measurement
 TOPK_GATE = {"adamw": 1e-3, "muon": 5e-3}  # on the leading values, relative, after step 20
 HEAD_GATE = 0.05  # relative, on the SD variation of the leading values over the exact sum of all
@@ -51,12 +52,13 @@ class Errors:
         """SVDs of all matrices now, and those of the step before where there are some."""
         now = {}
         for t in probe._tracked:
-            W = t.matrix.tensor().double()
+            W = t.matrix.tensor()
             if W.is_cuda:  # by the Gram matrix, whose small values are good to 1e-8 of the largest
+                W = W.double()
                 G = W @ W.mT if W.shape[0] <= W.shape[1] else W.mT @ W
                 now[t.name] = torch.linalg.eigvalsh(G).flip(-1).clamp(min=0).sqrt().cpu()
             else:
-                now[t.name] = torch.linalg.svdvals(W if W.shape[0] >= W.shape[1] else W.mT)
+                now[t.name] = true_svdvals(W)
         before = self._before.get(step - 1, {})
         self._before = {step: now}
         return now, before
@@ -170,21 +172,33 @@ def track_only(args):
     return own, errors
 
 
+def tracker_flags(p: argparse.ArgumentParser, model: str, budget: float):
+    """Adds the flags of every benchmark that trains a model under trackers, with its defaults."""
+    # fmt: off
+    p.add_argument("--model", default=model, choices=PRESETS,
+                   help="The model, a preset of training/model.py, %(default)s by default.")
+    p.add_argument("--optimizer", default="adamw", choices=list(DEFAULT_LR),
+                   help="The optimizer of the training, %(default)s by default.")
+    p.add_argument("--budget", type=float, default=budget,
+                   help="The fraction of the step time that the tracker fast may take, %(default)s by default.")
+    # fmt: on
+
+
 def main():
     """Gate, table, JSON."""
     p = parser(__doc__.split("\n")[0])
-    p.add_argument(
-        "--model", default="gpt2-nano", choices=PRESETS, help="nano presets train; larger ones are tracked only"
-    )
-    p.add_argument("--optimizer", default="adamw", choices=list(DEFAULT_LR), help="of the training")
-    p.add_argument("--steps", type=int, help="training steps; 40 for a nano model, 3 for larger ones")
-    p.add_argument("--batch-size", type=int, default=8, help="sequences a step")
-    p.add_argument("--budget", type=float, default=0.03, help="of the step, for fast")
-    p.add_argument("--check-every", type=int, default=10, help="steps between comparisons with float64")
+    tracker_flags(p, "gpt2-nano", 0.03)
+    add = p.add_argument
+    # fmt: off
+    add("--steps", type=int, help="The number of training steps; by default 40 for a nano model, 3 for others.")
+    add("--batch-size", type=int, default=8, help="The number of sequences in a step, %(default)s by default.")
+    add("--check-every", type=int, default=10,
+        help="The number of steps between two comparisons with float64, %(default)s by default.")
+    # fmt: on
     args = p.parse_args()
     trains = args.model.endswith("nano")
     args.steps = args.steps or (40 if trains else 3)
-    print("  ".join(f"{k} {v}" for k, v in card().items() if v))
+    show_card()
 
     if trains:
         seconds, own, errors, agree = train(args)
@@ -206,8 +220,7 @@ def main():
             errors["topk"].topk <= TOPK_GATE[args.optimizer]
         )
         gate[f"their part of SD variation within {HEAD_GATE:g}, given the sum"] = errors["topk"].head <= HEAD_GATE
-    for what, holds in gate.items():
-        print(f"gate: {what}: {'holds' if holds else 'FAILS'}")
+    green = gates(gate)
 
     result = {"benchmark": "svd_overhead", "settings": vars(args), "gate": gate, "rows": {}}
     rows = []
@@ -242,7 +255,7 @@ def main():
                 *(f"{row[k]:.1e}" if row.get(k) else "" for k in ("sd_error", "topk_error", "variation_error")),
             ]
         )
-    if not all(gate.values()):
+    if not green:
         print("the gate is red: no times are printed")
         raise SystemExit(1)
     if torch.cuda.is_available() and not trains:

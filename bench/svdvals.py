@@ -4,7 +4,18 @@ import importlib.util
 
 import torch
 
-from bench.harness import attempted_cuda, bar, card, finish, interleaved, interleaved_cuda, parser, show
+from bench.harness import (
+    attempted_cuda,
+    bar,
+    finish,
+    interleaved,
+    interleaved_cuda,
+    parser,
+    show,
+    show_card,
+    true_svdvals,
+    upright,
+)
 from sosd_fast.kernels.sturm import sturm
 from sosd_fast.kernels.syrk import syrk
 from sosd_fast.kernels.tridiagonal import tridiagonal
@@ -27,11 +38,6 @@ SETS = {  # the body of a model: (shape, how many)
     "gpt2-small": [((768, 768), 48), ((768, 3072), 24)],
     "llama-0.5b": [((1280, 1280), 60), ((1280, 5120), 45)],
 }
-
-
-def upright(W):
-    """The orientation that torch.linalg.svdvals is faster in."""
-    return W if W.shape[0] >= W.shape[1] else W.mT
 
 
 def variants(Ws, slow):
@@ -72,7 +78,7 @@ def on_cuda(model: str, repeats: int) -> dict:
     """A model's body at once: the whole, its stages, and the libraries on the same Gram matrices."""
     groups = SETS[model]
     Ws = body(model)
-    truth = {i: torch.linalg.svdvals(Ws[i].double().cpu()) for i in {W.shape: i for i, W in enumerate(Ws)}.values()}
+    truth = {i: true_svdvals(Ws[i]) for i in {W.shape: i for i, W in enumerate(Ws)}.values()}
     variants = {
         "sosd_fast, float32": lambda: spectra(Ws, "gram32"),
         "sosd_fast, float64": lambda: spectra(Ws, "gram64"),
@@ -145,14 +151,23 @@ def on_cuda(model: str, repeats: int) -> dict:
 
 def main():
     """Gate, table, JSON."""
-    p = parser(__doc__)
-    p.add_argument("--repeats", type=int, default=5, help="interleaved repetitions")
-    p.add_argument("--largest", type=int, default=1024, help="leave out shapes with a longer short side")
-    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights")
-    p.add_argument("--sets", action="store_true", help="also one layer each of whole models, and their sum")
+    p = parser(__doc__, repeats=5)
+    p.add_argument(
+        "--largest",
+        type=int,
+        default=1024,
+        help="The longest short side of a shape that is measured, in rows or columns, %(default)s by default.",
+    )
+    p.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="The dtype of the weights, %(default)s by default.",
+    )
+    p.add_argument("--sets", action="store_true", help="Measures the bodies of whole models, too; off by default.")
     args = p.parse_args()
     dtype = getattr(torch, args.dtype)
-    print("  ".join(f"{k} {v}" for k, v in card().items() if v))
+    show_card()
 
     if torch.cuda.is_available():
         sets = {model: on_cuda(model, args.repeats) for model in (SETS if args.sets else ["gpt2-small"])}
@@ -166,7 +181,7 @@ def main():
     for m, n in shapes:
         Ws = [matrix("gaussian", m, n, seed=i, dtype=dtype) for i in range(BATCH)]
         found = spectra(Ws)
-        errors = [sd_distance(S, torch.linalg.svdvals(upright(W).double())) for S, W in zip(found.S, Ws, strict=True)]
+        errors = [sd_distance(S, true_svdvals(W)) for S, W in zip(found.S, Ws, strict=True)]
         error = max(errors)
         if error > 1e-6 or any(e > limit for e, limit in zip(errors, found.sd_error.tolist(), strict=True)):
             raise SystemExit(f"gate: {m}x{n}: SD errors {errors} against bounds {found.sd_error.tolist()}")

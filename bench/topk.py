@@ -4,7 +4,18 @@ import importlib.util
 
 import torch
 
-from bench.harness import attempted_cuda, bar, card, finish, interleaved, interleaved_cuda, parser, show
+from bench.harness import (
+    attempted_cuda,
+    bar,
+    finish,
+    interleaved,
+    interleaved_cuda,
+    parser,
+    show,
+    show_card,
+    true_svdvals,
+    upright,
+)
 from bench.svdvals import body
 from sosd_fast.kernels.eigh import eigh
 from sosd_fast.svdvals import spectra
@@ -32,7 +43,7 @@ class Drift:
         self.S, _, self.state = topk_svdvals(self.W, self.k, state=self.state, variant=self.variant)
 
     def error(self):
-        truth = torch.stack([torch.linalg.svdvals(W.double()) for W in self.W])[:, : self.k]
+        truth = torch.stack([true_svdvals(W) for W in self.W])[:, : self.k]
         return float((self.S / truth - 1).abs().max())
 
 
@@ -46,7 +57,7 @@ def on_cuda(k: int, repeats: int) -> dict:
         found = topk_svdvals(W, k, state=found.state)
     error = 0.0
     for i in {A.shape: i for i, A in enumerate(W)}.values():
-        truth = torch.linalg.svdvals(W[i].double().cpu())[:k]
+        truth = true_svdvals(W[i])[:k]
         error = max(error, float((found.S[i].cpu() / truth - 1).abs().max()))
     if not error <= GATE:
         raise SystemExit(f"gate: relative error {error:.1e} of the leading values exceeds {GATE:g}")
@@ -85,11 +96,10 @@ def on_cuda(k: int, repeats: int) -> dict:
 
 def main():
     """Gate, table, JSON."""
-    p = parser(__doc__)
-    p.add_argument("--k", type=int, default=32, help="leading values")
-    p.add_argument("--repeats", type=int, default=9, help="interleaved repetitions")
+    p = parser(__doc__, repeats=9)
+    p.add_argument("--k", type=int, default=32, help="The number of leading values, %(default)s by default.")
     args = p.parse_args()
-    print("  ".join(f"{k} {v}" for k, v in card().items() if v))
+    show_card()
     if torch.cuda.is_available():
         sets = {"gpt2-small": on_cuda(args.k, args.repeats)}
         finish({"benchmark": "topk", "settings": vars(args), "gate": True, "sets": sets}, args.json)
@@ -104,7 +114,7 @@ def main():
         errors = {variant: run.error() for variant, run in runs.items()}
         if errors["m"] > GATE:
             raise SystemExit(f"gate: {shape}: relative error {errors['m']:.1e} of the leading values exceeds {GATE:g}")
-        tall = [W if W.shape[0] >= W.shape[1] else W.mT for W in runs["m"].W]
+        tall = [upright(W) for W in runs["m"].W]
         times = interleaved(
             {**runs, "svdvals": lambda tall=tall: [torch.linalg.svdvals(W) for W in tall]}, args.repeats
         )

@@ -171,12 +171,27 @@ def start_presets(steps: int) -> dict:
 
 def main(argv=None) -> int:
     """Measures, prints, and returns 1 where a gate is red."""
-    p = parser(__doc__.split(":")[0])
-    p.add_argument("--models", nargs="*", default=["gpt2-nano", "gpt2-small"], help="of the throughput comparison")
-    p.add_argument("--repeats", type=int, default=15)
-    p.add_argument("--ranks", type=int, default=4, help="of the tracker's shares; 0 leaves them out")
-    p.add_argument("--tracker-model", default="gpt2-small", help="whose matrices they share")
-    p.add_argument("--presets", action="store_true", help="only start the paper's runs")
+    p = parser(__doc__.split(":")[0], repeats=15)
+    p.add_argument(
+        "--models",
+        nargs="*",
+        default=["gpt2-nano", "gpt2-small"],
+        help="The models of the throughput comparison, by default gpt2-nano and gpt2-small.",
+    )
+    p.add_argument(
+        "--ranks",
+        type=int,
+        default=4,
+        help="The number of ranks that share the tracker's work, 0 for no such part; %(default)s by default.",
+    )
+    p.add_argument(
+        "--tracker-model",
+        default="gpt2-small",
+        help="The model whose matrices the ranks share, %(default)s by default.",
+    )
+    p.add_argument(
+        "--presets", action="store_true", help="Only starts each of the paper's runs for two steps; off by default."
+    )
     args = p.parse_args(argv)
     if args.presets:
         found = start_presets(2)

@@ -17,26 +17,26 @@ from sosd_fast import kernels
 def main(argv=None) -> int:
     """Runs a command; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m sosd_fast", description=__doc__)
-    parser.add_argument("--version", action="version", version=metadata.version("sosd_fast"))
+    parser.add_argument("--version", action="version", version=_version("sosd_fast") or "not installed")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="show what is installed and which path each operation takes on this machine")
-    defaults = argparse.ArgumentDefaultsHelpFormatter
-    report = commands.add_parser(
-        "report", help="write one HTML page about one or several runs", formatter_class=defaults
-    )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run directory")
-    report.add_argument("-o", "--output", default="report.html", metavar="FILE", help="the page")
-    report.add_argument("--matrices", type=int, default=48, help="whose spectra are drawn of each run, at most")
-    analyze = commands.add_parser(
-        "analyze", help="spectra of saved weights, and their change between them", formatter_class=defaults
-    )
-    analyze.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT",
-        help="safetensors file, torch checkpoint, folder of either, or folder of torch.distributed.checkpoint",
-    )  # fmt: skip
-    analyze.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    analyze.add_argument("--spectra", action="store_true", help="with --json: all singular values too")
-    analyze.add_argument("--run-dir", metavar="DIR", help="also keep the records as a run, for report")
+    # fmt: off
+    commands.add_parser("doctor", help="Shows what is installed and which path each operation takes on this machine.")
+    report = commands.add_parser("report", help="Writes one HTML page about one or several runs.")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="Reads these run directories.")
+    report.add_argument("-o", "--output", default="report.html", metavar="FILE",
+                        help="The file that the page is written to, %(default)s by default.")
+    report.add_argument("--matrices", type=int, default=48,
+                        help="The largest number of matrices of a run whose spectra are drawn, %(default)s by default.")
+    analyze = commands.add_parser("analyze", help="Shows the spectra of saved weights, and their change between them.")
+    analyze.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
+                         help="Reads these: safetensors files, torch checkpoints, folders of either, or folders of "
+                         "torch.distributed.checkpoint.")
+    analyze.add_argument("--json", action="store_true", help="Prints JSON instead of tables; off by default.")
+    analyze.add_argument("--spectra", action="store_true",
+                         help="With --json, prints all singular values, too; off by default.")
+    analyze.add_argument("--run-dir", metavar="DIR",
+                         help="Keeps the records as a run in this new folder, for report; by default nowhere.")
+    # fmt: on
     args = parser.parse_args(argv)
     if args.command == "doctor":
         print("\n".join(doctor()))
@@ -148,9 +148,9 @@ def doctor() -> list[str]:
 def _version(name: str) -> str | None:
     try:
         module = importlib.import_module(name)
-    except ImportError:
+        return getattr(module, "__version__", None) or metadata.version(name)
+    except ImportError:  # a bare checkout has no metadata: PackageNotFoundError is an ImportError, too
         return None
-    return getattr(module, "__version__", None) or metadata.version(name)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def test_what_leading_values_tell(seed):
         assert r.sd_variation is None and r.method == "topk"
         assert r.sd_variation_floor <= whole + 1e-6
         assert r.sd_variation_floor <= r.sd_variation_topk * 1.001 <= r.sd_variation_carried * 1.002
-        # an estimate: the sum of the other values is not known (LOG.md)
+        # an estimate: the sum of the other values is not known (LOG.md#topk-sum)
         assert r.sd_variation_topk == pytest.approx(head, rel=0.6, abs=1e-6)
 
 

@@ -7,10 +7,10 @@ import torch
 
 import sosd_fast
 from sosd_fast.phases import Kink, Phases
-from training import claims, figures, reproduce, theory
-from training.claims import Finished
+from training.flags import parse_args as parse_run_args
 from training.model import PRESETS, Config, Transformer
-from training.run import parse_args as parse_run_args
+from training.paper import claims, figures, reproduce, theory
+from training.paper.finished import Finished
 
 GPT2 = Config(n_layer=2, n_head=2, width=32, ff_width=64, context=32, vocab=256)
 LLAMA = Config(2, 2, 32, 64, 32, 256, activation="swiglu", norm_gain=True, tied=False)

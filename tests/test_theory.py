@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sosd_fast.phases import theory_bound, threshold_step
-from training import theory
+from training.paper import theory
 
 SHORT = {"width": 12, "positions": 8, "classes": 4, "lr": 0.1, "steps": 1500}
 

@@ -7,7 +7,7 @@ import sosd_fast
 from sosd_fast.topk import topk_svdvals
 from training.data import batches, load_text
 from training.model import PRESETS, Transformer
-from training.run import DEFAULT_LR, build_optimizers
+from training.optimizers import DEFAULT_LR, build_optimizers
 
 K = 32
 

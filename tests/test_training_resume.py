@@ -17,6 +17,7 @@ from training import checkpoint
 from training import run as script
 from training.model import PRESETS, Config
 
+ROOT = Path(__file__).resolve().parent.parent
 TINY = Config(n_layer=2, n_head=2, width=32, ff_width=64, context=32, vocab=256)
 FLAGS = ["--steps=10", "--batch-size=4", "--micro-batch-size=2", "--clip=1", "--warmup=2", "--eval-every=3", "--quiet"]
 FLAGS += ["--eval-sequences=4", "--device=cpu", "--checkpoint-every=3", "--weight-decay=0.1", "--tracker-k=4"]
@@ -25,7 +26,6 @@ CLOCK = ("step_ms", "tokens_per_s", "overhead")
 # Run the script on the tiny model, and at a chosen call of a function send this process a signal.
 CHILD = """
 import os, sys, signal
-sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 from training import checkpoint, run
@@ -96,10 +96,8 @@ def test_kill_and_resume_is_bit_identical(nano, text, tmp_path, optimizer, track
     for name, (point, number, saved) in POINTS.items():
         run_dir = tmp_path / name
         argv = [*flags, f"--run-dir={run_dir}"]
-        code = CHILD.format(
-            root=str(Path(script.__file__).parent.parent), config=TINY, point=point, signal=int(number), argv=argv
-        )
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        code = CHILD.format(config=TINY, point=point, signal=int(number), argv=argv)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
         assert done.returncode == (143 if number == signal.SIGTERM else -9), done.stderr
         assert checkpoint.step_of(checkpoint.latest(run_dir)) == saved
         assert script.main([f"--resume={run_dir}"]) == 0

@@ -43,14 +43,15 @@ def load_data(path: str | Path | None = None, vocab: int = 50304) -> Tokens:
     if not all(parts):
         raise ValueError(
             f"load_data: expected files *train*.bin and *val*.bin, got path={str(path)!r} with {len(parts[0])} and "
-            f"{len(parts[1])}. Write both with training/prepare.py."
+            f"{len(parts[1])}. Write both with `python -m training.prepare`."
         )
     meta = Path(path) / "meta.json"
     try:
         vocab = int(json.loads(meta.read_text())["vocab"]) if meta.exists() else vocab
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"load_data: expected a vocab in {meta}, got {error!r}. Write the shards again with training/prepare.py."
+            f"load_data: expected a vocab in {meta}, got {error!r}. Write the shards again with "
+            "`python -m training.prepare`."
         ) from None
     return Tokens(*(Shards(files, vocab) for files in parts), vocab, str(path))
 

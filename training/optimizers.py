@@ -41,7 +41,8 @@ def build_optimizers(
         rest = [{"params": outer + gains}]
     if optimizer == "muon":
         adam_lr = DEFAULT_LR["adamw"] if adam_lr is None else adam_lr
-        # Apart, q, k and v end lower: validation 1.438 against 1.552, gpt2-nano after 300 steps, one seed.
+        # Apart, q, k and v end lower: validation 1.438 against 1.552, gpt2-nano after 300 steps, one seed
+        # (LOG.md#muon-split).
         fused = {id(p) for name, p in named if name.endswith("c_attn.weight")}
         groups = [
             {"params": [p for p in body if id(p) not in fused]},

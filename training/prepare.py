@@ -1,15 +1,12 @@
-"""Write token shards: ``python training/prepare.py SOURCE --out=FOLDER --tokenizer=bpe:4096``."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+"""Write token shards: ``python -m training.prepare SOURCE --out=FOLDER --tokenizer=bpe:4096``."""
 
 import argparse
 import itertools
 import json
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -262,17 +259,22 @@ def prepare(
 
 def main(argv=None) -> int:
     """Prepare as the flags say; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split(":")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("source", help="a text file, a folder of text, or hf:DATASET:CONFIG:SPLIT")
-    parser.add_argument("--out", required=True, help="new folder for the shards")
-    parser.add_argument("--tokenizer", default="gpt2", help=TOKENIZERS)
-    parser.add_argument("--val-tokens", type=int, default=10_000_000, help="the first ones, for validation")
-    parser.add_argument("--val-source", help="take them from another source, such as the data set's own split")
-    parser.add_argument("--max-tokens", type=int, help="of training; None takes all there are")
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens in a file")
-    parser.add_argument("--train-bytes", type=int, default=50_000_000, help="text that bpe:VOCAB is trained on")
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0], allow_abbrev=False)
+    add = parser.add_argument
+    # fmt: off
+    add("source", help="Reads a text file, a folder of text, or hf:DATASET:CONFIG:SPLIT.")
+    add("--out", required=True, help="The new folder for the shards, which must be given.")
+    add("--tokenizer", default="gpt2", help=f"The tokenizer: {TOKENIZERS}; %(default)s by default.")
+    add("--val-tokens", type=int, default=10_000_000,
+        help="The number of tokens for validation, the first ones of the source, %(default)s by default.")
+    add("--val-source",
+        help="Another source for the tokens of validation, such as the data set's own split; by default the same.")
+    add("--max-tokens", type=int, help="The number of tokens for training; by default all there are.")
+    add("--shard-tokens", type=int, default=100_000_000,
+        help="The number of tokens in a file, %(default)s by default.")
+    add("--train-bytes", type=int, default=50_000_000,
+        help="The bytes of the source that bpe:VOCAB is trained on, %(default)s by default.")
+    # fmt: on
     try:
         meta = prepare(**vars(parser.parse_args(argv)))
     except (ValueError, ImportError, OSError) as error:

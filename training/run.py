@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a file, it would find the modules of training/ only
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import argparse
 import contextlib
@@ -26,135 +27,14 @@ from sosd_fast.plot import onsets, plot_run, variation_by_kind
 from sosd_fast.records import JsonLines, RunWriter
 from training import checkpoint
 from training.data import fixed_batches, load_data, passes
+from training.flags import METHODS, parse_args
 from training.model import PRESETS, Transformer, flops_per_token, resized
-from training.optimizers import DEFAULT_LR, build_optimizers
-from training.parallel import KINDS, setup
-from training.presets import RUNS
+from training.optimizers import build_optimizers
+from training.parallel import setup
 from training.schedule import SCHEDULES
 
-METHODS = {"fast": "auto", "full": "full", "topk": "topk", "exact": "exact"}
 # Dense bfloat16 FLOP/s by the data sheets; the first name found in the device's decides.
 PEAK_FLOPS = {"B200": 2.25e15, "H200": 9.89e14, "H100": 9.89e14, "A100": 3.12e14, "L40S": 3.62e14, "4090": 1.65e14}
-
-
-def parse_args(argv=None) -> argparse.Namespace:
-    """Read the flags; a wrong value ends with a message that names the choices."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split(":")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
-    positive, fraction = number(int, 1), number(float, 0)
-    switch = argparse.BooleanOptionalAction
-    parser.add_argument("--preset", choices=list(RUNS), help="defaults of the other flags: a run of the paper, or nano")
-    parser.add_argument("--resume", metavar="RUN_DIR", help="go on from its last checkpoint, with its flags")
-    # The probe
-    parser.add_argument("--tracker", choices=[*METHODS, "off"], default="fast", help="how spectra are measured")
-    parser.add_argument(
-        "--tracker-budget", type=number(float, 1e-6, 1), default=0.03, help="part of the step time it may take"
-    )
-    parser.add_argument("--tracker-k", type=positive, default=32, help="leading singular values kept of each matrix")
-    # Model
-    parser.add_argument("--model", choices=list(PRESETS), default="gpt2-nano", help="preset of training/model.py")
-    parser.add_argument("--layers", type=positive, help="number of blocks; None is the model's")
-    parser.add_argument("--width", type=positive, help="of the residual stream, in heads of one width; None: as above")
-    parser.add_argument("--context", type=positive, help="tokens of a sequence; None: as above")
-    parser.add_argument("--compile", action=switch, default=False, help="torch.compile the model")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of compute, not of weights"
-    )
-    parser.add_argument("--parallel", choices=KINDS, default="none", help="over the processes that torchrun started")
-    parser.add_argument("--replicas", type=positive, help="with hsdp, copies of the model; None is one a machine")
-    parser.add_argument("--timeout", type=fraction, default=600.0, help="seconds to wait for another rank")
-    # Optimization
-    parser.add_argument("--optimizer", choices=list(DEFAULT_LR), default="adamw", help="muon: for the body's matrices")
-    parser.add_argument("--lr", type=fraction, help=f"peak learning rate of the body; None means {DEFAULT_LR}")
-    parser.add_argument("--adam-lr", type=fraction, help="with muon, that of embedding, head and gains; None: adamw's")
-    parser.add_argument("--weight-decay", type=fraction, default=0.0, help="on the body's matrices")
-    parser.add_argument("--decay-all", action=switch, default=False, help="on embedding and head, too")
-    parser.add_argument("--clip", type=fraction, help="largest norm of the gradient; None clips nothing")
-    parser.add_argument("--schedule", choices=list(SCHEDULES), default="wsd", help="learning rate over the steps")
-    parser.add_argument("--warmup", type=number(int, 0), default=20, help="steps of linear warm-up")
-    parser.add_argument("--steps", type=positive, default=350, help="optimizer steps")
-    parser.add_argument("--batch-size", type=positive, default=8, help="sequences in a step, over all ranks")
-    parser.add_argument("--batch-tokens", type=positive, help="tokens in a step instead; a multiple of the context")
-    parser.add_argument("--micro-batch-size", type=positive, help="sequences at a time on a rank; None: all of its")
-    # Data and results
-    parser.add_argument("--data", help="token shards (training/prepare.py), or text; None: Python's standard library")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the batches")
-    parser.add_argument("--eval-every", type=positive, default=25, help="steps between validations")
-    parser.add_argument("--eval-sequences", type=positive, default=32, help="sequences of a validation")
-    parser.add_argument("--checkpoint-every", type=positive, help="steps between checkpoints; None: only when stopped")
-    parser.add_argument("--run-dir", help="new folder for the results; None is runs/MODEL-OPTIMIZER-SCHEDULE-sSEED")
-    parser.add_argument("--quiet", action="store_true", help="no progress and no tables")
-    parser.add_argument("--dry-run", action="store_true", help="say what would run, on no device, and end")
-
-    base, _ = parser.parse_known_args(argv)
-    if base.resume:
-        try:
-            saved = json.loads((Path(base.resume) / "config.json").read_text())
-        except (OSError, ValueError) as error:
-            parser.error(f"argument --resume: expected a folder with a config.json, got {base.resume!r} ({error}).")
-        parser.set_defaults(**{k: v for k, v in saved.items() if k not in ("resume", "versions")})
-    elif base.preset:
-        parser.set_defaults(**RUNS[base.preset])
-    args = parser.parse_args(argv)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        if not torch.device(args.device).type == "cuda":
-            torch.empty(0, device=args.device)
-        elif (torch.device(args.device).index or 0) >= torch.cuda.device_count():  # a tensor would take up GPU 0
-            raise RuntimeError(f"there are {torch.cuda.device_count()} GPUs")
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"argument --device: expected a usable device, got {args.device!r} ({error}). Try --device=cpu.")
-    try:
-        resized(PRESETS[args.model], args.layers, args.width)
-    except ValueError as error:
-        parser.error(f"argument --width: {error}")
-    if args.batch_tokens:
-        context = args.context or PRESETS[args.model].context
-        if args.batch_tokens % context:
-            parser.error(f"argument --batch-tokens: expected a multiple of {context}, got {args.batch_tokens}.")
-        args.batch_size = args.batch_tokens // context
-    ranks = int(os.environ.get("WORLD_SIZE", "1")) if args.parallel != "none" else 1
-    args.micro_batch_size = min(args.micro_batch_size or args.batch_size, max(1, args.batch_size // ranks))
-    if args.batch_size % (ranks * args.micro_batch_size):
-        parser.error(
-            f"argument --batch-size: expected a multiple of {ranks} ranks x --micro-batch-size="
-            f"{args.micro_batch_size}, got {args.batch_size}."
-        )
-    given = None if args.run_dir is None else Path(args.run_dir)
-    if args.resume:
-        args.run_dir = args.resume
-    elif given is not None and int(os.environ.get("RANK", "0")) == 0:
-        if given.exists() and not (given.is_dir() and not any(given.iterdir())):
-            parser.error(f"argument --run-dir: expected a new or empty folder, got {args.run_dir!r}. Choose another.")
-    args.lr = DEFAULT_LR[args.optimizer] if args.lr is None else args.lr
-    args.adam_lr = DEFAULT_LR["adamw"] if args.adam_lr is None else args.adam_lr
-    args.run_dir = args.run_dir or _fresh(f"runs/{args.model}-{args.optimizer}-{args.schedule}-s{args.seed}")
-    return args
-
-
-def number(convert, least, most=math.inf):
-    """The type of a flag: a finite number from `least` to `most`."""
-
-    def read(text):
-        value = convert(text)
-        if not (least <= value <= most and math.isfinite(value)):
-            upper = f" and at most {most}" if most < math.inf else ""
-            raise argparse.ArgumentTypeError(f"expected a number of at least {least}{upper}, got {text}")
-        return value
-
-    read.__name__ = convert.__name__  # what argparse names in "invalid int value"
-    return read
-
-
-def _fresh(run_dir: str) -> str:
-    number, candidate = 1, Path(run_dir)
-    while candidate.exists():
-        number += 1
-        candidate = Path(f"{run_dir}-{number}")
-    return str(candidate)
 
 
 def closing_table(run) -> Table:

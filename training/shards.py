@@ -33,7 +33,7 @@ def read_shard(path: str | Path) -> np.ndarray:
         known = " or ".join(f"magic {m}, version {v[-1]}" for m, (v, _) in FORMATS.items())
         raise ValueError(
             f"read_shard: expected {known}, got magic {magic}, version {version} in {path}. "
-            "Pass token shards, such as training/prepare.py writes."
+            "Pass token shards, such as `python -m training.prepare` writes."
         )
     size, expected = path.stat().st_size, HEADER_BYTES + count * dtype.itemsize
     if count < 0 or size != expected:

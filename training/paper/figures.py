@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from sosd_fast.matrices import kind
-from training.claims import BODY, Finished
+from training.paper.finished import BODY, Finished
 
 RUNS = {  # the runs behind each figure
     "fig1": ("gpt2-wsd",),

@@ -1,25 +1,23 @@
-"""The simplified transformer of the theory, measured: ``python training/theory.py``.
+"""The simplified transformer of the theory, measured: ``python -m training.paper.theory``.
 
 One layer, one head, X (L, d) given, labels one-hot over C classes, full-batch gradient descent from a small start:
 
     Q, K, V = X W_Q, X W_K, X W_V;   A = softmax(Q K^T / sqrt(d));   H = A V;   loss = mean cross-entropy of H W_O
 
 W_O is fixed. Half of the positions share one label, so that uniform attention, which a small start gives, leaves
-V a gradient: with balanced labels it leaves none, and nothing moves for thousands of steps.
+V a gradient: with balanced labels it leaves none, and nothing moves for thousands of steps
+(LOG.md#simplified-transformer).
 
 Along the run it checks the lemmas behind the bound on the SD variation, records what the theorems assume, times the
 thresholds T_V and T_QK after which the variation stays below each of a grid of levels, and relates the decrease of the
 loss in a step to the variation.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import argparse
 import json
 import math
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -37,17 +35,20 @@ IMPULSE_END = 0.1  # phase II begins where every matrix's variation stays below 
 
 def parse_args(argv=None) -> argparse.Namespace:
     """Read the flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split(":")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--width", type=int, default=32, help="d")
-    parser.add_argument("--positions", type=int, default=16, help="L")
-    parser.add_argument("--classes", type=int, default=8, help="C")
-    parser.add_argument("--lr", type=float, default=0.02, help="of gradient descent, constant")
-    parser.add_argument("--init", type=float, default=0.01, help="the start is this times N(0, 1/d)")
-    parser.add_argument("--steps", type=int, default=12000, help="of gradient descent")
-    parser.add_argument("--seeds", type=int, default=3, help="runs, of seeds 0, 1, ...")
-    parser.add_argument("--out", default="runs/theory", help="folder for theory.png and theory.json")
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    add = parser.add_argument
+    # fmt: off
+    add("--width", type=int, default=32, help="The width d in features, %(default)s by default.")
+    add("--positions", type=int, default=16, help="The number L of positions, %(default)s by default.")
+    add("--classes", type=int, default=8, help="The number C of classes, %(default)s by default.")
+    add("--lr", type=float, default=0.02,
+        help="The learning rate of gradient descent, which is constant, %(default)s by default.")
+    add("--init", type=float, default=0.01,
+        help="The scale of the weights at the start, a factor of N(0, 1/d), %(default)s by default.")
+    add("--steps", type=int, default=12000, help="The number of steps of gradient descent, %(default)s by default.")
+    add("--seeds", type=int, default=3, help="The number of runs, with seeds 0, 1, ...; %(default)s by default.")
+    add("--out", default="runs/theory", help="The folder for theory.png and theory.json, %(default)s by default.")
+    # fmt: on
     args = parser.parse_args(argv)
     if args.steps < 1 or args.seeds < 1:
         parser.error(f"expected at least one step and one seed, got --steps={args.steps} --seeds={args.seeds}.")

@@ -1,9 +1,4 @@
-"""Reproduce the paper's figures and judge its claims: ``python training/reproduce.py all --scale nano``."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+"""Reproduce the paper's figures and judge its claims: ``python -m training.paper.reproduce all --scale nano``."""
 
 import argparse
 import contextlib
@@ -11,12 +6,12 @@ import csv
 import json
 import multiprocessing
 import os
-import platform
 import shutil
-import subprocess
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,9 +21,14 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sosd_fast.matrices import find_matrices
-from training import figures, run, theory
-from training.claims import Claim, Finished, judge
+from training import run
+from training.flags import number
+from training.machine import card, commit
 from training.model import Transformer
+from training.optimizers import DEFAULT_LR
+from training.paper import figures, theory
+from training.paper.claims import Claim, judge
+from training.paper.finished import Finished
 
 SNAPSHOTS = 40  # of the weights, for their cosine to the final state
 
@@ -82,7 +82,7 @@ def run_flags(scale: Scale, steps: int) -> dict[str, list[str]]:
     Weight decay gives the weights a memory 1 / (lr decay) of a quarter of the run at the peak learning rate, which is
     what 0.1 does to 100,000 steps at 4e-4; at 0.1 a short run would not feel it.
     """
-    decay = 4 / (run.DEFAULT_LR["adamw"] * steps)
+    decay = 4 / (DEFAULT_LR["adamw"] * steps)
     return {
         "gpt2-wsd": [*scale.gpt2, "--schedule=wsd"],
         "gpt2-step": [*scale.gpt2, "--schedule=step"],
@@ -98,20 +98,23 @@ def parse_args(argv=None) -> argparse.Namespace:
     own, rest = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(
         description=__doc__.split(":")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="Flags after -- go to every run: python training/reproduce.py fig3 --out=runs/wide -- --width=512",
+        epilog="Flags after -- go to every run: python -m training.paper.reproduce fig3 --out=runs/wide -- --width=512",
     )
-    parser.add_argument("figures", nargs="*", default=["all"], metavar="figure", help=f"{', '.join(PAPER)}, or all")
-    parser.add_argument("--scale", choices=[*SCALES, "paper"], default="nano", help="paper prints its commands only")
-    positive = run.number(int, 1)
-    parser.add_argument("--seeds", type=positive, default=3, help="runs of each kind, of seeds 0, 1, ...")
-    parser.add_argument("--steps", type=positive, help="of each run, instead of the scale's")
-    parser.add_argument(
-        "--jobs", type=run.number(int, 0), help="runs at a time; None: one a core, or one on a GPU; 0: in this process"
-    )
-    parser.add_argument("--data", help="for run.py; None is Python's standard library")
-    parser.add_argument("--out", help="folder for runs and results; None is runs/reproduce-SCALE")
-    parser.add_argument("--publish", help="folder that figures, table and settings are copied to")
+    add, positive = parser.add_argument, number(int, 1)
+    # fmt: off
+    add("figures", nargs="*", default=["all"], metavar="figure",
+        help=f"Draws these figures and judges their claims: {', '.join(PAPER)}, or all, which is the default.")
+    add("--scale", choices=[*SCALES, "paper"], default="nano",
+        help="The size of the runs; paper only prints the commands of the paper's own; %(default)s by default.")
+    add("--seeds", type=positive, default=3,
+        help="The number of runs of each kind, with seeds 0, 1, ...; %(default)s by default.")
+    add("--steps", type=positive, help="The number of optimizer steps of each run; by default that of the scale.")
+    add("--jobs", type=number(int, 0),
+        help="The number of runs at a time, 0 for all in this process; by default one on each core, or one on a GPU.")
+    add("--data", help="Token shards or text for run.py; by default the source of Python's standard library.")
+    add("--out", help="The folder for runs and results; by default runs/reproduce-SCALE.")
+    add("--publish", help="A folder that figures, table and settings are copied to; by default none.")
+    # fmt: on
     args = parser.parse_args(own)
     args.run_flags = rest
     if any(flag.split("=")[0] in ("--steps", "--seed", "--run-dir") for flag in rest):
@@ -284,21 +287,11 @@ def settings(args: argparse.Namespace, steps: int, todo: dict[Path, list[str]]) 
         "scale": args.scale,
         "seeds": list(range(args.seeds)),
         "steps": steps,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores",
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit(),
+        "cores": os.cpu_count(),
+        **card(),
         "commits of the runs": sorted({str(mark["commit"]) for mark in marks}),
         "flags": {path.name: " ".join(flags) for path, flags in todo.items()},
     }
-
-
-def commit() -> str | None:
-    """The commit of this file, with -dirty where the tree differs from it; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    said = subprocess.run(git, capture_output=True, text=True, check=False) if shutil.which("git") else None
-    return said.stdout.strip() if said and said.returncode == 0 else None
 
 
 def paper_commands(names: list[str], data: str | None) -> list[str]:
