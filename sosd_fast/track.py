@@ -1,5 +1,6 @@
 """track(): follows a model, so that its spectra are measured after each optimizer step."""
 
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +14,8 @@ from sosd_fast.records import Record
 from sosd_fast.sharded import share
 
 METHODS = ("auto", "full", "topk", "exact")
+
+log = logging.getLogger("sosd_fast")
 
 
 def track(
@@ -114,14 +117,26 @@ def track(
         raise ValueError(
             f"track: expected weights, got model={type(model).__name__} on the meta device. Track it later."
         )
-    this = weakref.ref(model)
+    this, said = weakref.ref(model), {}
 
     def find():
         model = this()
-        return share(model, find_matrices(model, include, exclude, split)) if model is not None else None
+        if model is None:
+            return None
+        left_out: dict[str, str] = {}
+        found = share(model, find_matrices(model, include, exclude, split, left_out))
+        new = {name: why for name, why in left_out.items() if name not in said}
+        if new:
+            said.update(new)
+            log.warning(
+                "sosd_fast: left out, for their values cannot be read as they are: %s. Pass exclude to leave them out "
+                "silently.",
+                ", ".join(f"{name} {why}" for name, why in new.items()),
+            )
+        return found
 
     probe = Probe(
-        find, optimizers, method, k, budget, every, reference, run_dir, on_record, step, audit, theory_bound
+        this, find, optimizers, method, k, budget, every, reference, run_dir, on_record, step, audit, theory_bound
     )  # fmt: skip
     probes_of.setdefault(model, []).append(probe)  # lives as long as the model does
     return probe
