@@ -175,8 +175,9 @@ class Probe:
         self.flush()
         self._stop()
         model = self._model()
-        with contextlib.suppress(ValueError):  # closed before, or by another thread
-            probes_of.get(model, []).remove(self)
+        if model is not None:
+            with contextlib.suppress(ValueError):  # closed before, or by another thread
+                probes_of.get(model, []).remove(self)
 
     def __enter__(self):
         return self
