@@ -18,6 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 if TYPE_CHECKING:
     from sosd_fast.probe import Probe
 
+EXIT_SECONDS = 5  # that the end of the process waits for another thread's measurement, which may never end
+
 log = logging.getLogger("sosd_fast")
 
 # In the order of tracking, which ranks share. A dict, for each of its operations is atomic: the garbage collector may
@@ -86,8 +88,12 @@ def _say_forked():
 def _close_all():
     """Keeps what is still under way on a GPU when the process ends."""
     for probe in live():  # no step that is pending is measured: other ranks may be gone
-        probe._guarded(lambda probe=probe: probe._drain(wait=True))
-        probe._stop()
+        if probe._lock.acquire(timeout=EXIT_SECONDS):
+            try:
+                probe._guarded(lambda probe=probe: probe._drain(wait=True))
+                probe._stop()
+            finally:
+                probe._lock.release()
 
 
 def _detach_in_child():

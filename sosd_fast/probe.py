@@ -103,12 +103,20 @@ class Probe:
             self._finalizer()
             raise
 
-    def _take(self, own):
-        """Follows the matrices of a `Share`; those already known keep what is remembered of them."""
+    def _take(self, own, unreadable=()):
+        """Follows the matrices of a `Share`; those already known keep what is remembered of them.
+
+        Args:
+            own: the `Share`.
+            unreadable: those of the known ones that it lacks for now.
+        """
         known = {(t.name, t.shape): t for t in self._tracked}
         self._tracked = [known.get((m.name, shape_of(m))) or self._make(m) for m in own.matrices]
         for t, m in zip(self._tracked, own.matrices, strict=True):
             t.follow(m)
+        for t in unreadable:
+            t.follow(t.matrix)
+        self._tracked += unreadable
         self._rows = own.rows
         for i, t in enumerate(self._tracked):
             t.rows, t.place = own.rows, i
@@ -303,15 +311,18 @@ class Probe:
         if [(m.name, id(m.parameter), form_of(m.parameter)) for m in own.matrices] == followed:
             return
         self._drain(wait=True)  # what is under way counts the matrices as they were
-        known, names = set(map(id, self._tracked)), [t.name for t in self._tracked]
-        self._take(own)
+        known, names, model = set(map(id, self._tracked)), {m.name for m in own.matrices}, self._model()
+        held = set(map(id, model.parameters())) if model is not None else set()
+        missing = [t for t in self._tracked if t.name not in names] if own.ranks == 1 else []  # ranks may swap them
+        unreadable = [t for t in missing if id(t.matrix.parameter) in held]  # its data may have been taken away
+        self._take(own, unreadable)
         self._again.clear()
         new = [i for i, t in enumerate(self._tracked) if id(t) not in known]
         self._rounds.follow(own.parameters)
         log.info("sosd_fast: %d more matrices are measured from step %d on.", len(new), self._step)
-        gone = set(names) - {t.name for t in self._tracked}
-        if gone and own.ranks == 1:  # ranks may share them out otherwise
-            log.warning("sosd_fast: %s are no longer measured from step %d on.", ", ".join(sorted(gone)), self._step)
+        gone = [t.name for t in missing if t not in unreadable]
+        if gone:
+            log.warning("sosd_fast: %s are no longer measured from step %d on.", ", ".join(gone), self._step)
         records, _ = self._measure_now(full=new, topk=[])
         self._recorder.add(records)
         for i in new if self._initial_reference else []:
@@ -390,8 +401,9 @@ class Probe:
         t.forget(kind)
         self._warn_once(
             t,
-            f"its {_WORDS[kind]} cannot be measured",
-            f"at step {work.step} ({type(error).__name__}: {error}). Its records are NaN until they can",
+            "cannot be measured",
+            f"at step {work.step} (its {_WORDS[kind]}: {type(error).__name__}: {error}). "
+            "Its records are NaN until it can",
         )
 
     def _finish(self, work: "_Work", audits: bool = False) -> tuple[list[Record], dict[int, float]]:

@@ -271,7 +271,7 @@ class Run:
         return {f: table[f] for f in fields}
 
     def spectra(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Reads the full spectra of one matrix that were kept.
+        """Reads the full spectra of one matrix that were kept; of one that changed its shape, those of the last shape.
 
         Returns:
             (steps (T,), S (T, r) float32, each row descending).
@@ -282,7 +282,8 @@ class Run:
         for part, found in self._pointers:
             for step, where in found.get(name, ()):
                 kept.setdefault(step, (part, where))
-        steps, rows, chunks = sorted(kept), [], {}
+        length = kept[max(kept)][1][2] if kept else 0
+        steps, rows, chunks = sorted(step for step, (_, where) in kept.items() if where[2] == length), [], {}
         for step in steps:
             part, (chunk, offset, length) = kept[step]
             if (part, chunk) not in chunks:

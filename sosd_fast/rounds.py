@@ -80,7 +80,9 @@ class Rounds:
         self._stepped.add(optimizer)
         self._known.add(optimizer)
         covered = set().union(*map(self._held, self._known), self._orphans)
-        return self._known.same(self._stepped) and all(id(p) in covered or not p.requires_grad for p in self._parameters)
+        return self._known.same(self._stepped) and all(
+            id(p) in covered or not p.requires_grad for p in self._parameters
+        )
 
     def finish(self):
         """Closes the round."""

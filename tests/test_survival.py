@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from torch import nn
 
 import sosd_fast
 from sosd_fast.hooks import live
-from sosd_fast.testing import matrix
 
 
 def model(seed=0):
@@ -141,6 +139,7 @@ def test_a_run_directory_that_turns_read_only(tmp_path):
         os.chown(run_dir, 65534, 65534)
     done = python(
         """
+        import torch._dynamo  # as long as this user may read Python's own files
         if os.getuid() == 0:
             os.setegid(65534); os.seteuid(65534)
         records.SEGMENT_BYTES = 4000
@@ -224,15 +223,13 @@ def test_on_record_may_use_the_probe_and_train_another_model():
     assert inner.latest()["0.weight"].step == 3 and probe not in live()
 
 
-def test_float64_by_default(caplog):
-    net = nn.Sequential(nn.Linear(60, 60)).double()
-    probe = sosd_fast.track(net, k=4)
-    train_double = torch.optim.SGD(net.parameters(), lr=0.1)
-    for _ in range(3):
-        net(torch.ones(2, 60, dtype=torch.float64)).sum().backward()
-        train_double.step()
+@pytest.mark.parametrize("method", ["auto", "topk", "full", "exact"])
+def test_float64(method):
+    net = nn.Sequential(nn.Linear(60, 60, bias=False)).double()
+    probe = sosd_fast.track(net, method=method, k=4, optimizers=[])
+    probe.step()
     r = probe.latest()["0.weight"]
-    assert r.step == 3 and r.sigma_max == pytest.approx(torch.linalg.svdvals(net[0].weight.detach())[0].item())
+    assert r.step == 1 and r.sigma_max == pytest.approx(torch.linalg.svdvals(net[0].weight.detach())[0].item(), 1e-3)
 
 
 @pytest.mark.parametrize("method", ["full", "topk", "exact"])
@@ -289,23 +286,32 @@ def test_a_matrix_that_cannot_be_measured(method, caplog):
             net[1].weight.mul_(1.01)
         probe.step()
     r = probe.latest()["1.weight"]
-    assert r.step == 8 and r.sigma_max == pytest.approx(torch.linalg.svdvals(net[1].weight.detach())[0].item(), rel=1e-3)
+    assert r.step == 8 and r.sigma_max == pytest.approx(
+        torch.linalg.svdvals(net[1].weight.detach())[0].item(), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("method", ["full", "topk"])
-def test_what_raises_in_a_group_is_found_and_measured_alone(method, caplog, monkeypatch):
+def test_what_raises_in_a_group_is_measured_alone(method, caplog):
     net = nn.Sequential(*(nn.Linear(40, 40, bias=False) for _ in range(3)))
     probe = sosd_fast.track(net, method=method, k=4, optimizers=[])
     probe.step()
-    # Storage of too few bytes, which the shape hides.
-    storage = net[1].weight.untyped_storage()
-    good = net[1].weight.detach().clone()
     broken = probe._tracked[1]
-    monkeypatch.setattr(broken, "matrix", None)  # whatever is asked of it raises
-    monkeypatch.setattr(broken, "lost", set())
-    assert storage.nbytes() == good.numel() * 4
-    with pytest.raises(AttributeError):
-        broken.tensor()
+    if method == "topk":  # a state that fits nothing, which the group is given with the others' states
+        broken.state = broken.state._replace(V=torch.zeros(3, 3), P=torch.zeros(3, 3))
+    else:
+        broken.S = torch.zeros(7, dtype=torch.float64)
+    probe.step()
+    assert sum("1.weight its" in m for m in caplog.messages) == 1
+    others = [r for r in probe.records() if r.step == 2 and r.name != "1.weight"]
+    assert len(others) == 2 and all(r.interval == 1 and math.isfinite(r.sigma_max) for r in others)
+    lost = probe.latest()["1.weight"]
+    assert lost.step == 2 and math.isnan(lost.sigma_max) and all(map(math.isnan, lost.topk))
+    for _ in range(3):
+        probe.step()
+    found = probe.latest()["1.weight"]
+    assert found.step == 5 and (found.sd_variation if method == "full" else found.sd_variation_topk) < 1e-2
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize("method", ["full", "topk", "auto"])
@@ -466,7 +472,8 @@ def test_resumed_while_workers_of_a_killed_run_live(tmp_path):
             time.sleep(100)
     """)
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-    workers = list(map(int, process.stdout.readline().split()))
+    with process.stdout as stdout:
+        workers = list(map(int, stdout.readline().split()))
     try:
         for pid in workers:
             os.kill(pid, signal.SIGSTOP)  # they do not notice that their parent is gone
@@ -486,10 +493,6 @@ def test_resumed_while_workers_of_a_killed_run_live(tmp_path):
 def test_nothing_is_said_when_the_interpreter_ends(tmp_path):
     done = python(
         """
-        class Late:
-            def __del__(self):
-                train(net, 1)
-        late = Late()
         a, b = sosd_fast.track(net, run_dir=run_dir), sosd_fast.track(net, method="topk", k=4)
         net.itself = [net, a]
         train(net, 3)
@@ -498,6 +501,3 @@ def test_nothing_is_said_when_the_interpreter_ends(tmp_path):
     )
     assert done.returncode == 0 and done.stdout == "" and done.stderr == "", done.stdout + done.stderr
     assert max(r.step for r in sosd_fast.load(tmp_path).records) == 3
-
-
-_ = matrix, time
