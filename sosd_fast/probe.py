@@ -313,7 +313,8 @@ class Probe:
         self._drain(wait=True)  # what is under way counts the matrices as they were
         known, names, model = set(map(id, self._tracked)), {m.name for m in own.matrices}, self._model()
         held = set(map(id, model.parameters())) if model is not None else set()
-        missing = [t for t in self._tracked if t.name not in names] if own.ranks == 1 else []  # ranks may swap them
+        alone = own.ranks == 1 and own.rows is None  # ranks may swap them
+        missing = [t for t in self._tracked if t.name not in names] if alone else []
         unreadable = [t for t in missing if id(t.matrix.parameter) in held]  # its data may have been taken away
         self._take(own, unreadable)
         self._again.clear()
