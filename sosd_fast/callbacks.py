@@ -10,6 +10,7 @@ of their library's base class when they are first asked for; nothing is imported
 """
 
 import functools
+import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ from torch import nn
 from sosd_fast.records import JsonLines, Record
 from sosd_fast.sharded import copies
 from sosd_fast.track import Probe, track
+
+log = logging.getLogger("sosd_fast")
 
 METRICS = ("sd_variation", "sd_variation_topk", "cosine", "sigma_max", "stable_rank", "effective_rank")
 
@@ -121,7 +124,14 @@ class _Attached:
         """Adds a line to log.jsonl, of the values that are numbers."""
         kept = {k: float(v) for k, v in values.items() if v is not None and math.isfinite(v)}
         if self._log is not None and self.probe is not None and kept:
-            self._log.write({"step": step} | kept | {"overhead": self.probe.overhead})
+            try:
+                self._log.write({"step": step} | kept | {"overhead": self.probe.overhead})
+            except OSError as error:
+                log.error(
+                    "sosd_fast: %s cannot be written at step %d (%s) and ends there.", self._log.path, step, error
+                )
+                self._log.close()
+                self._log = None
 
     def detach(self):
         if self.probe is not None:

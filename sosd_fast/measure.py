@@ -50,6 +50,8 @@ class Tracked:
         self.W: Tensor | None = None  # at the last full spectrum
         self.usual: float | None = None  # SD variation, smoothed
         self.warned: str | None = None  # of what, last
+        self.lost: set[str] = set()  # what of it raised when it was last measured: full, topk
+        self.form: tuple | None = None  # shape, dtype and device of its parameter
 
     @property
     def mine(self) -> bool:
@@ -57,8 +59,40 @@ class Tracked:
         return self.rows is None or self.rows.mine(self.place)
 
     def tensor(self) -> Tensor:
-        """Returns the matrix, or this rank's rows of it."""
-        return self.rows.local(self.place) if self.rows else self.matrix.tensor()
+        """Returns the matrix, or this rank's rows of it.
+
+        Raises:
+            ValueError: it has another shape than when it was found, which `Parameter.data` allows.
+        """
+        if self.rows:
+            return self.rows.local(self.place)
+        W = self.matrix.tensor()
+        if W.shape != self.shape:
+            raise ValueError(
+                f"track: expected {self.name} of shape {self.shape}, got shape={tuple(W.shape)}. "
+                "Replace the parameter in its module, or call track again."
+            )
+        return W
+
+    def follow(self, matrix: Matrix):
+        """Takes the matrix from a parameter that may be another or have changed its form."""
+        self.matrix, form = matrix, form_of(matrix.parameter)
+        if self.form not in (None, form):
+            self.state = self.leading = self.W = None  # they fit the form that it had
+        self.form = form
+
+    def forget(self, kind: str):
+        """Drops what the next measurement of a kind would start from, so that it starts anew."""
+        self.lost.add(kind)
+        if kind == "full":
+            self.S = self.S_step = self.W = None
+        else:
+            self.state = self.leading = None
+
+    @property
+    def known(self) -> bool:
+        """Whether the last full spectrum that came to the host has a distribution."""
+        return self.spectrum is not None and math.isfinite(self.spectrum[0])
 
     def state_dict(self) -> dict:
         """Returns what the next measurement depends on."""
@@ -86,7 +120,38 @@ class Launched(NamedTuple):
     """A measurement under way."""
 
     tensors: dict[str, Tensor]  # what it computes, where the matrices are
-    finish: Callable[[dict[str, Tensor]], list[dict]]  # those on the host -> the fields of each matrix's `Record`
+    # Those on the host -> the fields of each matrix's `Record`, or what was raised for that matrix.
+    finish: Callable[[dict[str, Tensor]], list[dict | Exception]]
+
+
+def form_of(parameter: Tensor) -> tuple:
+    """What of a parameter its measurement depends on besides its values."""
+    return parameter.shape, parameter.dtype, parameter.device
+
+
+def unmeasured(t: Tracked, kind: str, k: int) -> dict:
+    """The fields of a matrix that could not be measured: those of one that holds NaN."""
+    r = min(t.shape)
+    values = dict.fromkeys(("frobenius_norm", "sigma_max", "stable_rank"), math.nan)
+    values["topk"] = (math.nan,) * min(k, r)
+    if kind == "topk":
+        return values | {"method": "topk", "residual": values["topk"]}
+    method = {"auto": "gram32", "exact64": "exact"}.get(t.method, t.method)
+    return (
+        dict.fromkeys((*_SUMMARIES, "sd_error"), math.nan)
+        | values
+        | {"method": method, "spectrum": np.full(r, math.nan)}
+    )
+
+
+def _of_each(group: list[Tracked], fields: Callable[[int, Tracked], dict]) -> list[dict | Exception]:
+    found: list[dict | Exception] = []
+    for j, t in enumerate(group):
+        try:
+            found.append(fields(j, t))
+        except Exception as error:  # of one matrix, and not the others'
+            found.append(error)
+    return found
 
 
 def measure_full(group: list[Tracked], step: int, every: int, k: int) -> Launched:
@@ -134,11 +199,11 @@ def measure_full(group: list[Tracked], step: int, every: int, k: int) -> Launche
             t.W = matrices[j].float().clone() if t.W is None else t.W.copy_(matrices[j])
         t.S, t.S_step = result.S[j], step
 
-    def finish(host: dict[str, Tensor]) -> list[dict]:
+    def finish(host: dict[str, Tensor]) -> list[dict | Exception]:
         S = host["S"].numpy().copy()  # the records' own: not the probe's state, and not pinned memory
         columns = {name: t.tolist() for name, t in host.items() if name != "S"}
-        found = []
-        for j, t in enumerate(group):
+
+        def fields(j: int, t: Tracked) -> dict:
             t.spectrum = torch.from_numpy(S[j].copy())
             values = {f: columns[f][j] for f in (*_SUMMARIES, "sd_error")}
             values["cosine"] = columns["cosine"][j] if compared[j] else None
@@ -149,8 +214,9 @@ def measure_full(group: list[Tracked], step: int, every: int, k: int) -> Launche
                 values |= dict.fromkeys(("sd_variation_topk", "sd_variation_floor"), columns["head"][j])
                 if "bound" in columns:
                     values["theory_bound"] = columns["bound"][j]
-            found.append(values)
-        return found
+            return values
+
+        return _of_each(group, fields)
 
     return Launched(tensors, finish)
 
@@ -170,14 +236,15 @@ def measure_leading(group: list[Tracked], step: int, every: int, k: int) -> Laun
     if group[0].rows:
         leading, residual, norms, states = group[0].rows.topk([t.place for t in group], k, states)
     else:
-        leading, residual, norms, states = _leading([t.matrix.tensor() for t in group], k, states)
+        leading, residual, norms, states = _leading([t.tensor() for t in group], k, states)
     for t, state in zip(group, states, strict=True):
         t.state = state
 
-    def finish(host: dict[str, Tensor]) -> list[dict]:
-        S, residual = host["S"].numpy(), host["residual"].tolist()
-        found = []
-        for j, (t, norm) in enumerate(zip(group, host["norms"].tolist(), strict=True)):
+    def finish(host: dict[str, Tensor]) -> list[dict | Exception]:
+        S, residual, norms = host["S"].numpy(), host["residual"].tolist(), host["norms"].tolist()
+
+        def fields(j: int, t: Tracked) -> dict:
+            norm = norms[j]
             energy = max(norm**2 - float((S[j] ** 2).sum()), 0.0)
             values = {
                 "method": "topk",
@@ -187,11 +254,12 @@ def measure_leading(group: list[Tracked], step: int, every: int, k: int) -> Laun
                 "topk": tuple(S[j].tolist()),
                 "residual": tuple(residual[j]),
             }
-            if t.leading is not None and step - t.leading[0] == every:
+            if t.leading is not None and t.spectrum is not None and step - t.leading[0] == every:
                 values |= {"interval": every} | _leading_variation(t, S[j], energy)
             t.leading = (step, S[j], energy)
-            found.append(values)
-        return found
+            return values
+
+        return _of_each(group, fields)
 
     return Launched({"S": leading.double(), "residual": residual, "norms": norms}, finish)
 
@@ -293,7 +361,9 @@ def audit(t: Tracked, step: int, bound: float) -> Audit | None:
     if t.rows:
         S = t.rows.spectra([t.place], "direct64").S[0]
     else:
-        W = t.matrix.tensor().double()
+        W = t.tensor().double()
+        if not W.isfinite().all():  # LAPACK raises
+            return None
         S = torch.linalg.svdvals(W if W.shape[0] >= W.shape[1] else W.mT)
     if not (S.isfinite().all() and S[0] > 0 and math.isfinite(bound)):
         return None

@@ -1,9 +1,10 @@
 """Probe: measures a model's spectra after each optimizer step; `track` makes it."""
 
-import atexit
+import contextlib
 import logging
 import math
 import os
+import threading
 import time
 import weakref
 from collections import deque
@@ -11,28 +12,31 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from sosd_fast import side
+from sosd_fast import hooks, side
 from sosd_fast.budget import Budget
-from sosd_fast.measure import Audit, Auditor, Launched, Tracked, audit, measure_full, measure_leading
-from sosd_fast.records import Record, RunWriter, load
+from sosd_fast.measure import (
+    Audit,
+    Auditor,
+    Launched,
+    Tracked,
+    audit,
+    form_of,
+    measure_full,
+    measure_leading,
+    unmeasured,
+)
+from sosd_fast.recorder import KEPT_RECORDS, Recorder, close_quietly
+from sosd_fast.records import Record, RunWriter
 from sosd_fast.rounds import Rounds
 from sosd_fast.sharded import shape_of
 
-KEPT_RECORDS = 10_000  # in memory, where no run directory keeps them
 FOREIGN_STEPS = 20  # before it is said that they are
+_MEASURES = {"topk": measure_leading, "full": measure_full}
+_WORDS = {"topk": "leading values", "full": "spectrum"}
 
 log = logging.getLogger("sosd_fast")
 probes_of: "weakref.WeakKeyDictionary[nn.Module, list[Probe]]" = weakref.WeakKeyDictionary()
-
-
-@atexit.register
-def _flush_all():
-    """Keeps what is still under way on a GPU when the process ends."""
-    for probes in list(probes_of.values()):
-        for probe in probes:
-            probe._guarded(lambda probe=probe: probe._drain(wait=True))
 
 
 class Probe:
@@ -43,20 +47,34 @@ class Probe:
     """
 
     def __init__(
-        self, find, optimizers, method, k, budget, every, reference, run_dir, on_record, step, audit, theory_bound
+        self,
+        model: "weakref.ref[nn.Module]",
+        find,
+        optimizers,
+        method,
+        k,
+        budget,
+        every,
+        reference,
+        run_dir,
+        on_record,
+        step,
+        audit,
+        theory_bound,
     ):
-        self._find = find
+        self._model, self._find = model, find
+        self._lock = threading.RLock()  # several threads may step optimizers of one model
         self._make = lambda matrix: Tracked(matrix, "exact" if method == "exact" else "auto", theory_bound)
         self._tracked: list[Tracked] = []
         own = self._take(find())
         if run_dir is not None and own.ranks > 1:
             run_dir = os.path.join(run_dir, f"rank-{own.rank:05d}")
-        self._method, self._k, self._every, self._on_record = method, k, every, on_record
+        self._method, self._k, self._every = method, k, every
         self._fraction = budget
         self._auditor = Auditor() if audit and method != "exact" else None
         self.audits: deque[Audit] = deque(maxlen=KEPT_RECORDS)
-        self._latest: dict[str, Record] = {}
-        self._memory: deque[Record] = deque(maxlen=KEPT_RECORDS)
+        self._again: set[int] = set()  # to be measured in full at the next step, whatever is planned
+        self._initial_reference = False
         self._own_seconds, self._began = 0.0, 0.0
         self._ended: float | None = None
         self._budget: Budget | None = None  # with "auto"
@@ -66,28 +84,39 @@ class Probe:
         self._lanes: dict[torch.device, side.Host | side.Side] = {}
         self._under_way: deque[_Work] = deque()
         settings = {"method": method, "k": k, "budget": budget, "every": every}
-        self._writer = _open(run_dir, settings, [t.name for t in self._tracked], step) if run_dir is not None else None
-        written = self._writer.step if self._writer else None
+        writer = _open(run_dir, settings, [t.name for t in self._tracked], step) if run_dir is not None else None
+        self._recorder = Recorder(writer, on_record)
+        written = writer.step if writer else None
         self._step = step if step is not None else written or 0
-        if self._rows:
-            self._step = self._rows.agree(self._step)
-        self._finalizer = weakref.finalize(self, _detach, [], self._writer)
+        self._key = hooks.add(self)
+        self._finalizer = weakref.finalize(self, _detach, self._key, writer)
+        self._finalizer.atexit = False  # sosd_fast.hooks sees to that, after what is under way
         try:
-            self._start(reference, written)
+            with self._lock:  # steps of other threads wait
+                if self._rows:
+                    self._step = self._rows.agree(self._step)
+                self._rounds = Rounds(own.parameters, optimizers)
+                self._size = 0  # of the optimizers
+                self._start(reference, written, alone=own.ranks == 1)
+            self._recorder.tell()
         except BaseException:
             self._finalizer()
             raise
-        self._rounds = Rounds(own.parameters, optimizers)
-        self._size = 0  # of the optimizers
-        self._finalizer.detach()
-        self._finalizer = weakref.finalize(self, _detach, self._attach(), self._writer)
 
-    def _take(self, own):
-        """Follows the matrices of a `Share`; those already known keep what is remembered of them."""
+    def _take(self, own, unreadable=()):
+        """Follows the matrices of a `Share`; those already known keep what is remembered of them.
+
+        Args:
+            own: the `Share`.
+            unreadable: those of the known ones that it lacks for now.
+        """
         known = {(t.name, t.shape): t for t in self._tracked}
         self._tracked = [known.get((m.name, shape_of(m))) or self._make(m) for m in own.matrices]
         for t, m in zip(self._tracked, own.matrices, strict=True):
-            t.matrix = m  # its parameter may be another
+            t.follow(m)
+        for t in unreadable:
+            t.follow(t.matrix)
+        self._tracked += unreadable
         self._rows = own.rows
         for i, t in enumerate(self._tracked):
             t.rows, t.place = own.rows, i
@@ -99,12 +128,12 @@ class Probe:
 
     def latest(self) -> dict[str, Record]:
         """Returns the last record of each matrix, by name."""
-        return dict(self._latest)
+        return dict(self._recorder.latest)
 
     def records(self) -> list[Record]:
         """Returns the records in the order of steps: those in the run directory, or else the last 10,000."""
         self._guarded(lambda: self._drain(wait=True))
-        return load(self._writer.run_dir).records if self._writer else list(self._memory)
+        return self._recorder.records()
 
     @property
     def overhead(self) -> float:
@@ -140,41 +169,29 @@ class Probe:
 
     def flush(self):
         """Measures a step that is pending, waits for what is under way and forces all records to disk."""
-        if self._rounds.pending:
-            self._guarded(self._count)
-        self._guarded(lambda: self._drain(wait=True))
-        if self._writer and self._finalizer.alive:
-            self._guarded(self._writer.flush)
+
+        def flush():
+            if self._rounds.pending:
+                self._count()
+            self._drain(wait=True)
+            self._recorder.flush(self._step)
+
+        self._guarded(flush)
 
     def close(self):
         """Flushes and detaches; closing twice is fine."""
-        if self._finalizer.alive:
-            self.flush()
-            self._finalizer()
-        for probes in list(probes_of.values()):
-            if self in probes:
-                probes.remove(self)
+        self.flush()
+        self._stop()
+        model = self._model()
+        if model is not None:
+            with contextlib.suppress(ValueError):  # closed before, or by another thread
+                probes_of.get(model, []).remove(self)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
         self.close()
-
-    def _attach(self):
-        this = weakref.ref(self)  # torch's registry must not keep the probe alive
-
-        def before(optimizer, args, kwargs):  # noqa: ARG001
-            probe = this()
-            if probe is not None and not _capturing():
-                probe._guarded(lambda: probe._before(optimizer))
-
-        def after(optimizer, args, kwargs):  # noqa: ARG001
-            probe = this()
-            if probe is not None and not _capturing():
-                probe._guarded(lambda: probe._after(optimizer))
-
-        return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
 
     def _before(self, optimizer):
         if self._rounds.ends_before(optimizer):
@@ -193,40 +210,71 @@ class Probe:
             self._say_foreign()
 
     def _guarded(self, action):
+        """Runs an action, one thread at a time; no error leaves it."""
         if not self._finalizer.alive:
             return
-        try:
-            action()
-        except Exception:
-            log.exception("sosd_fast: the probe failed at step %d and stops here; training goes on.", self._step)
-            self._finalizer()
+        with self._lock:
+            try:
+                if self._finalizer.alive:
+                    action()
+            except Exception:
+                with contextlib.suppress(Exception):  # the log's handlers are the user's
+                    log.exception(
+                        "sosd_fast: the probe failed at step %d and stops here; training goes on.", self._step
+                    )
+                self._finalizer()
+        with contextlib.suppress(Exception):
+            self._recorder.tell()
 
-    def _start(self, reference, written):
+    def _stop(self):
+        if self._finalizer.alive:
+            with self._lock:  # another thread's measurement comes first
+                self._finalizer()
+
+    def _leave(self):
+        """Detaches in a forked process, whose parent goes on with what is measured; touches no file."""
+        self._lock = threading.RLock()  # another thread of the parent may have held it
+        self._finalizer.detach()
+
+    def _start(self, reference, written, alone):
         """Measures the matrices as they are: the first spectra and, for "auto", what each measurement costs."""
         everything = list(range(len(self._tracked)))
         if not everything:  # more ranks than matrices
             self._initial_reference = reference == "initial"
             return
-        records, _ = self._measure_now(full=everything, topk=[])
+        work = self._launch(everything, [])
+        records, _ = self._finish(work)
+        if alone and len(work.lost) == len(everything):
+            i, error = next(iter(work.lost.items()))
+            raise ValueError(
+                f"track: expected at least one matrix that can be measured, got {self._tracked[i].name}, which raises "
+                f"{type(error).__name__}: {error}. Exclude such parameters, or track the model when they can be read."
+            ) from error
         if written is None or written < self._step:
-            self._emit(records)
-        if self._writer and reference == "initial" and written is not None:
-            reference = self._writer.first_spectra()
+            self._recorder.add(records)
+        if self._recorder.writer and reference == "initial" and written is not None:
+            reference = self._recorder.writer.first_spectra()
+        self._initial_reference = reference == "initial"
         for t in self._tracked:
-            assert t.S is not None  # just measured
-            spectrum = t.S if reference == "initial" else (reference or {}).get(t.name)
+            if self._initial_reference:
+                self._refer(t)
+                continue
+            spectrum = (reference or {}).get(t.name)
             if spectrum is None and reference and not t.mine:
                 spectrum = t.S  # another rank's to record; measured here for the company of its shape
-            if spectrum is not None and len(spectrum) != len(t.S):
+            if spectrum is not None and len(spectrum) != min(t.shape):
                 raise ValueError(
-                    f"track: expected {len(t.S)} singular values for {t.name}, got a reference with {len(spectrum)}. "
-                    "Pass spectra of this model."
+                    f"track: expected {min(t.shape)} singular values for {t.name}, got a reference with "
+                    f"{len(spectrum)}. Pass spectra of this model."
                 )
-            t.reference = (
-                None if spectrum is None else torch.as_tensor(spectrum, dtype=torch.float64, device=t.S.device)
-            )
-        self._initial_reference = reference == "initial"
+            device = t.matrix.parameter.device
+            t.reference = None if spectrum is None else torch.as_tensor(spectrum, dtype=torch.float64, device=device)
         self._plan()
+
+    def _refer(self, t: Tracked):
+        """Takes a matrix's first spectrum that has a distribution as its reference."""
+        if t.reference is None and t.known:
+            t.reference = t.S
 
     def _plan(self):
         """Chooses whose leading values are followed and, with "auto", measures what that costs."""
@@ -237,30 +285,49 @@ class Probe:
         topk_seconds = {}
         if self._leading:
             self._measure_now(full=[], topk=self._leading)  # cold
+            self._leading = [i for i in self._leading if "topk" not in self._tracked[i].lost]
             _, topk_seconds = self._measure_now(full=[], topk=self._leading)
         if self._method == "auto":
             if any(t.matrix.parameter.is_cuda for t in self._tracked):
                 self._measure_now(full=everything, topk=[])  # its kernels' compilation is not to be counted
             _, seconds = self._measure_now(full=everything, topk=[])  # warm
-            full = [seconds[i] for i in everything]
+            full = [seconds.get(i, max(seconds.values(), default=1.0)) for i in everything]
             self._budget = Budget(self._fraction, full, [topk_seconds.get(i) for i in everything])
 
     def _grow(self):
         """Takes up matrices that the model has gained or put in the place of others since the last step."""
-        own = self._find()
-        followed = [(t.name, id(t.matrix.parameter)) for t in self._tracked]
-        if own is None or [(m.name, id(m.parameter)) for m in own.matrices] == followed:
+        try:
+            own = self._find()
+        except ValueError as error:  # no matrix is left, say; what was followed stays
+            own = None
+            log.warning(
+                "sosd_fast: the model changed at step %d, and its matrices stay as they were: %s", self._step, error
+            )
+        if own is None:
+            for t in self._tracked:
+                t.form = form_of(t.matrix.parameter)  # it is asked once for each change
+            return
+        followed = [(t.name, id(t.matrix.parameter), t.form) for t in self._tracked]
+        if [(m.name, id(m.parameter), form_of(m.parameter)) for m in own.matrices] == followed:
             return
         self._drain(wait=True)  # what is under way counts the matrices as they were
-        known = set(map(id, self._tracked))
-        self._take(own)
+        known, names, model = set(map(id, self._tracked)), {m.name for m in own.matrices}, self._model()
+        held = set(map(id, model.parameters())) if model is not None else set()
+        alone = own.ranks == 1 and own.rows is None  # ranks may swap them
+        missing = [t for t in self._tracked if t.name not in names] if alone else []
+        unreadable = [t for t in missing if id(t.matrix.parameter) in held]  # its data may have been taken away
+        self._take(own, unreadable)
+        self._again.clear()
         new = [i for i, t in enumerate(self._tracked) if id(t) not in known]
         self._rounds.follow(own.parameters)
         log.info("sosd_fast: %d more matrices are measured from step %d on.", len(new), self._step)
+        gone = [t.name for t in missing if t not in unreadable]
+        if gone:
+            log.warning("sosd_fast: %s are no longer measured from step %d on.", ", ".join(gone), self._step)
         records, _ = self._measure_now(full=new, topk=[])
-        self._emit(records)
+        self._recorder.add(records)
         for i in new if self._initial_reference else []:
-            self._tracked[i].reference = self._tracked[i].S
+            self._refer(self._tracked[i])
         self._budget = None
         self._plan()
 
@@ -268,8 +335,9 @@ class Probe:
         """Counts a step, measures it and keeps the records."""
         self._rounds.finish()
         began = self._clock()
-        if self._rounds.size != self._size or self._rounds.lost:
-            if self._size:
+        changed = any(t.form != form_of(t.matrix.parameter) for t in self._tracked)  # Parameter.data was replaced
+        if changed or self._rounds.size != self._size or self._rounds.lost:
+            if changed or self._size:
                 self._grow()
             self._size = self._rounds.size
         self._step += 1
@@ -290,6 +358,7 @@ class Probe:
             full = sorted(set(everything) - set(topk))
         else:
             full, topk = everything, []
+        full, self._again = sorted({*full, *self._again}), set()
         self._under_way.append(self._launch(full, topk))
         self._drain()
         ended = self._clock()
@@ -303,23 +372,53 @@ class Probe:
 
     def _launch(self, full: list[int], topk: list[int]) -> "_Work":
         """Begins the measurement of matrices."""
-        parts = []
-        for kind, indices, measure in (("topk", topk, measure_leading), ("full", full, measure_full)):
+        work = _Work(self._step, full, [], {})
+        for kind, indices in (("topk", topk), ("full", full)):
             for group in self._groups(indices, kind):
-                tracked = [self._tracked[i] for i in group]
-                lane = self._lane(tracked[0])
-                with lane.measuring([t.tensor() for t in tracked]):
-                    launched = measure(tracked, self._step, self._every, self._k)
-                    parts.append((kind, group, lane.fetch(launched.tensors), launched))
-        return _Work(self._step, full, parts)
+                self._begin(work, kind, group)
+        return work
+
+    def _begin(self, work: "_Work", kind: str, group: list[int]):
+        """Begins the measurement of matrices that belong together; where that raises, of each of them alone."""
+        tracked = [self._tracked[i] for i in group]
+        try:
+            lane = self._lane(tracked[0])
+            with lane.measuring([t.tensor() for t in tracked]):
+                launched = _MEASURES[kind](tracked, work.step, self._every, self._k)
+                work.parts.append((kind, group, lane.fetch(launched.tensors), launched))
+        except Exception as error:
+            if tracked[0].rows is not None:
+                raise  # ranks that measure alone would wait for each other for ever
+            if len(group) == 1:
+                self._lose(work, kind, group[0], error)
+            else:
+                for i in group:
+                    self._begin(work, kind, [i])
+
+    def _lose(self, work: "_Work", kind: str, i: int, error: Exception):
+        """Notes that a matrix could not be measured: its record is NaN, and its next measurement starts anew."""
+        t = self._tracked[i]
+        work.lost[i] = error
+        t.forget(kind)
+        self._warn_once(
+            t,
+            "cannot be measured",
+            f"at step {work.step} (its {_WORDS[kind]}: {type(error).__name__}: {error}). "
+            "Its records are NaN until it can",
+        )
 
     def _finish(self, work: "_Work", audits: bool = False) -> tuple[list[Record], dict[int, float]]:
         """Returns the records of a measurement, and the seconds that each matrix took; waits where it must."""
         found: dict[int, dict] = {}
         seconds = {}
         for kind, group, fetched, launched in work.parts:
-            for i, values in zip(group, launched.finish(fetched.get()), strict=True):
-                found[i] = found.get(i, {}) | values
+            for i, values in zip(group, self._results(group, fetched, launched), strict=True):
+                if isinstance(values, Exception):
+                    self._lose(work, kind, i, values)
+                else:
+                    found[i] = found.get(i, {}) | values
+                    self._tracked[i].lost.discard(kind)
+                    self._recover(kind, i, values)
             seconds |= dict.fromkeys(group, fetched.seconds / len(group))
             if self._budget:
                 self._budget.learn(kind, group, fetched.seconds)
@@ -329,17 +428,40 @@ class Probe:
         if audits and all(isinstance(fetched, side.Fetched) for _, _, fetched, _ in work.parts):
             self._audit(work, found)
         records = []
-        for i in sorted(found):
+        for i in sorted({*found, *work.lost}):
             t = self._tracked[i]
             if not t.mine:
+                continue
+            if i not in found:
+                kind = "full" if i in work.full else "topk"
+                records.append(Record(step=work.step, name=t.name, shape=t.shape, **unmeasured(t, kind, self._k)))
                 continue
             records.append(Record(step=work.step, name=t.name, shape=t.shape, **found[i]))
             sigma_max = found[i]["sigma_max"]
             if not math.isfinite(sigma_max) or (sigma_max == 0 and work.step > 0):  # zero at first is a usual start
-                self._warn_once(t, sigma_max, work.step)
+                what = "is zero" if sigma_max == 0 else "holds NaN or Inf"
+                self._warn_once(t, what, f"at step {work.step}, so it has no singular distribution")
         if self._budget:
             self._budget.urge([r for r in found if _jumped(self._tracked[r], found[r])])
         return records, seconds
+
+    def _results(self, group, fetched, launched) -> list[dict | Exception]:
+        try:
+            return launched.finish(fetched.get())
+        except Exception as error:
+            if self._tracked[group[0]].rows is not None:
+                raise
+            return [error] * len(group)
+
+    def _recover(self, kind: str, i: int, values: dict):
+        """Restarts what a matrix lacks since it could not be measured or held NaN."""
+        t = self._tracked[i]
+        if not math.isfinite(values["sigma_max"]):
+            return
+        if kind == "topk" and not t.known and "full" not in t.lost:
+            self._again.add(i)  # the other values are taken from the last full spectrum
+        if kind == "full" and self._initial_reference:
+            self._refer(t)
 
     def _measure_now(self, full: list[int], topk: list[int]) -> tuple[list[Record], dict[int, float]]:
         return self._finish(self._launch(full, topk))
@@ -347,7 +469,7 @@ class Probe:
     def _drain(self, wait: bool = False):
         """Keeps the records of measurements that are there, in the order of steps."""
         while self._under_way and (wait or self._under_way[0].ready()):
-            self._emit(self._finish(self._under_way.popleft(), audits=True)[0])
+            self._recorder.add(self._finish(self._under_way.popleft(), audits=True)[0])
 
     def _lane(self, t: Tracked) -> side.Host | side.Side:
         device = t.matrix.parameter.device
@@ -366,11 +488,17 @@ class Probe:
         if self._auditor is None:
             return
         on_host = [i for i in work.full if self._tracked[i].matrix.parameter.device.type == "cpu"]
-        i = self._auditor.choose(on_host, self._tracked)
+        i = self._auditor.choose([i for i in on_host if i not in work.lost], self._tracked)
         if i is None:
             return
         t = self._tracked[i]
-        result = audit(t, work.step, found[i]["sd_error"])
+        try:
+            result = audit(t, work.step, found[i]["sd_error"])
+        except Exception as error:
+            if t.rows is not None:
+                raise
+            self._warn_once(t, "cannot be audited", f"at step {work.step} ({type(error).__name__}: {error})")
+            return
         if result is None:
             return
         found[i]["audit_error"] = result.error
@@ -384,34 +512,24 @@ class Probe:
     def _groups(self, indices: list[int], kind: str) -> list[list[int]]:
         """Splits matrices into those of one shape, dtype, device and method, which are measured together.
 
-        On a GPU they need only a short side in common; those of one shape come together.
+        On a GPU they need only a short side in common; those of one shape come together. A matrix that starts anew does
+        not take from the others what they go on from, and one that could not be measured last time is tried alone.
         """
         groups: dict[tuple, list[int]] = {}
         for i in indices:
             t = self._tracked[i]
             by_side = t.matrix.parameter.is_cuda and t.rows is None and (kind == "topk" or t.method != "exact")
-            groups.setdefault(
-                (min(t.shape) if by_side else t.shape, t.matrix.parameter.dtype, t.matrix.parameter.device, t.method),
-                [],
-            ).append(i)
+            fresh = t.S is None if kind == "full" else t.rows is None and t.state is None
+            alone = i if t.lost and t.rows is None else None
+            p = t.matrix.parameter
+            key = (min(t.shape) if by_side else t.shape, p.dtype, p.device, t.method, fresh, alone)
+            groups.setdefault(key, []).append(i)
         return [sorted(group, key=lambda i: self._tracked[i].shape) for group in groups.values()]
 
-    def _emit(self, records: list[Record]):
-        self._latest |= {r.name: r for r in records}
-        if self._writer:
-            if records:
-                self._writer.append(records)
-        else:
-            self._memory.extend(records)
-        if self._on_record:
-            for record in records:
-                self._on_record(record)
-
-    def _warn_once(self, t: Tracked, sigma_max: float, step: int):
-        what = "is zero" if sigma_max == 0 else "holds NaN or Inf"
+    def _warn_once(self, t: Tracked, what: str, more: str):
         if t.warned != what:
             t.warned = what
-            log.warning("sosd_fast: %s %s at step %d, so it has no singular distribution.", t.name, what, step)
+            log.warning("sosd_fast: %s %s %s.", t.name, what, more)
 
     def _say_foreign(self):
         if not self._said_foreign:
@@ -440,14 +558,10 @@ class _Work(NamedTuple):
     step: int
     full: list[int]
     parts: list[tuple[str, list[int], side.Fetched | side.OnDevice, Launched]]  # kind, matrices, results, measurement
+    lost: dict[int, Exception]  # matrices of which a measurement raised
 
     def ready(self) -> bool:
         return all(fetched.ready() for _, _, fetched, _ in self.parts)
-
-
-def _capturing() -> bool:
-    """Whether a CUDA graph is being captured, which measuring would spoil; replays call no hooks."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _jumped(t: Tracked, values: dict) -> bool:
@@ -469,8 +583,6 @@ def _open(run_dir, settings: dict, names: list[str], step: int | None) -> RunWri
         ) from error
 
 
-def _detach(handles, writer):
-    for handle in handles:
-        handle.remove()
-    if writer:
-        writer.close()
+def _detach(key: int, writer: RunWriter | None):
+    hooks.remove(key)
+    close_quietly(writer)

@@ -17,6 +17,7 @@ process leaves at most one torn line or step at the end; opening the directory a
 records.jsonl and kept everything; it is read, and goes on as version 2 when appended to.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sosd_fast import segments
-from sosd_fast.segments import JsonLines
+from sosd_fast.segments import AppendOnly, JsonLines
 
 if TYPE_CHECKING:
     import pandas
@@ -91,8 +92,15 @@ class RunWriter:
 
     def __init__(self, run_dir: str | os.PathLike, meta: dict | None = None, step: int | None = None):
         self.run_dir = Path(run_dir)
+        self._lines = JsonLines(self.run_dir / segments.LIVE, step)
+        try:
+            self._open(meta, step)
+        except BaseException:
+            self._lines.close()
+            raise
+
+    def _open(self, meta: dict | None, step: int | None):
         live = self.run_dir / segments.LIVE
-        self._lines = JsonLines(live, step)
         if step is not None:  # the newest first: a kill in between leaves no gap
             for path in reversed(segments.paths(self.run_dir)[:-1]):
                 segments.trim(path, step)
@@ -104,9 +112,8 @@ class RunWriter:
         for path in self.run_dir.glob("spectra-*.f32"):
             if path.name > self._chunk_path().name:
                 path.unlink()
-        self._spectra = open(self._chunk_path(), "ab")
+        self._spectra = AppendOnly(self._chunk_path())
         self._spectra.truncate(end)
-        self._spectra.seek(end)  # truncating leaves the position, which pointers are taken from, behind the end
         meta = {"format": "sosd_fast", "version": FORMAT_VERSION} | (meta or {})
         temporary = self.run_dir / "meta.json.tmp"
         temporary.write_text(json.dumps(meta, indent=1))
@@ -121,7 +128,6 @@ class RunWriter:
             if r.topk and not self._due("topk", r):
                 r = dataclasses.replace(r, topk=(), residual=None)
             lines.append(_to_line(r, pointer) | {"of": already + len(records)})
-        self._spectra.flush()
         self._lines.write(*lines)
         if records:
             self._appended = records[0].step, already + len(records)
@@ -129,13 +135,15 @@ class RunWriter:
             self._close_segment()
 
     def first_spectra(self) -> dict[str, np.ndarray]:
-        """Reads the first full spectrum of each matrix."""
+        """Reads the first full spectrum of each matrix that had one."""
         run = load(self.run_dir)
-        return {name: S[0] for name in run.names for S in [run.spectra(name)[1]] if len(S)}
+        spectra = {name: run.spectra(name)[1] for name in run.names}
+        finite = {name: S[np.isfinite(S).all(axis=1)] for name, S in spectra.items() if len(S)}
+        return {name: S[0] for name, S in finite.items() if len(S)}
 
     def flush(self):
         """Forces what was appended to disk."""
-        os.fsync(self._spectra.fileno())
+        self._spectra.flush()
         self._lines.flush()
 
     def close(self):
@@ -172,18 +180,16 @@ class RunWriter:
         number = sum(path.name != segments.LIVE for path in segments.paths(self.run_dir))
         closed = self.run_dir / f"records-{number:05d}.jsonl"
         self._lines.start_over(closed)
-        try:
+        with contextlib.suppress(Exception):  # no pyarrow, a full disk: JSON lines are read as well, only more slowly
             segments.to_parquet(closed)
-        except ImportError:
-            pass  # JSON lines are read as well, only more slowly
 
     def _append_spectrum(self, spectrum: np.ndarray) -> list[int]:
-        if self._spectra.tell() >= CHUNK_BYTES:
+        if self._spectra.size >= CHUNK_BYTES:
             self._spectra.close()
             self._chunk += 1
-            self._spectra = open(self._chunk_path(), "wb")
-        offset = self._spectra.tell()
-        self._spectra.write(np.ascontiguousarray(spectrum, dtype="<f4").tobytes())
+            self._spectra = AppendOnly(self._chunk_path(), "wb")
+        offset = self._spectra.size
+        self._spectra.append(np.ascontiguousarray(spectrum, dtype="<f4").tobytes())
         return [self._chunk, offset, len(spectrum)]
 
     def _chunk_path(self) -> Path:
@@ -265,7 +271,7 @@ class Run:
         return {f: table[f] for f in fields}
 
     def spectra(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Reads the full spectra of one matrix that were kept.
+        """Reads the full spectra of one matrix that were kept; of one that changed its shape, those of the last shape.
 
         Returns:
             (steps (T,), S (T, r) float32, each row descending).
@@ -276,7 +282,8 @@ class Run:
         for part, found in self._pointers:
             for step, where in found.get(name, ()):
                 kept.setdefault(step, (part, where))
-        steps, rows, chunks = sorted(kept), [], {}
+        length = kept[max(kept)][1][2] if kept else 0
+        steps, rows, chunks = sorted(step for step, (_, where) in kept.items() if where[2] == length), [], {}
         for step in steps:
             part, (chunk, offset, length) = kept[step]
             if (part, chunk) not in chunks:

@@ -5,17 +5,40 @@ import weakref
 from torch import Tensor
 
 
+class _Optimizers:
+    """Optimizers, none of them kept alive, by identity: what they make of == and hash is theirs."""
+
+    def __init__(self, optimizers=()):
+        self._refs = {id(o): weakref.ref(o) for o in optimizers}
+
+    def add(self, optimizer):
+        self._refs[id(optimizer)] = weakref.ref(optimizer)
+
+    def __iter__(self):
+        return iter([o for o in (ref() for ref in self._refs.values()) if o is not None])
+
+    def __len__(self):
+        return len(list(iter(self)))
+
+    def __contains__(self, optimizer):
+        ref = self._refs.get(id(optimizer))
+        return ref is not None and ref() is optimizer
+
+    def same(self, other: "_Optimizers") -> bool:
+        return {id(o) for o in self} == {id(o) for o in other}
+
+
 class Rounds:
     """Tells when all optimizers that change the tracked parameters have stepped once."""
 
     def __init__(self, parameters, optimizers):
         self._parameters = parameters
-        self._given = None if optimizers is None else weakref.WeakSet(optimizers)
-        self._known = weakref.WeakSet()
-        self._stepped = weakref.WeakSet()
+        self._given = None if optimizers is None else _Optimizers(optimizers)
+        self._known = _Optimizers()
+        self._stepped = _Optimizers()
         self._orphans: set[int] = set()  # parameters that a whole round passed by
         self.lost = False  # whether the last round passed by some that the one before did not
-        self._strangers = weakref.WeakSet()  # optimizers that hold none of the parameters
+        self._strangers = _Optimizers()  # optimizers that hold none of the parameters
         self.foreign = 0  # their steps before the first round
 
     @property
@@ -26,7 +49,7 @@ class Rounds:
     @property
     def size(self) -> int:
         """How many parameters the optimizers hold: it grows where a model is extended."""
-        return sum(len(group["params"]) for optimizer in self._known for group in optimizer.param_groups)
+        return sum(len(params) for optimizer in self._known for params in _groups(optimizer))
 
     def follow(self, parameters):
         """Takes another list of parameters."""
@@ -49,7 +72,7 @@ class Rounds:
             return False
         if self._given is not None:
             self._stepped.add(optimizer)
-            return self._given == self._stepped
+            return self._given.same(self._stepped)
         if not self._held(optimizer) & {id(p) for p in self._parameters}:
             self._strangers.add(optimizer)
             self.foreign += not self._known
@@ -57,7 +80,9 @@ class Rounds:
         self._stepped.add(optimizer)
         self._known.add(optimizer)
         covered = set().union(*map(self._held, self._known), self._orphans)
-        return self._known == self._stepped and all(id(p) in covered or not p.requires_grad for p in self._parameters)
+        return self._known.same(self._stepped) and all(
+            id(p) in covered or not p.requires_grad for p in self._parameters
+        )
 
     def finish(self):
         """Closes the round."""
@@ -65,8 +90,13 @@ class Rounds:
         held = set().union(*map(self._held, self._known))
         orphans = {id(p) for p in self._parameters} - held
         self.lost, self._orphans = bool(orphans - self._orphans), orphans
-        self._stepped = weakref.WeakSet()
+        self._stepped = _Optimizers()
 
     @staticmethod
     def _held(optimizer) -> set[int]:
-        return {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return {id(p) for params in _groups(optimizer) for p in params}
+
+
+def _groups(optimizer) -> list:
+    """The parameters of each group of an optimizer, of which someone else's may lack any."""
+    return [group.get("params", ()) for group in getattr(optimizer, "param_groups", ())]

@@ -4,11 +4,13 @@
 forms of a segment, the Parquet one is whole and counts.
 """
 
+import errno
 import fcntl
 import json
 import math
 import mmap
 import os
+import weakref
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,8 +24,73 @@ _STRINGS = ("name", "method")
 _LISTS = ("shape", "topk", "residual", "spectrum")  # the last one points to the values: chunk, offset, length
 
 
+class AppendOnly:
+    """A file that only grows, without a buffer: nothing is pending when it is closed, collected or forked.
+
+    A forked process closes its copy, which would keep the file's lock after the end of the process that opened it, and
+    what is written there goes nowhere.
+
+    Args:
+        path: created where missing.
+        mode: "ab" to go on behind what is there, "wb" to start over.
+    """
+
+    def __init__(self, path: Path, mode: str = "ab"):
+        self.file = open(path, mode, buffering=0)
+        self._pid = os.getpid()
+        _open_files.add(self)
+
+    @property
+    def inherited(self) -> bool:
+        """Whether another process opened the file."""
+        return self._pid != os.getpid()
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return os.fstat(self.file.fileno()).st_size
+
+    def append(self, data: bytes):
+        """Hands all of `data` to the operating system, or raises OSError and leaves the file as it was."""
+        if self.inherited:
+            return
+        start, rest = self.size, memoryview(data)
+        try:
+            while rest:
+                rest = rest[self.file.write(rest) :]
+        except BaseException:
+            self.file.truncate(start)
+            raise
+        if not os.fstat(self.file.fileno()).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "the file was removed while it was being written", self.file.name)
+
+    def truncate(self, size: int):
+        """Cuts the file off after `size` bytes."""
+        self.file.truncate(size)
+
+    def flush(self):
+        """Forces what was written to disk."""
+        if not self.inherited:
+            os.fsync(self.file.fileno())
+
+    def close(self):
+        """Closes the file; closing twice is fine."""
+        self.file.close()
+
+
+_open_files: "weakref.WeakSet[AppendOnly]" = weakref.WeakSet()
+
+
+def _close_inherited():
+    for file in list(_open_files):
+        file.close()
+
+
+os.register_at_fork(after_in_child=_close_inherited)
+
+
 class JsonLines:
-    """An append-only file of JSON objects, one a line.
+    """An append-only file of JSON objects, one a line; see `AppendOnly` for what a forked process does with it.
 
     Args:
         path: created where missing. A torn last line is cut off.
@@ -36,9 +103,9 @@ class JsonLines:
     def __init__(self, path: str | os.PathLike, step: int | None = None):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "ab")
+        self._file = AppendOnly(self.path)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._file.close()
             raise ValueError(
@@ -55,8 +122,7 @@ class JsonLines:
 
     def write(self, *objects: dict):
         """Appends objects in one write and hands them to the operating system."""
-        self._file.write(b"".join(_encode(o) for o in objects))
-        self._file.flush()
+        self._file.append(b"".join(_encode(o) for o in objects))
 
     def truncate(self, size: int):
         """Cuts the file off after `size` bytes."""
@@ -65,7 +131,7 @@ class JsonLines:
     @property
     def size(self) -> int:
         """Bytes written."""
-        return self._file.tell()
+        return self._file.size
 
     def start_over(self, closed: Path):
         """Moves what was written to `closed`, and goes on in an empty file of the old name."""
@@ -78,7 +144,6 @@ class JsonLines:
     def flush(self):
         """Forces what was written to disk."""
         self._file.flush()
-        os.fsync(self._file.fileno())
 
     def close(self):
         """Closes the file; closing twice is fine."""
@@ -244,10 +309,14 @@ def write_parquet(target: Path, tables: Iterator):
 
 def _replace(target: Path, table):
     temporary = target.with_suffix(".tmp")
-    write_parquet(temporary, iter([table]))
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())  # before the lines that it replaces go
-    temporary.replace(target)
+    try:
+        write_parquet(temporary, iter([table]))
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # before the lines that it replaces go
+        temporary.replace(target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _schema():

@@ -88,7 +88,12 @@ class Side:
         with torch.cuda.stream(self._stream):
             self._began = torch.cuda.Event(enable_timing=True)
             self._began.record()
-            yield
+            try:
+                yield
+            except Exception:  # what was queued before still reads weights
+                self._done = torch.cuda.Event()
+                self._done.record()
+                raise
 
     def fetch(self, tensors: dict[str, Tensor]) -> OnDevice:
         """Queues the copies to the host; called inside `measuring`."""

@@ -1,5 +1,6 @@
 """track(): follows a model, so that its spectra are measured after each optimizer step."""
 
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +14,8 @@ from sosd_fast.records import Record
 from sosd_fast.sharded import share
 
 METHODS = ("auto", "full", "topk", "exact")
+
+log = logging.getLogger("sosd_fast")
 
 
 def track(
@@ -34,8 +37,10 @@ def track(
 ) -> Probe:
     """Measures the singular values of a model's matrices after every optimizer step, until the model is gone.
 
-    The probe never writes a weight nor draws a random number: training is bit for bit what it is without it. An error
-    inside it is logged, stops the probe, and leaves the run alone.
+    The probe never writes a weight, computes a parametrization nor draws a random number: training is bit for bit what
+    it is without it. An error inside it is logged, stops the probe, and leaves the run alone. What fails alone ends
+    alone: a matrix that cannot be measured has NaN records until it can; where `run_dir` cannot be written any more,
+    records go on in memory; a process that is forked measures nothing until it calls `track` itself.
 
     CUDA tensors are measured on a stream of their own, which the next optimizer step waits for; records come when they
     are there, some steps later, and `flush` waits for them. Weights that something else changes meanwhile may be seen
@@ -61,7 +66,8 @@ def track(
         split: fused matrices; see `sosd_fast.matrices.find_matrices`.
         reference: spectra that the cosine is taken to: "initial", a mapping from names to spectra, or None.
         run_dir: where records are written; None keeps the last 10,000 in memory.
-        on_record: called with each record.
+        on_record: called with each record. It may use the probe and train other tracked models. Where it raises, that
+            is logged, and after ten failures in a row it is not called again.
         step: steps taken before now. None continues after the last step in `run_dir`, or starts at 0; a number cuts
             off what `run_dir` holds of later steps.
         audit: now and then recompute one matrix in float64 and compare, for a twentieth of what the full spectra cost;
@@ -73,7 +79,7 @@ def track(
         The `Probe`; keep it to read the records, or not.
 
     Raises:
-        ValueError: a model without matrices, or a bad argument.
+        ValueError: a model without matrices or without any that can be measured, or a bad argument.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"track: expected an nn.Module, got model={type(model).__name__}. Pass the model itself.")
@@ -114,14 +120,26 @@ def track(
         raise ValueError(
             f"track: expected weights, got model={type(model).__name__} on the meta device. Track it later."
         )
-    this = weakref.ref(model)
+    this, said = weakref.ref(model), {}
 
     def find():
         model = this()
-        return share(model, find_matrices(model, include, exclude, split)) if model is not None else None
+        if model is None:
+            return None
+        left_out: dict[str, str] = {}
+        found = share(model, find_matrices(model, include, exclude, split, left_out))
+        new = {name: why for name, why in left_out.items() if name not in said}
+        if new:
+            said.update(new)
+            log.warning(
+                "sosd_fast: left out, for their values cannot be read as they are: %s. Pass exclude to leave them out "
+                "silently.",
+                ", ".join(f"{name} {why}" for name, why in new.items()),
+            )
+        return found
 
     probe = Probe(
-        find, optimizers, method, k, budget, every, reference, run_dir, on_record, step, audit, theory_bound
+        this, find, optimizers, method, k, budget, every, reference, run_dir, on_record, step, audit, theory_bound
     )  # fmt: skip
     probes_of.setdefault(model, []).append(probe)  # lives as long as the model does
     return probe

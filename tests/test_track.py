@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 import sosd_fast
+from sosd_fast.hooks import live
 from sosd_fast.testing import sd_distance
 
 
@@ -280,11 +281,13 @@ def test_a_zero_matrix(caplog):
 
 
 def test_it_detaches_and_can_be_collected():
-    before = hooks()
+    sosd_fast.track(model(), method="full").close()
+    before = hooks()  # one pair for the whole process, which stays
+    assert before >= 2
     net = model()
     with sosd_fast.track(net, method="full") as probe:
-        assert hooks() == before + 2
-    assert hooks() == before
+        assert probe in live() and hooks() == before
+    assert probe not in live() and hooks() == before
     probe.close()
     train(net, [adamw(net)], 1)
     assert steps_of(probe) == [0]
@@ -294,24 +297,28 @@ def test_it_detaches_and_can_be_collected():
     del probe
     gc.collect()
     assert reference() is not None, "it lives as long as the model"
+    watched = weakref.ref(net)
     del net
     gc.collect()
-    assert reference() is None and hooks() == before
+    assert watched() is None and reference() is None, "the hooks keep neither alive"
+    assert hooks() == before
 
 
 @pytest.mark.expects_probe_failure
 def test_an_error_inside_stops_the_probe_and_not_the_run(caplog):
     net = model()
+    probe = sosd_fast.track(net, method="full")
 
-    def broken(record):
-        if record.step == 2:
+    def broken():
+        if probe._step == 1:
             raise RuntimeError("disk on fire")
+        return 0.0
 
-    probe = sosd_fast.track(net, method="full", on_record=broken)
+    probe._clock = broken
     train(net, [adamw(net)], 4)
-    assert max(steps_of(probe)) == 2
+    assert max(steps_of(probe)) == 1 and probe not in live()
     assert [r.levelno for r in caplog.records].count(logging.ERROR) == 1
-    assert "the probe failed at step 2" in caplog.text and "disk on fire" in caplog.text
+    assert "the probe failed at step 1" in caplog.text and "disk on fire" in caplog.text
 
 
 def test_on_record():
@@ -381,10 +388,10 @@ def test_overhead():
     ],
 )
 def test_bad_input(net, options, message):
-    before = hooks()
+    before = live()
     with pytest.raises(ValueError, match=message):
         sosd_fast.track(net, **options)
-    assert hooks() == before
+    assert {id(probe) for probe in live()} <= {id(probe) for probe in before}
 
 
 def test_in_a_fresh_interpreter():

@@ -1,0 +1,122 @@
+"""Where a probe's records go: a run directory or memory, and the function that is called with each."""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from sosd_fast.records import Record, RunWriter, load
+
+KEPT_RECORDS = 10_000  # in memory, where no run directory keeps them
+MOST_FAILURES = 10  # of on_record in a row, before it is dropped
+
+log = logging.getLogger("sosd_fast")
+
+
+class Recorder:
+    """Keeps records; nothing that fails on the way ends it.
+
+    Args:
+        writer: of the run directory, or None to keep the last 10,000 records in memory.
+        on_record: called with each record, or None.
+
+    Attributes:
+        latest: the last record of each matrix, by name.
+        writer: None from when the run directory could not be written on.
+    """
+
+    def __init__(self, writer: RunWriter | None, on_record: Callable[[Record], None] | None):
+        self.latest: dict[str, Record] = {}
+        self.writer = writer
+        self._run_dir: Path | None = writer and writer.run_dir
+        self._memory: deque[Record] = deque(maxlen=KEPT_RECORDS)
+        self._on_record, self._failures = on_record, 0
+        self._untold: deque[Record] = deque()
+        self._telling = threading.Lock()
+
+    def add(self, records: list[Record]):
+        """Keeps records of one step; `tell` passes them on."""
+        if not records:
+            return
+        self.latest |= {r.name: r for r in records}
+        self._on_disk(lambda writer: writer.append(records), records[0].step)
+        if self.writer is None:
+            self._memory.extend(records)
+        if self._on_record is not None:
+            self._untold.extend(records)
+
+    def records(self) -> list[Record]:
+        """Returns the records in the order of steps: those in the run directory, or else the last 10,000."""
+        if self._run_dir is None:
+            return list(self._memory)
+        try:
+            written = load(self._run_dir).records
+        except (OSError, ValueError):
+            if self.writer is not None:
+                raise
+            written = []  # it was removed, which has been said
+        known = {(r.step, r.name) for r in written}  # what failed may have failed after the lines were there
+        return written + [r for r in self._memory if (r.step, r.name) not in known]
+
+    def flush(self, step: int):
+        """Forces what was written to disk."""
+        self._on_disk(RunWriter.flush, step)
+
+    def tell(self):
+        """Calls on_record, which may call the probe or train another tracked model: no lock of a probe is held here."""
+        while self._untold:
+            if not self._telling.acquire(blocking=False):
+                return  # another thread, or the call of on_record that led here, passes them on
+            try:
+                while self._untold:
+                    self._tell(self._untold.popleft())
+            finally:
+                self._telling.release()
+
+    def _tell(self, record: Record):
+        if self._on_record is None:
+            return
+        try:
+            self._on_record(record)
+            self._failures = 0
+        except Exception:
+            self._failures += 1
+            if self._failures == 1:
+                log.exception(
+                    "sosd_fast: on_record failed at %s, step %d; training and the records go on.",
+                    record.name,
+                    record.step,
+                )
+            elif self._failures == MOST_FAILURES:
+                self._on_record = None
+                log.exception(
+                    "sosd_fast: on_record failed %d times in a row, at last at %s, step %d, and is not called again.",
+                    MOST_FAILURES,
+                    record.name,
+                    record.step,
+                )
+
+    def _on_disk(self, action: Callable[[RunWriter], None], step: int):
+        if self.writer is None:
+            return
+        try:
+            action(self.writer)
+        except Exception as error:
+            writer, self.writer = self.writer, None
+            log.error(
+                "sosd_fast: run_dir=%s cannot be written at step %d (%s: %s). Training goes on; records from here on "
+                "are kept in memory, the last %d, and those written before stay readable. Make room or choose another "
+                "directory, and track again to go on.",
+                writer.run_dir, step, type(error).__name__, error, KEPT_RECORDS,
+            )  # fmt: skip
+            close_quietly(writer)
+
+
+def close_quietly(writer: RunWriter | None):
+    """Closes a writer; what the operating system says then, when nothing is left to be written, ends nothing."""
+    try:
+        if writer is not None:
+            writer.close()
+    except Exception:
+        log.exception("sosd_fast: the records in %s were written, but closing them failed.", writer.run_dir)

@@ -1,0 +1,504 @@
+"""What ends or is lost goes alone: a disk, a callback, a matrix, a forked process. Training and the rest go on."""
+
+import itertools
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+import sosd_fast
+from sosd_fast.hooks import live
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(48, 64, bias=False), nn.Linear(64, 64, bias=False), nn.Linear(64, 40, bias=False))
+
+
+def train(net, steps=1, lr=1e-3):
+    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
+    for _ in range(steps):
+        net(torch.ones(2, net[0].in_features)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def steps_of(probe, name="0.weight"):
+    return [r.step for r in probe.records() if r.name == name]
+
+
+START = """
+import gc, logging, os, resource, shutil, signal, stat, sys, time, torch
+from torch import nn
+import sosd_fast
+from sosd_fast import records, segments
+logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stdout)
+run_dir = sys.argv[1]
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(40, 64), nn.Linear(64, 30))
+def train(net, steps):
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    for _ in range(steps):
+        net(torch.ones(2, 40)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+def limit(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+net = model()
+"""
+
+
+def python(code, *args, **options):
+    return subprocess.run(
+        [sys.executable, "-c", START + textwrap.dedent(code), *map(str, args)],
+        capture_output=True, text=True, timeout=120, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["spectra-00000.f32", "records.jsonl"])
+def test_a_full_disk(file, tmp_path):
+    done = python(
+        f"""
+        heard = []
+        probe = sosd_fast.track(net, method="full", run_dir=run_dir, on_record=lambda r: heard.append(r.step))
+        train(net, 10)
+        # The limit is on each file alone: the other one is made small, and its records go before it is full.
+        limit(os.path.getsize(os.path.join(run_dir, "{file}")) + 100)
+        train(net, 10)
+        limit(resource.RLIM_INFINITY)
+        assert [r.step for r in probe.records() if r.name == "0.weight"] == list(range(21))
+        assert probe.latest()["0.weight"].step == 20 and max(heard) == 20
+        twin = model(); train(twin, 20)
+        assert all(map(torch.equal, net.parameters(), twin.parameters()))
+        probe.flush(); probe.close()
+        """,
+        tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == "" and done.stdout.count("ERROR") == 1 and "File too large" in done.stdout, done.stdout
+    assert f"run_dir={tmp_path} cannot be written at step" in done.stdout and "track again to go on" in done.stdout
+    run = sosd_fast.load(tmp_path)
+    kept = [r.step for r in run.records if r.name == "0.weight"]
+    assert kept == list(range(len(kept))) and len(kept) >= 11
+    assert len(run.spectra("0.weight")[0]) == len(kept)
+    net = nn.Sequential(nn.Linear(40, 64), nn.Linear(64, 30))
+    with sosd_fast.track(net, method="full", run_dir=tmp_path) as probe:  # there is room again
+        train(net)
+        assert steps_of(probe) == list(range(len(kept) + 1))
+
+
+@pytest.mark.parametrize("how", ["probe.close()", "del net; gc.collect(); gc.collect()", "pass", "del probe, net"])
+def test_a_full_disk_at_the_end(how, tmp_path):
+    done = python(
+        f"""
+        probe = sosd_fast.track(net, method="full", run_dir=run_dir)
+        train(net, 3)
+        limit(1)
+        train(net, 1)
+        {how}
+        print("alive")
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("ERROR") == 1, done.stdout + done.stderr
+    assert done.stdout.endswith("alive\n")
+    assert [r.step for r in sosd_fast.load(tmp_path).records if r.name == "0.weight"] == [0, 1, 2, 3]
+
+
+def test_a_run_directory_that_is_removed(tmp_path):
+    done = python(
+        """
+        probe = sosd_fast.track(net, method="full", run_dir=run_dir)
+        train(net, 3)
+        shutil.rmtree(run_dir)
+        train(net, 3)
+        assert [r.step for r in probe.records() if r.name == "0.weight"] == [4, 5, 6]
+        """,
+        tmp_path / "run",
+    )
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("ERROR") == 1, done.stdout + done.stderr
+    assert "was removed" in done.stdout
+
+
+def test_a_run_directory_that_turns_read_only(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    if os.getuid() == 0:  # whom no permission stops
+        for folder in (run_dir, *tmp_path.parents[:2], tmp_path):
+            folder.chmod(0o777)
+        os.chown(run_dir, 65534, 65534)
+    done = python(
+        """
+        import torch._dynamo  # as long as this user may read Python's own files
+        if os.getuid() == 0:
+            os.setegid(65534); os.seteuid(65534)
+        records.SEGMENT_BYTES = 4000
+        probe = sosd_fast.track(net, method="full", run_dir=run_dir)
+        os.chmod(run_dir, 0o500)
+        train(net, 6)
+        os.chmod(run_dir, 0o700)
+        assert [r.step for r in probe.records() if r.name == "0.weight"] == list(range(7))
+        """,
+        run_dir,
+    )
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.count("ERROR") == 1, done.stdout + done.stderr
+    assert "Permission denied" in done.stdout
+
+
+def test_handlers_of_the_log_may_raise(tmp_path):
+    class Broken(logging.Handler):
+        def emit(self, record):  # noqa: ARG002
+            raise RuntimeError("nobody listens")
+
+    net, handler = model(), Broken()
+    probe = sosd_fast.track(net, method="full")
+    probe._clock = lambda: 1 / 0
+    logging.getLogger("sosd_fast").addHandler(handler)
+    try:
+        train(net, 2)
+    finally:
+        logging.getLogger("sosd_fast").removeHandler(handler)
+    assert probe not in live()
+
+
+@pytest.mark.expects_probe_failure
+def test_on_record_that_raises_is_dropped_after_ten_failures_in_a_row(caplog, tmp_path):
+    net, called = model(), []
+
+    def broken(record):
+        called.append(record)
+        if len(called) != 5:
+            raise RuntimeError("no network")
+
+    probe = sosd_fast.track(net, method="full", on_record=broken, run_dir=tmp_path)
+    train(net, 10)
+    assert steps_of(probe) == list(range(11)) and len(sosd_fast.load(tmp_path).records) == 33
+    assert len(called) == 5 + 10, "one that went well begins the count anew"
+    errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert len(errors) == 3 and "failed 10 times in a row" in errors[-1] and "no network" in caplog.text
+
+
+def test_on_record_may_interrupt():
+    net, seen = model(), []
+
+    def interrupts(record):
+        seen.append(record.step)
+        if record.step == 2 and len(seen) == 7:
+            raise KeyboardInterrupt
+
+    probe = sosd_fast.track(net, method="full", on_record=interrupts)
+    with pytest.raises(KeyboardInterrupt):
+        train(net, 4)
+    train(net, 1)
+    assert probe.latest()["0.weight"].step == 3 and seen == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+
+
+def test_on_record_may_use_the_probe_and_train_another_model():
+    net, other, heard = model(), model(1), []
+    inner = sosd_fast.track(other, method="full", on_record=lambda r: heard.append(("inner", r.step)))
+
+    def uses(record):
+        if record.name != "0.weight" or record.step == 0:
+            return
+        heard.append(("outer", record.step))
+        assert probe.latest()["0.weight"] == record and probe.records()
+        probe.flush()
+        train(other, 1)
+        if record.step == 3:
+            probe.close()
+
+    probe = sosd_fast.track(net, method="full", on_record=uses)
+    train(net, 5)
+    assert [h for h in heard if h[0] == "outer"] == [("outer", 1), ("outer", 2), ("outer", 3)]
+    assert inner.latest()["0.weight"].step == 3 and probe not in live()
+
+
+@pytest.mark.parametrize("method", ["auto", "topk", "full", "exact"])
+def test_float64(method):
+    net = nn.Sequential(nn.Linear(60, 60, bias=False)).double()
+    probe = sosd_fast.track(net, method=method, k=4, optimizers=[])
+    probe.step()
+    r = probe.latest()["0.weight"]
+    assert r.step == 1 and r.sigma_max == pytest.approx(torch.linalg.svdvals(net[0].weight.detach())[0].item(), 1e-3)
+
+
+@pytest.mark.parametrize("method", ["full", "topk", "exact"])
+def test_a_matrix_with_nan_stops_neither_the_others_nor_their_audits(method, caplog):
+    net = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(3)))
+    probe = sosd_fast.track(net, method=method, k=4, optimizers=[])
+    probe._auditor and setattr(probe._auditor, "SHARE", 20.0)  # one audit a step
+    with torch.no_grad():
+        net[1].weight[3, 4] = math.nan
+    for _ in range(12):
+        probe.step()
+    assert probe in live() and math.isnan(probe.latest()["1.weight"].sigma_max)
+    assert probe.latest()["0.weight"].step == 12 and math.isfinite(probe.latest()["2.weight"].sigma_max)
+    if method == "full":
+        assert {a.name for a in probe.audits} == {"0.weight", "2.weight"}
+    assert sum("1.weight holds NaN or Inf" in m for m in caplog.messages) == 1
+
+
+def test_nan_at_the_beginning_and_recovered():
+    net = model()
+    good = net[1].weight.detach().clone()
+    nn.init.constant_(net[1].weight, math.nan)
+    probe = sosd_fast.track(net, method="topk", k=4, optimizers=[])
+    with torch.no_grad():
+        net[1].weight.copy_(good)
+    for _ in range(5):
+        with torch.no_grad():
+            net[1].weight.mul_(1.01)
+            net[1].weight[0] += 1e-3
+        probe.step()
+    r = probe.latest()["1.weight"]
+    assert r.sd_variation_topk > 0 and r.sd_variation_carried > 0
+    found = [r.cosine for r in probe.records() if r.name == "1.weight" and r.cosine is not None]
+    assert not found or math.isnan(found[0]) or math.isfinite(found[-1])
+
+
+@pytest.mark.parametrize("method", ["full", "topk", "exact", "auto"])
+def test_a_matrix_that_cannot_be_measured(method, caplog):
+    """Its data are taken away and given back, as offloading does."""
+    net = nn.Sequential(*(nn.Linear(40, 40, bias=False) for _ in range(3)))
+    probe = sosd_fast.track(net, method=method, k=4, optimizers=[], budget=1.0)
+    probe._clock = itertools.count().__next__  # seconds, of which each measurement takes a small part
+    data = net[1].weight.data
+    probe.step()
+    net[1].weight.data = torch.zeros(0)
+    for _ in range(3):
+        probe.step()
+    assert probe in live() and probe.latest()["0.weight"].step == 4
+    assert all(math.isfinite(probe.latest()[n].sigma_max) for n in ("0.weight", "2.weight"))
+    said = [m for m in caplog.messages if "1.weight" in m]
+    assert len(said) == 1
+    net[1].weight.data = data
+    for _ in range(4):
+        with torch.no_grad():
+            net[1].weight.mul_(1.01)
+        probe.step()
+    r = probe.latest()["1.weight"]
+    assert r.step == 8 and r.sigma_max == pytest.approx(
+        torch.linalg.svdvals(net[1].weight.detach())[0].item(), rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("method", ["full", "topk"])
+def test_what_raises_in_a_group_is_measured_alone(method, caplog):
+    net = nn.Sequential(*(nn.Linear(40, 40, bias=False) for _ in range(3)))
+    probe = sosd_fast.track(net, method=method, k=4, optimizers=[])
+    probe.step()
+    broken = probe._tracked[1]
+    if method == "topk":  # a state that fits nothing, which the group is given with the others' states
+        broken.state = broken.state._replace(V=torch.zeros(3, 3), P=torch.zeros(3, 3))
+    else:
+        broken.S = torch.zeros(7, dtype=torch.float64)
+    probe.step()
+    assert sum("1.weight cannot" in m for m in caplog.messages) == 1
+    others = [r for r in probe.records() if r.step == 2 and r.name != "1.weight"]
+    assert len(others) == 2 and all(r.interval == 1 and math.isfinite(r.sigma_max) for r in others)
+    lost = probe.latest()["1.weight"]
+    assert lost.step == 2 and math.isnan(lost.sigma_max) and all(map(math.isnan, lost.topk))
+    for _ in range(3):
+        probe.step()
+    found = probe.latest()["1.weight"]
+    assert found.step == 5 and (found.sd_variation if method == "full" else found.sd_variation_topk) < 1e-2
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("method", ["full", "topk", "auto"])
+@pytest.mark.parametrize("form", [(30, 40), (64, 30), torch.float64, torch.bfloat16, torch.int64])
+def test_data_of_another_form(form, method, caplog):
+    net = nn.Sequential(*(nn.Linear(40, 40, bias=False) for _ in range(3)))
+    probe = sosd_fast.track(net, method=method, k=4, optimizers=[], budget=1.0)
+    probe._clock = itertools.count().__next__  # seconds, of which each measurement takes a small part
+    probe.step()
+    old = net[1].weight.data
+    new = torch.randn(form) if isinstance(form, tuple) else (100 * old).to(form)
+    net[1].weight.requires_grad_(False).data = new
+    for _ in range(3):
+        probe.step()
+    latest = probe.latest()
+    assert probe in live() and latest["0.weight"].step == latest["2.weight"].step == 4
+    if form == torch.int64:
+        assert sum("1.weight" in m for m in caplog.messages) >= 1
+        return
+    assert latest["1.weight"].step == 4 and latest["1.weight"].shape == tuple(new.shape)
+    expected = torch.linalg.svdvals(new.double())[0].item()
+    assert latest["1.weight"].sigma_max == pytest.approx(expected, rel=1e-2)
+    probe.records()
+
+
+class Scaled(torch.Tensor):
+    """Values with a scale, as quantised weights are: no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, values, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32, requires_grad=False)
+
+    def __init__(self, values, scale):
+        self.values, self.scale = values, scale
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].values, args[0].scale)
+        raise NotImplementedError(str(function))
+
+
+class Marked(nn.Parameter):
+    """A plain parameter with a mark."""
+
+
+def test_tensor_subclasses_are_left_out_by_name(caplog):
+    net = model()
+    net[1].weight = nn.Parameter(Scaled(torch.ones(64, 64, dtype=torch.int8), 0.1), requires_grad=False)
+    net[2].weight = Marked(net[2].weight.detach())
+    probe = sosd_fast.track(net, method="full", optimizers=[])
+    probe.step()
+    assert list(probe.latest()) == ["0.weight", "2.weight"]
+    said = [m for m in caplog.messages if "left out" in m]
+    assert len(said) == 1 and "1.weight is a Scaled" in said[0]
+    only = nn.Sequential(net[1])
+    with pytest.raises(ValueError, match=r"whose 0\.weight is a Scaled"):
+        sosd_fast.track(only)
+
+
+def test_fake_tensors_and_parameters_that_wait_for_their_shape(caplog):
+    from torch._subclasses import FakeTensorMode
+
+    net = model()
+    with FakeTensorMode():
+        net[1].weight = nn.Parameter(torch.ones(64, 64))
+    net.append(nn.LazyLinear(3))
+    assert list(sosd_fast.track(net, method="full").latest()) == ["0.weight", "2.weight"]
+    said = [m for m in caplog.messages if "left out" in m]
+    assert len(said) == 1 and "1.weight is a FakeTensor" in said[0] and "3.weight is not initialized" in said[0]
+
+
+FORKS = """
+def forked(function):
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            function()
+            code = 0
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+"""
+
+
+def test_a_forked_process_that_trains(tmp_path):
+    done = python(
+        FORKS
+        + """
+import threading
+probe = sosd_fast.track(net, method="full", run_dir=run_dir)
+log = segments.JsonLines(os.path.join(run_dir, "log.jsonl"))
+train(net, 3)
+held, done = threading.Event(), threading.Event()
+def holds():
+    with probe._lock:
+        held.set()
+        done.wait()
+threading.Thread(target=holds, daemon=True).start()
+held.wait()
+def child():
+    twin = model()
+    train(twin, 3)
+    train(net, 4); train(twin, 4)
+    assert all(map(torch.equal, net.parameters(), twin.parameters()))
+    log.write({"step": 99}); log.flush(); log.close()
+    probe.step(); probe.flush(); probe.close()
+    with sosd_fast.track(net, method="full") as own:
+        train(net, 1)
+        assert own.latest()["0.weight"].step == 1
+forked(child)
+done.set()
+""",
+        tmp_path,
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
+    assert done.stdout.count("was forked from one that measures its model") == 1, done.stdout
+    assert [r.step for r in sosd_fast.load(tmp_path).records if r.name == "0.weight"] == [0, 1, 2, 3]
+    assert (tmp_path / "log.jsonl").read_text() == ""
+
+
+def test_the_parent_goes_on_beside_its_children(tmp_path):
+    done = python(
+        FORKS
+        + """
+probe = sosd_fast.track(net, method="full", run_dir=run_dir)
+for _ in range(4):
+    train(net, 1)
+    forked(lambda: train(net, 3))
+train(net, 1)
+probe.close()
+""",
+        tmp_path,
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
+    assert [r.step for r in sosd_fast.load(tmp_path).records if r.name == "0.weight"] == [0, 1, 2, 3, 4, 5]
+
+
+def test_resumed_while_workers_of_a_killed_run_live(tmp_path):
+    code = START + textwrap.dedent("""
+        from torch.utils.data import DataLoader
+        class Data(torch.utils.data.Dataset):
+            def __len__(self):
+                return 10**6
+            def __getitem__(self, i):
+                return torch.ones(40)
+        def stay(_):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if __name__ == "__main__":
+            probe = sosd_fast.track(net, method="full", run_dir=run_dir)
+            log = segments.JsonLines(os.path.join(run_dir, "log.jsonl"))
+            batches = iter(DataLoader(
+                Data(), 2, num_workers=2, persistent_workers=True, multiprocessing_context="fork", worker_init_fn=stay
+            ))
+            next(batches)
+            train(net, 2)
+            print(*(w.pid for w in batches._workers), flush=True)
+            time.sleep(100)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    with process.stdout as stdout:
+        workers = list(map(int, stdout.readline().split()))
+    try:
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)  # they do not notice that their parent is gone
+        process.kill()
+        process.wait()
+        net = nn.Sequential(nn.Linear(40, 64), nn.Linear(64, 30))
+        with sosd_fast.track(net, method="full", run_dir=tmp_path) as probe:
+            train(net)
+            assert steps_of(probe) == [0, 1, 2, 3]
+        sosd_fast.segments.JsonLines(tmp_path / "log.jsonl").close()
+        assert all(os.path.exists(f"/proc/{pid}") for pid in workers)
+    finally:
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_nothing_is_said_when_the_interpreter_ends(tmp_path):
+    done = python(
+        """
+        a, b = sosd_fast.track(net, method="full", run_dir=run_dir), sosd_fast.track(net, method="topk", k=4)
+        net.itself = [net, a]
+        train(net, 3)
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0 and done.stdout == "" and done.stderr == "", done.stdout + done.stderr
+    assert max(r.step for r in sosd_fast.load(tmp_path).records) == 3
