@@ -1,6 +1,6 @@
 """Errors of `svdvals` against its bounds, over many random matrices of few distinct values and ordinary ones.
 
-Truth is `torch.linalg.svdvals` in float64. Matrices are drawn from seeds, so that one beyond its bound can be drawn again.
+Truth is `torch.linalg.svdvals` in float64. Matrices are drawn from seeds: one beyond its bound can be drawn again.
 """
 
 import math
