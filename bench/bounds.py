@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import card, finish, parser, show
-from sosd_fast.svdvals import spectra
+from sosd_fast.spectra.svdvals import spectra
 from sosd_fast.testing import matrix
 
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)

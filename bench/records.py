@@ -12,7 +12,7 @@ import numpy as np
 
 import sosd_fast
 from bench.harness import finish, parser, resident_mb, show
-from sosd_fast.records import Record, RunWriter
+from sosd_fast.runs.records import Record, RunWriter
 
 FIELDS = (  # of a matrix that is measured in full
     "sd_variation", "sd_variation_topk", "cosine", "nuclear_norm", "frobenius_norm", "sigma_max", "sigma_min",

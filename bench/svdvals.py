@@ -19,7 +19,7 @@ from bench.harness import (
 from sosd_fast.kernels.sturm import sturm
 from sosd_fast.kernels.syrk import syrk
 from sosd_fast.kernels.tridiagonal import tridiagonal
-from sosd_fast.svdvals import spectra
+from sosd_fast.spectra.svdvals import spectra
 from sosd_fast.testing import matrix, sd_distance
 
 SHAPES = [

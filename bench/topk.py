@@ -18,9 +18,9 @@ from bench.harness import (
 )
 from bench.svdvals import body
 from sosd_fast.kernels.eigh import eigh
-from sosd_fast.svdvals import spectra
+from sosd_fast.spectra.svdvals import spectra
+from sosd_fast.spectra.topk import VARIANTS, _Stacks, topk_svdvals
 from sosd_fast.testing import matrix
-from sosd_fast.topk import VARIANTS, _Stacks, topk_svdvals
 
 SHAPES = [(256, 256), (256, 1024), (768, 768), (768, 3072)]
 BATCH = 4  # matrices a call

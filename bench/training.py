@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.harness import ROOT, finish, interleaved, parser, show
+from sosd_fast.distributed.sharded import Share, assign, cost, shape_of
 from sosd_fast.matrices import find_matrices
-from sosd_fast.probe import Probe
-from sosd_fast.sharded import Share, assign, cost, shape_of
+from sosd_fast.probe.probe import Probe
 from training.model import PRESETS, Transformer, flops_per_token
 from training.optimizers import build_optimizers
 from training.presets import RUNS

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import sosd_fast
-from sosd_fast.records import JsonLines
+from sosd_fast.runs.records import JsonLines
 
 
 @dataclass

@@ -4,7 +4,7 @@ For W (m, n), m >= n, and orthonormal rows V (b, n), with Y = V W^T, Z = Y W and
 
     R = Z - (Z V^T) V,  D = R, or with P, the last change of V:  D = pace R / rho + P
 
-and the leading Ritz vectors of W^T W on the span of V and D are the next V. `sosd_fast.topk` says the same in array
+and the leading Ritz vectors of W^T W on the span of V and D are the next V. `sosd_fast.spectra.topk` says the same in array
 operations, for every device and dtype, and is the reference.
 
 Source: Knyazev, LOBPCG (SISC 2001), with residual and last change summed in one block.

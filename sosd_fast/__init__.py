@@ -3,10 +3,10 @@
 from sosd_fast.kernels.distribution import Distribution, singular_distribution
 from sosd_fast.kernels.newton_schulz import newton_schulz
 from sosd_fast.muon import Muon
-from sosd_fast.probe import Probe
-from sosd_fast.records import Record, Run, load
-from sosd_fast.svdvals import svdvals
-from sosd_fast.topk import TopK, topk_svdvals
+from sosd_fast.probe.probe import Probe
+from sosd_fast.runs.records import Record, Run, load
+from sosd_fast.spectra.svdvals import svdvals
+from sosd_fast.spectra.topk import TopK, topk_svdvals
 from sosd_fast.track import track
 
 __all__ = [

@@ -50,14 +50,14 @@ def main(argv=None) -> int:
 
 
 def _report(args):
-    from sosd_fast.report import write_report
+    from sosd_fast.runs.report import write_report
 
     print(write_report(args.runs, args.output, matrices=args.matrices))
 
 
 def _analyze(args):
-    from sosd_fast.analyze import analyze
-    from sosd_fast.records import RunWriter
+    from sosd_fast.checkpoints.analyze import analyze
+    from sosd_fast.runs.records import RunWriter
 
     if args.run_dir and Path(args.run_dir).is_dir() and any(Path(args.run_dir).iterdir()):
         raise ValueError(

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from sosd_fast.distributed.sharded import is_sharded, on_whole
 from sosd_fast.kernels.newton_schulz import newton_schulz
-from sosd_fast.sharded import is_sharded, on_whole
 
 
 class Muon(torch.optim.Optimizer):

@@ -11,11 +11,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from sosd_fast import newton_schulz, sharded
+from sosd_fast import newton_schulz
+from sosd_fast.distributed import sharded
 from sosd_fast.matrices import find_matrices
-from sosd_fast.svdvals import spectra
+from sosd_fast.spectra.svdvals import spectra
+from sosd_fast.spectra.topk import topk_svdvals
 from sosd_fast.testing import matrix, sd_distance
-from sosd_fast.topk import topk_svdvals
 
 dist.init_process_group("gloo")
 ranks = dist.get_world_size()

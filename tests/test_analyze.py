@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 import sosd_fast
 from sosd_fast.__main__ import main
-from sosd_fast.analyze import analyze, parameter_alignment
-from sosd_fast.checkpoints import find_checkpoints
+from sosd_fast.checkpoints.analyze import analyze, parameter_alignment
+from sosd_fast.checkpoints.files import find_checkpoints
 
 
 def weights(seed=0, scale=0.0):

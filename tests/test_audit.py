@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import sosd_fast
-from sosd_fast import measure
-from sosd_fast.measure import Auditor, Tracked
+from sosd_fast.probe import measure
+from sosd_fast.probe.measure import Auditor, Tracked
 from sosd_fast.testing import matrix
 
 

@@ -1,6 +1,6 @@
 import numpy as np
 
-from sosd_fast.budget import Budget
+from sosd_fast.probe.planner import Budget
 
 
 def simulate(fraction, full, topk, steps=400, step_seconds=1.0):

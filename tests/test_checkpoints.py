@@ -11,8 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from sosd_fast.analyze import analyze, parameter_alignment
-from sosd_fast.checkpoints import find_checkpoints
+from sosd_fast.checkpoints.analyze import analyze, parameter_alignment
+from sosd_fast.checkpoints.files import find_checkpoints
 
 
 def model(seed=0):

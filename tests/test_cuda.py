@@ -10,7 +10,7 @@ import sosd_fast
 from sosd_fast import kernels
 from sosd_fast.kernels.eigh import eigh, library
 from sosd_fast.kernels.newton_schulz import _fastest, newton_schulz_ref
-from sosd_fast.svdvals import SD_TOLERANCE, spectra
+from sosd_fast.spectra.svdvals import SD_TOLERANCE, spectra
 from sosd_fast.testing import assert_svdvals_close, matrix, sd_distance
 
 native = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -87,7 +87,7 @@ def test_scale_and_nan(device, size):
 def test_chunks_agree_with_the_whole(device, monkeypatch):
     matrices = [matrix("gaussian", 7, 4, seed=seed).to(device) for seed in range(3)]
     whole = spectra(matrices, "gram32")
-    monkeypatch.setattr(sys.modules["sosd_fast.svdvals"], "CHUNK_BYTES", 2 * 4 * (7 * 4 + 4 * 4))
+    monkeypatch.setattr(sys.modules["sosd_fast.spectra.svdvals"], "CHUNK_BYTES", 2 * 4 * (7 * 4 + 4 * 4))
     parts = spectra(matrices, "gram32")
     mixed = spectra([matrices[0], matrix("gaussian", 4, 9).to(device), matrices[2]], "gram32")
     assert torch.equal(mixed.S[::2], whole.S[::2])  # shapes with one short side go together
@@ -96,8 +96,8 @@ def test_chunks_agree_with_the_whole(device, monkeypatch):
 
 def test_wider_than_the_kernels_goes_to_the_library(device, monkeypatch):
     W = matrix("gaussian", 24, 30).to(device)
-    monkeypatch.setattr(sys.modules["sosd_fast.svdvals"], "LARGEST_REDUCED", 16)
-    monkeypatch.setattr(sys.modules["sosd_fast.svdvals"], "tridiagonal", None)
+    monkeypatch.setattr(sys.modules["sosd_fast.spectra.svdvals"], "LARGEST_REDUCED", 16)
+    monkeypatch.setattr(sys.modules["sosd_fast.spectra.svdvals"], "tridiagonal", None)
     found = spectra([W], "gram64")
     assert sd_distance(found.S[0].cpu(), truth(W)) <= 1e-12
 

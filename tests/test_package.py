@@ -69,7 +69,9 @@ assert abs(record.sigma_max / S[0] - 1) < 1e-3, record
 
 
 def test_import_is_light():
-    heavy = run("import torch; import sosd_fast, sosd_fast.callbacks, sys; print(*sys.modules)").stdout.split()
+    heavy = run(
+        "import torch; import sosd_fast, sosd_fast.integrations.callbacks, sys; print(*sys.modules)"
+    ).stdout.split()
     optional = {"matplotlib", "rich", "scipy", "pandas", "triton", "cupy", "pyarrow", "safetensors", "transformers"}
     optional -= {"triton"} if torch.version.cuda else set()
     assert not (optional | {"lightning", "wandb", "tensorboard"}) & set(heavy)

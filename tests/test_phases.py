@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sosd_fast
-from sosd_fast.phases import OnsetDetector, loss_boundary, onset, onset_of_stability, run_phases, theory_bound
-from sosd_fast.records import JsonLines, Record, RunWriter
+from sosd_fast.runs.phases import OnsetDetector, loss_boundary, onset, onset_of_stability, run_phases
+from sosd_fast.runs.records import JsonLines, Record, RunWriter
+from sosd_fast.spectra.bounds import theory_bound
 
 STEPS = np.arange(1, 401)
 SCHEDULES = {

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from sosd_fast.plot import plot_run, variation_by_kind
-from sosd_fast.records import JsonLines, Record, RunWriter, load
+from sosd_fast.runs.plot import plot_run, variation_by_kind
+from sosd_fast.runs.records import JsonLines, Record, RunWriter, load
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import sosd_fast
-from sosd_fast import segments
-from sosd_fast.records import JsonLines, Record, Run, RunWriter, load
+from sosd_fast.runs import segments
+from sosd_fast.runs.records import JsonLines, Record, Run, RunWriter, load
 
 
 def records(step, names=("a", "b"), r=5):
@@ -53,7 +53,7 @@ def test_lines_are_plain_json(tmp_path):
 
 
 def test_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("sosd_fast.records.CHUNK_BYTES", 60)
+    monkeypatch.setattr("sosd_fast.runs.records.CHUNK_BYTES", 60)
     writer = RunWriter(tmp_path)
     for step in range(10):
         writer.append(records(step))
@@ -102,9 +102,9 @@ CHILD = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from test_records import records
-import sosd_fast.records
-from sosd_fast.records import RunWriter
-sosd_fast.records.SEGMENT_BYTES = 15000  # closed every few steps
+import sosd_fast.runs.records
+from sosd_fast.runs.records import RunWriter
+sosd_fast.runs.records.SEGMENT_BYTES = 15000  # closed every few steps
 writer = RunWriter({run!r}, step={resume!r})
 step = 0 if writer.step is None else writer.step + 1
 while True:
@@ -188,7 +188,7 @@ def form(request, monkeypatch):
         monkeypatch.setitem(sys.modules, "pyarrow", None)
     else:
         pytest.importorskip("pyarrow")
-    monkeypatch.setattr("sosd_fast.records.SEGMENT_BYTES", 2000)  # about four steps
+    monkeypatch.setattr("sosd_fast.runs.records.SEGMENT_BYTES", 2000)  # about four steps
     return request.param
 
 
@@ -216,7 +216,7 @@ def test_segments_hold_the_same_as_one_file(tmp_path, form, monkeypatch):
     write(tmp_path / "run", range(30))
     closed = [p for p in segments.paths(tmp_path / "run") if p.name != segments.LIVE]
     assert len(closed) > 3 and {p.suffix for p in closed} == {".jsonl" if form == "json" else ".parquet"}
-    monkeypatch.setattr("sosd_fast.records.SEGMENT_BYTES", 1e9)
+    monkeypatch.setattr("sosd_fast.runs.records.SEGMENT_BYTES", 1e9)
     write(tmp_path / "one", range(30))
     run, one = load(tmp_path / "run"), load(tmp_path / "one")
     assert as_text(run) == as_text(one) and len(run.records) == 90

@@ -8,7 +8,7 @@ import torch
 
 import sosd_fast
 from sosd_fast.__main__ import main
-from sosd_fast.records import JsonLines, Record, RunWriter
+from sosd_fast.runs.records import JsonLines, Record, RunWriter
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sosd_fast
-from sosd_fast.phases import Kink, Phases
+from sosd_fast.runs.phases import Kink, Phases
 from training.flags import parse_args as parse_run_args
 from training.model import PRESETS, Config, Transformer
 from training.paper import claims, figures, reproduce, theory

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torchrun import torchrun
 
-from sosd_fast.analyze import analyze
+from sosd_fast.checkpoints.analyze import analyze
+from sosd_fast.distributed.sharded import assign, cost, held, shape_of
 from sosd_fast.matrices import Matrix
-from sosd_fast.sharded import assign, cost, held, shape_of
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sosd_fast
-from sosd_fast import side
+from sosd_fast.probe import executor as side
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
 

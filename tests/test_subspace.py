@@ -11,8 +11,8 @@ import torch
 
 from sosd_fast import kernels
 from sosd_fast.kernels.subspace import advance_subspaces
+from sosd_fast.spectra.topk import topk_svdvals
 from sosd_fast.testing import matrix
-from sosd_fast.topk import topk_svdvals
 
 # (m, n, k): square, tall, primes, no room for as many new directions as carried ones, whole vectors and not
 SHAPES = [(64, 64, 8), (300, 64, 16), (509, 127, 16), (97, 50, 20), (41, 41, 32), (256, 96, 24), (1100, 48, 8)]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import sosd_fast
-from sosd_fast.hooks import live
+from sosd_fast.probe.hooks import live
 
 
 def model(seed=0):
@@ -38,7 +38,8 @@ START = """
 import gc, logging, os, resource, shutil, signal, stat, sys, time, torch
 from torch import nn
 import sosd_fast
-from sosd_fast import records, segments
+from sosd_fast.runs import records
+from sosd_fast.runs import segments
 logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stdout)
 run_dir = sys.argv[1]
 def model():
@@ -484,7 +485,7 @@ def test_resumed_while_workers_of_a_killed_run_live(tmp_path):
         with sosd_fast.track(net, method="full", run_dir=tmp_path) as probe:
             train(net)
             assert steps_of(probe) == [0, 1, 2, 3]
-        sosd_fast.segments.JsonLines(tmp_path / "log.jsonl").close()
+        sosd_fast.runs.segments.JsonLines(tmp_path / "log.jsonl").close()
         assert all(os.path.exists(f"/proc/{pid}") for pid in workers)
     finally:
         for pid in workers:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sosd_fast
-from sosd_fast.svdvals import SD_TOLERANCE, spectra
+from sosd_fast.spectra.svdvals import SD_TOLERANCE, spectra
 from sosd_fast.testing import SPECTRA, assert_svdvals_close, matrix, sd_distance
 
 SHAPES = [

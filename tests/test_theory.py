@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sosd_fast.phases import theory_bound, threshold_step
+from sosd_fast.spectra.bounds import theory_bound, threshold_step
 from training.paper import theory
 
 SHORT = {"width": 12, "positions": 8, "classes": 4, "lr": 0.1, "steps": 1500}

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import sosd_fast
-from sosd_fast import kernels, topk
+from sosd_fast import kernels
+from sosd_fast.spectra import topk
+from sosd_fast.spectra.topk import VARIANTS, topk_svdvals
 from sosd_fast.testing import matrix
-from sosd_fast.topk import VARIANTS, topk_svdvals
 
 SHAPES = [(1, 7), (7, 1), (1, 1), (2, 3), (64, 64), (127, 509), (300, 40), (40, 300)]
 

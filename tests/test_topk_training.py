@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sosd_fast
-from sosd_fast.topk import topk_svdvals
+from sosd_fast.spectra.topk import topk_svdvals
 from training.data import batches, load_text
 from training.model import PRESETS, Transformer
 from training.optimizers import DEFAULT_LR, build_optimizers

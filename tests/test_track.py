@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 import sosd_fast
-from sosd_fast.hooks import live
+from sosd_fast.probe.hooks import live
 from sosd_fast.testing import sd_distance
 
 

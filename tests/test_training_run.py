@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sosd_fast
-from sosd_fast.records import JsonLines, Record, RunWriter
+from sosd_fast.runs.records import JsonLines, Record, RunWriter
 from training import run as script
 from training.model import PRESETS, Config, Transformer, flops_per_token
 from training.schedule import constant, cosine, step_decay, wsd

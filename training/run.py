@@ -23,8 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import sosd_fast
-from sosd_fast.plot import onsets, plot_run, variation_by_kind
-from sosd_fast.records import JsonLines, RunWriter
+from sosd_fast.runs.plot import onsets, plot_run, variation_by_kind
+from sosd_fast.runs.records import JsonLines, RunWriter
 from training import checkpoint
 from training.data import fixed_batches, load_data, passes
 from training.flags import METHODS, parse_args

@@ -11,8 +11,8 @@ import torch
 from playwright.sync_api import sync_playwright
 
 import sosd_fast
-from sosd_fast.records import JsonLines
-from sosd_fast.report import write_report
+from sosd_fast.runs.records import JsonLines
+from sosd_fast.runs.report import write_report
 
 
 @pytest.fixture(scope="module")

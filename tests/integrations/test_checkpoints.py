@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import save_file
 from test_trainers import MODELS
 
-from sosd_fast.analyze import analyze
+from sosd_fast.checkpoints.analyze import analyze
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -36,7 +36,7 @@ def test_a_folder_written_by_transformers(tmp_path, make, shards):
 
 PEAK = """
 import resource, sys
-from sosd_fast.analyze import analyze
+from sosd_fast.checkpoints.analyze import analyze
 list(analyze([FIRST]))  # imports, and thread pools
 base = int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 open("/proc/self/clear_refs", "w").write("5")

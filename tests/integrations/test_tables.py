@@ -6,7 +6,7 @@ import pytest
 
 import sosd_fast
 from bench.records import simulate
-from sosd_fast import segments
+from sosd_fast.runs import segments
 
 FIELDS = ["step", "name", "sd_variation", "cosine", "sigma_max", "sd_error"]
 
@@ -15,7 +15,7 @@ FIELDS = ["step", "name", "sd_variation", "cosine", "sigma_max", "sd_error"]
 def run(tmp_path_factory):
     """Closed segments and a live one."""
     patch = pytest.MonkeyPatch()
-    patch.setattr("sosd_fast.records.SEGMENT_BYTES", 300_000)
+    patch.setattr("sosd_fast.runs.records.SEGMENT_BYTES", 300_000)
     run_dir = tmp_path_factory.mktemp("run")
     simulate(run_dir, steps=200, matrices=5, r=40)
     patch.undo()

@@ -9,7 +9,7 @@ import transformers
 from lightning.pytorch.loggers import CSVLogger
 
 import sosd_fast
-from sosd_fast.callbacks import METRICS, HuggingFaceCallback, LightningCallback, scalars
+from sosd_fast.integrations.callbacks import METRICS, HuggingFaceCallback, LightningCallback, scalars
 
 TOKENS = torch.randint(64, (64, 16), generator=torch.Generator().manual_seed(0))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sosd_fast.phases import threshold_step
+from sosd_fast.runs.phases import threshold_step
 from training.paper.finished import BODY, Finished
 
 Seeds = list[Finished]  # the same run at each seed

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sosd_fast.phases import onset, theory_bound, threshold_step
+from sosd_fast.runs.phases import onset, threshold_step
+from sosd_fast.spectra.bounds import theory_bound
 
 MATRICES = ("Q", "K", "V")
 LEVELS = 12  # of the grid of thresholds

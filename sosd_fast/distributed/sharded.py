@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from sosd_fast import kernels
 from sosd_fast.matrices import Matrix
-from sosd_fast.svdvals import SD_TOLERANCE, Spectra, _bounds, _sufficient, spectra
-from sosd_fast.topk import State, iterate, stacked, topk_svdvals
+from sosd_fast.spectra.svdvals import SD_TOLERANCE, Spectra, _bounds, _sufficient, spectra
+from sosd_fast.spectra.topk import State, iterate, stacked, topk_svdvals
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -201,7 +201,7 @@ class RowShards:
         return values[0]
 
     def spectra(self, indices: Sequence[int], method: str = "auto", previous: Tensor | None = None) -> Spectra:
-        """`sosd_fast.svdvals.spectra` of matrices of one shape and dtype, the same on every rank."""
+        """`sosd_fast.spectra.svdvals.spectra` of matrices of one shape and dtype, the same on every rank."""
         m, n = self.shapes[indices[0]]
         r, count = min(m, n), len(indices)
         found = torch.zeros(count, 2 * r + 2, dtype=torch.float64, device=self._device)  # S, bound, error, method
@@ -352,7 +352,7 @@ class RowShards:
 
 
 class _RowOperator:
-    """Products with row-sharded matrices, as `sosd_fast.topk` takes them; of W V^T each rank has its rows."""
+    """Products with row-sharded matrices, as `sosd_fast.spectra.topk` takes them; of W V^T each rank has its rows."""
 
     def __init__(self, rows: list[Tensor], shards: RowShards):
         self.rows, self.shards = rows, shards

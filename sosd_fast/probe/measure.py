@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sosd_fast.distributed.sharded import RowShards, cost, shape_of
 from sosd_fast.kernels.distribution import singular_distribution
 from sosd_fast.matrices import Matrix
-from sosd_fast.phases import theory_bound
-from sosd_fast.sharded import RowShards, cost, shape_of
-from sosd_fast.svdvals import spectra
-from sosd_fast.topk import State, stacked, topk_svdvals
+from sosd_fast.spectra.bounds import theory_bound
+from sosd_fast.spectra.svdvals import spectra
+from sosd_fast.spectra.topk import State, stacked, topk_svdvals
 
 _SUMMARIES = (
     "nuclear_norm",

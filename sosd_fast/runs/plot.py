@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from sosd_fast.matrices import kind
-from sosd_fast.phases import onset_of_stability
-from sosd_fast.records import Run
+from sosd_fast.runs.phases import onset_of_stability
+from sosd_fast.runs.records import Run
 
 INK = "#222222"  # of text, axes and the loss; the report puts the reader's colour in its place
 _COLORS = {"attention": "#4477aa", "mlp": "#ee6677", "embedding": "#228833", "head": "#aa3377", "other": "#777777"}
@@ -192,7 +192,7 @@ def plot_alignment(
     Args:
         runs: label -> run with full spectra.
         parameters: label -> (steps, cosine of the parameters to their final state), from checkpoints; see
-            `sosd_fast.analyze.parameter_alignment`.
+            `sosd_fast.checkpoints.analyze.parameter_alignment`.
 
     Returns:
         A matplotlib Figure.

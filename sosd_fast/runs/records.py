@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sosd_fast import segments
-from sosd_fast.segments import AppendOnly, JsonLines
+from sosd_fast.runs import segments
+from sosd_fast.runs.segments import AppendOnly, JsonLines
 
 if TYPE_CHECKING:
     import pandas

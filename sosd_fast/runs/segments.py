@@ -322,7 +322,7 @@ def _replace(target: Path, table):
 def _schema():
     import pyarrow as pa
 
-    from sosd_fast.records import Record
+    from sosd_fast.runs.records import Record
 
     types = {"step": pa.int64(), "interval": pa.int64(), "name": pa.string(), "method": pa.string()}
     types |= {"shape": pa.list_(pa.int64()), "spectrum": pa.list_(pa.int64())}

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sosd_fast.checkpoints import Checkpoint, number
+from sosd_fast.checkpoints.files import Checkpoint, number
 from sosd_fast.kernels.distribution import Distribution, singular_distribution
 from sosd_fast.matrices import DEFAULT_SPLIT, Matrix, matrices_of
-from sosd_fast.records import Record
-from sosd_fast.svdvals import spectra
+from sosd_fast.runs.records import Record
+from sosd_fast.spectra.svdvals import spectra
 
 _SUMMARIES = set(Distribution._fields) & set(Record.__dataclass_fields__)
 _NOISE = re.compile(r"^(_orig_mod\.|module\.)+")

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from sosd_fast import hooks, side
-from sosd_fast.budget import Budget
-from sosd_fast.measure import (
+from sosd_fast.distributed.sharded import shape_of
+from sosd_fast.probe import executor as side
+from sosd_fast.probe import hooks
+from sosd_fast.probe.measure import (
     Audit,
     Auditor,
     Launched,
@@ -26,10 +27,10 @@ from sosd_fast.measure import (
     measure_leading,
     unmeasured,
 )
-from sosd_fast.recorder import KEPT_RECORDS, Recorder, close_quietly
-from sosd_fast.records import Record, RunWriter
-from sosd_fast.rounds import Rounds
-from sosd_fast.sharded import shape_of
+from sosd_fast.probe.planner import Budget
+from sosd_fast.probe.recorder import KEPT_RECORDS, Recorder, close_quietly
+from sosd_fast.probe.steps import Rounds
+from sosd_fast.runs.records import Record, RunWriter
 
 FOREIGN_STEPS = 20  # before it is said that they are
 _MEASURES = {"topk": measure_leading, "full": measure_full}

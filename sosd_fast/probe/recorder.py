@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from sosd_fast.records import Record, RunWriter, load
+from sosd_fast.runs.records import Record, RunWriter, load
 
 KEPT_RECORDS = 10_000  # in memory, where no run directory keeps them
 MOST_FAILURES = 10  # of on_record in a row, before it is dropped

@@ -39,7 +39,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sosd_fast.records import Record, Run
+from sosd_fast.runs.records import Record, Run
 
 BINS = 8  # per doubling of the step
 BIN_VALUES = 64  # kept of a bin at most
@@ -187,7 +187,7 @@ class Phases(NamedTuple):
 
 def run_phases(run: Run) -> Phases:
     """Finds the phases of a run from its records and its log of step, loss and lr."""
-    from sosd_fast.plot import variation_by_kind  # figures show phases, so the modules know each other
+    from sosd_fast.runs.plot import variation_by_kind  # figures show phases, so the modules know each other
 
     rates = {line["step"]: line["lr"] for line in run.log}
 
@@ -201,25 +201,6 @@ def run_phases(run: Run) -> Phases:
     kinds = {kind: of(steps, spread[:, 1]) for kind, (steps, spread) in variation_by_kind(run).items()}
     logged = list(rates), [line["loss"] for line in run.log], list(rates.values())
     return Phases(kinds, matrices, loss_boundary(*logged), loss_boundary(*logged, axes="linear"))
-
-
-def theory_bound(update_norm, nuclear_norm, min_mn):
-    """Bounds one step of SD variation by the size of the update, elementwise.
-
-        |SD(W') - SD(W)|_2 <= (1 + sqrt(r)) |W' - W|_F / max(|W|_*, |W'|_*),   r = min(m, n)
-
-    Args:
-        update_norm: Frobenius norm of W' - W; for gradient descent the learning rate times the gradient's norm.
-        nuclear_norm: that of W or of W', the larger where both are known; the bound holds with either.
-        min_mn: the smaller dimension.
-
-    Returns:
-        The bound, in the type of the arguments. It is never exceeded, up to the rounding of what it is compared with.
-
-    Source: singular values are 1-Lipschitz in the Frobenius norm (Mirsky); a/|a|_1 - b/|b|_1 = (a - b)/|a|_1 +
-    b (1/|a|_1 - 1/|b|_1) with |b|_2 <= |b|_1 and ||a|_1 - |b|_1| <= sqrt(r) |a - b|_2.
-    """
-    return (1 + min_mn**0.5) * update_norm / nuclear_norm
 
 
 def _bin(step: int) -> int:

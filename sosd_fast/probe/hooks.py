@@ -16,7 +16,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 if TYPE_CHECKING:
-    from sosd_fast.probe import Probe
+    from sosd_fast.probe.probe import Probe
 
 EXIT_SECONDS = 5  # that the end of the process waits for another thread's measurement, which may never end
 

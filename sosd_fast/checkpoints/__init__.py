@@ -1,0 +1,1 @@
+"""Saved weights: reading their files, measuring what they hold."""

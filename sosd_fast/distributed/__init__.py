@@ -1,0 +1,1 @@
+"""Spectra of weights that several ranks hold."""

@@ -1,0 +1,1 @@
+"""Callbacks and writers for the tools that people train and log with."""

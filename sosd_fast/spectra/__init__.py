@@ -1,0 +1,1 @@
+"""Spectra of matrices: all singular values, the leading ones, their errors and bounds."""
