@@ -58,4 +58,5 @@ def advance_subspaces(matrices: list[Tensor], V: Tensor, P: Tensor | None, pace:
         *(result[i].numpy() for i in (2, 3, 0, 1)),
         torch.get_num_threads(),
     )
-    return result if ordinary else None
+    # a residual can overflow where the subspace does not: W far beyond W V
+    return result if ordinary and all(x.isfinite().all() for x in (result.squares, result.residual)) else None
