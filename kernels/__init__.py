@@ -63,7 +63,7 @@ def largest_entry(X: Tensor) -> Tensor:
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """The power of two at or below each |x|, of float32 or float64, kept to 2^-100 to 2^126 (float64: 2^-900 to 2^1022).
+    """The power of two at or below each |x|, float32 or float64, kept to 2^-100 to 2^126 or 2^-900 to 2^1022.
 
     Within those limits its inverse is normal, and a subnormal x divided by the lowest has a normal square. NaN and Inf
     give the upper limit. The bits of the exponent are taken as they are: torch.ldexp multiplies by pow(2, e), of which

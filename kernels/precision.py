@@ -17,11 +17,11 @@ _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "v
 def full_precision(device_type: str):
     """Turns off autograd, autocast, and TF32 or bfloat16 products: those err by 1e-6 and more in a spectrum.
 
-    On the CPU only the thread that enters it is affected. On another device float32 products have no such setting: where
-    torch's allows less than float32, it is set to "ieee" for all threads while at least one is inside, and put back as
-    it was when the last one leaves. A thread that trains meanwhile, other than the one that measures, then has float32
-    products too. Whether the setting was inherited is not told by torch; where that cannot be seen from the values, the
-    precision of the backend, or of all, is "ieee" for two calls.
+    On the CPU only the thread that enters it is affected. On other devices float32 products have no such way: where
+    torch's setting allows less than float32, it is "ieee" for all threads while at least one is inside, and as it was
+    when the last one has left. A thread that trains meanwhile, other than the one that measures, then has float32
+    products too. Torch does not tell whether a setting is inherited; where that cannot be seen from the values, the one
+    above it, of the backend or of all, is "ieee" for a few microseconds.
     """
     with torch.no_grad(), torch.autocast(device_type, enabled=False):
         if device_type != "cpu":

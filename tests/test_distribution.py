@@ -115,7 +115,9 @@ def test_the_ends_of_the_range(place, dtype):
     small = torch.tensor([3.0, 2.0, 1.0], dtype=dtype) * torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # subnormal
     found = singular_distribution(small.to(place))
     assert found.sd.tolist() == singular_distribution(torch.tensor([3.0, 2.0, 1.0], dtype=dtype).to(place)).sd.tolist()
-    assert found.nuclear_norm.item() == 6 * small[2].item() and found.effective_rank.item() == pytest.approx(2.749459274)
+    assert found.nuclear_norm.item() == 6 * small[2].item() and found.effective_rank.item() == pytest.approx(
+        2.749459274
+    )
 
 
 def test_a_norm_beyond_float64_is_inf_and_the_rest_is_right(place):
