@@ -8,6 +8,8 @@ import sys
 import torch
 from torch import Tensor
 
+from sosd_fast.kernels.precision import full_precision  # noqa: F401
+
 log = logging.getLogger("sosd_fast")  # not warnings: made into errors, those would end a training run
 
 try:
@@ -52,21 +54,21 @@ def warn_no_extension():
     )
 
 
-@contextlib.contextmanager
-def full_precision(device_type: str):
-    """Turns off autograd, autocast, and TF32 or bfloat16 products: those err by 1e-6 and more in a spectrum."""
-    backends = [b.matmul for b in (torch.backends.cuda, torch.backends.mkldnn) if hasattr(b.matmul, "fp32_precision")]
-    before = [backend.fp32_precision for backend in backends]
-    legacy = None if backends else torch.get_float32_matmul_precision()  # torch < 2.9
-    with torch.no_grad(), torch.autocast(device_type, enabled=False):
-        try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
-            if legacy:
-                torch.set_float32_matmul_precision("highest")
-            yield
-        finally:
-            for backend, precision in zip(backends, before, strict=True):
-                backend.fp32_precision = precision
-            if legacy:
-                torch.set_float32_matmul_precision(legacy)
+def largest_entry(X: Tensor) -> Tensor:
+    """The largest |x| of each matrix, (..., 1, 1); NaN where the matrix holds NaN."""
+    if X.is_cuda:
+        return torch.linalg.vector_norm(X, torch.inf, dim=(-2, -1), keepdim=True)
+    # On the CPU 8 matrices of 768 x 768 take 0.8 ms this way, against 6.6 ms by vector_norm.
+    return torch.maximum(X.amax((-2, -1), keepdim=True), -X.amin((-2, -1), keepdim=True))
+
+
+def power_of_two(x: Tensor) -> Tensor:
+    """The power of two at or below each |x|, float32 or float64, kept to 2^-100 to 2^126 or 2^-900 to 2^1022.
+
+    Within those limits its inverse is normal, and a subnormal x divided by the lowest has a normal square. NaN and Inf
+    give the upper limit. The bits of the exponent are taken as they are: torch.ldexp multiplies by pow(2, e), of which
+    no document says that it is exact.
+    """
+    if x.dtype == torch.float32:
+        return (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(2.0**-100, 2.0**126)
+    return (x.view(torch.int64) & 0x7FF0000000000000).view(torch.float64).clamp(2.0**-900, 2.0**1022)

@@ -20,6 +20,21 @@ BLOCK = 1024  # values at once; longer spectra take several turns
 if triton is not None:
 
     @triton.jit
+    def _power_of_two(x):
+        """The power of two at or below a float64 x >= 0, by its exponent's bits; Inf for NaN and Inf."""
+        power = (x.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
+        return tl.maximum(power, 2.2250738585072014e-308)
+
+    @triton.jit
+    def _largest(ptr, step, r, BLOCK: tl.constexpr):
+        lanes = tl.arange(0, BLOCK)
+        largest = tl.zeros([BLOCK], tl.float64)
+        for first in range(0, r, BLOCK):
+            i = first + lanes
+            largest = tl.maximum(largest, tl.load(ptr + i * step, mask=i < r, other=0.0).to(tl.float64))
+        return tl.max(largest, axis=0)
+
+    @triton.jit
     def _singular_distribution_kernel(
         S_ptr,  # (B, r), by strides
         previous_ptr,
@@ -44,19 +59,25 @@ if triton is not None:
         lanes = tl.arange(0, BLOCK)
         zeros = tl.zeros([BLOCK], tl.float64)
         total, total_previous = zeros, zeros
-        largest = tl.full([BLOCK], -float("inf"), tl.float64)
+        # Each spectrum is divided by a power of two, so that no sum and no square leaves the range of float64.
+        sigma_max = _largest(S_ptr, step_S, r, BLOCK)
+        power = _power_of_two(sigma_max)
+        if HAS_PREVIOUS:
+            power_previous = _power_of_two(_largest(previous_ptr, step_previous, r, BLOCK))
+        if HAS_REFERENCE:
+            power_reference = _power_of_two(_largest(reference_ptr, step_reference, r, BLOCK))
         smallest = tl.full([BLOCK], float("inf"), tl.float64)
         for first in range(0, r, BLOCK):
             i = first + lanes
             inside = i < r
             x = tl.load(S_ptr + i * step_S, mask=inside, other=0.0).to(tl.float64)
-            total += x
-            largest = tl.where(inside, tl.maximum(largest, x), largest)
+            total += x / power
             smallest = tl.where(inside, tl.minimum(smallest, x), smallest)
             if HAS_PREVIOUS:
-                total_previous += tl.load(previous_ptr + i * step_previous, mask=inside, other=0.0).to(tl.float64)
-        nuclear = tl.sum(total, axis=0)
-        nuclear_previous = tl.sum(total_previous, axis=0)
+                q = tl.load(previous_ptr + i * step_previous, mask=inside, other=0.0).to(tl.float64)
+                total_previous += q / power_previous
+        sum_S = tl.sum(total, axis=0)
+        sum_previous = tl.sum(total_previous, axis=0)
 
         squares, fourths, entropies, l2, l1, products, squares_reference = (
             zeros,
@@ -72,7 +93,7 @@ if triton is not None:
             i = first + lanes
             inside = i < r
             x = tl.load(S_ptr + i * step_S, mask=inside, other=0.0).to(tl.float64)
-            p = x / nuclear
+            p = x / power / sum_S
             tl.store(sd_ptr + row * r + i, p.to(sd_ptr.dtype.element_ty), mask=inside)
             p = tl.where(inside, p, 0.0)  # a zero spectrum: 0 / 0 beyond its end too
             square = p * p
@@ -81,23 +102,23 @@ if triton is not None:
             entropies -= tl.where(p == 0, 0.0, p * tl.log(tl.where(p == 0, 1.0, p)))
             if HAS_PREVIOUS:
                 q = tl.load(previous_ptr + i * step_previous, mask=inside, other=0.0).to(tl.float64)
-                d = tl.abs(p - tl.where(inside, q / nuclear_previous, 0.0))
+                d = tl.abs(p - tl.where(inside, q / power_previous / sum_previous, 0.0))
                 l2 += d * d
                 l1 += d
                 linf = tl.maximum(linf, d)
             if HAS_REFERENCE:
                 q = tl.load(reference_ptr + i * step_reference, mask=inside, other=0.0).to(tl.float64)
+                q = q / power_reference
                 products += p * q
                 squares_reference += q * q
 
         # maximum and minimum drop NaN; the sums keep it
         sum_l1 = tl.sum(l1, axis=0)
-        sigma_max, sigma_min = tl.max(largest, axis=0), tl.min(smallest, axis=0)
-        sigma_max = tl.where(nuclear == nuclear, sigma_max, nuclear)
-        sigma_min = tl.where(nuclear == nuclear, sigma_min, nuclear)
+        sigma_max = tl.where(sum_S == sum_S, sigma_max, sum_S)
+        sigma_min = tl.where(sum_S == sum_S, tl.min(smallest, axis=0), sum_S)
         square = tl.sum(squares, axis=0)
         entropy = tl.sum(entropies, axis=0)
-        p_max = sigma_max / nuclear
+        p_max = sigma_max / power / sum_S
         out = statistics_ptr + row * 12
         if HAS_PREVIOUS:
             tl.store(out, tl.sqrt(tl.sum(l2, axis=0)))
@@ -105,8 +126,8 @@ if triton is not None:
             tl.store(out + 2, tl.where(sum_l1 == sum_l1, tl.max(linf, axis=0), sum_l1))
         if HAS_REFERENCE:
             tl.store(out + 3, tl.sum(products, axis=0) / tl.sqrt(square * tl.sum(squares_reference, axis=0)))
-        tl.store(out + 4, nuclear)
-        tl.store(out + 5, tl.where(nuclear == 0, 0.0, nuclear * tl.sqrt(square)))
+        tl.store(out + 4, sum_S * power)
+        tl.store(out + 5, tl.where(sum_S == 0, 0.0, sum_S * tl.sqrt(square) * power))
         tl.store(out + 6, sigma_max)
         tl.store(out + 7, sigma_min)
         tl.store(out + 8, square / (p_max * p_max))
@@ -145,9 +166,9 @@ def singular_distribution(S: Tensor, previous: Tensor | None = None, reference: 
         A `Distribution`. The variations are None without `previous`, the cosine without `reference`.
 
     Accuracy:
-        All sums are float64, and so is the subtraction: the variation is that of the given values to 1e-15. What is
-        lost is the rounding of S itself, at most 3e-8 * |SD|_2 in float32. A zero spectrum has no distribution and
-        gives NaN, as does one that holds NaN.
+        All sums are float64, and so is the subtraction: the variation is that of the given values to 1e-15, whatever
+        their size. What is lost is the rounding of S itself, at most 3e-8 * |SD|_2 in float32. A zero spectrum has no
+        distribution and gives NaN; one that holds NaN or Inf gives NaN everywhere. A norm beyond float64 is Inf.
 
     Raises:
         ValueError: for other dtypes, an empty spectrum, or shapes that differ.
@@ -203,17 +224,17 @@ def _launch(S: Tensor, previous: Tensor | None, reference: Tensor | None, sd: Te
 
 def singular_distribution_ref(S: Tensor, previous=None, reference=None) -> Distribution:
     """`singular_distribution` in plain torch, on any device."""
-    x = S.detach().double()
-    nuclear_norm = x.sum(-1)
-    p = x / nuclear_norm.unsqueeze(-1)
+    x, power = _near_one(S)
+    total = x.sum(-1)
+    p = x / total.unsqueeze(-1)
     l2 = l1 = linf = cosine = None
     if previous is not None:
-        q = previous.detach().double()
+        q = _near_one(previous)[0]
         d = p - q / q.sum(-1, keepdim=True)
         l2, l1, linf = d.norm(dim=-1), d.abs().sum(-1), d.abs().amax(-1)
     square = p.square().sum(-1)
     if reference is not None:
-        q = reference.detach().double()
+        q = _near_one(reference)[0]
         cosine = (p * q).sum(-1) / (square * q.square().sum(-1)).sqrt()
     entropy = torch.special.entr(p).sum(-1)
     return Distribution(
@@ -222,15 +243,22 @@ def singular_distribution_ref(S: Tensor, previous=None, reference=None) -> Distr
         variation_l1=l1,
         variation_linf=linf,
         cosine=cosine,
-        nuclear_norm=nuclear_norm,
-        frobenius_norm=torch.where(nuclear_norm == 0, nuclear_norm, nuclear_norm * square.sqrt()),
-        sigma_max=x.amax(-1),
-        sigma_min=x.amin(-1),
+        nuclear_norm=total * power,
+        frobenius_norm=torch.where(total == 0, total, total * square.sqrt() * power),
+        sigma_max=torch.where(total.isnan(), total, S.detach().amax(-1).double()),
+        sigma_min=torch.where(total.isnan(), total, S.detach().amin(-1).double()),
         stable_rank=square / p.amax(-1).square(),
         effective_rank=entropy.exp(),
         spectral_entropy=entropy,
         participation_ratio=square.square() / p.pow(4).sum(-1),
     )
+
+
+def _near_one(S: Tensor) -> tuple[Tensor, Tensor]:
+    """Spectra in float64 divided by powers of two, and those: no sum and no square then leaves its range."""
+    x = S.detach().double()
+    power = (x.amax(-1).view(torch.int64) & 0x7FF0000000000000).view(torch.float64).clamp(min=2.0**-1022)
+    return x / power.unsqueeze(-1), power
 
 
 def _check(name: str, value: Tensor, S: Tensor):

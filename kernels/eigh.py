@@ -15,10 +15,13 @@ Source: Hestenes (1958); Luk & Park, on parallel Jacobi orderings (1989); Veseli
 matrices (1989).
 """
 
+import contextlib
 import functools
 import importlib
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -208,7 +211,7 @@ def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
     Accuracy:
         Whatever the spectrum, |A v - lambda v| stays below 4 n eps |A|, errors of lambda below (4 + n) eps |A| and
         entries of V V^T - I below 16 eps (tests; eps = 2^-24 or 2^-53). A matrix that holds NaN or Inf gives NaN and
-        leaves the others as they are, in the kernel; the library raises or passes it on.
+        leaves the others as they are.
 
     Raises:
         ValueError: another dtype, no square matrix.
@@ -245,9 +248,36 @@ def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eigh_ref(A: Tensor) -> tuple[Tensor, Tensor]:
-    """`eigh` in plain torch."""
-    values, vectors = library("eigh", A.detach())
-    return values.flip(-1), vectors.mT.flip(-2)
+    """`eigh` in plain torch. Nothing is raised: NaN stands for a matrix that is not finite."""
+    A = A.detach()
+    finite = A.isfinite().all(-1).all(-1)[..., None]
+    A = torch.where(finite[..., None], A, 0.0)
+    try:
+        values, vectors = library("eigh", A)
+    except (torch.linalg.LinAlgError, np.linalg.LinAlgError):
+        parts = [_unconverged(each) for each in A.reshape(-1, *A.shape[-2:])]
+        values, vectors = (torch.stack(part) for part in zip(*parts, strict=True))
+        values, vectors = values.reshape(A.shape[:-1]), vectors.reshape(A.shape)
+    values, vectors = values.flip(-1), vectors.mT.flip(-2)
+    return torch.where(finite, values, math.nan), torch.where(finite[..., None], vectors, math.nan)
+
+
+def _unconverged(A: Tensor) -> tuple[Tensor, Tensor]:
+    """`torch.linalg.eigh` of one matrix of a batch in which QR iteration did not converge for some."""
+    n = A.shape[-1]
+    bound = 2 * torch.linalg.vector_norm(A.double())
+    for attempt in (
+        lambda: torch.linalg.eigh(A),
+        lambda: torch.linalg.eigh(A.double()),
+        # another algorithm, of a positive definite matrix with the same vectors
+        lambda: (lambda U, S: (S.flip(-1) - bound, U.flip(-1)))(
+            *torch.linalg.svd(A.double() + bound * torch.eye(n, dtype=torch.float64, device=A.device))[:2]
+        ),
+    ):
+        with contextlib.suppress(torch.linalg.LinAlgError):
+            values, vectors = attempt()
+            return values.to(A.dtype), vectors.to(A.dtype)
+    return A.new_full((n,), math.nan), torch.full_like(A, math.nan)
 
 
 def library(name: str, A: Tensor) -> Any:

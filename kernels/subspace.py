@@ -4,8 +4,8 @@ For W (m, n), m >= n, and orthonormal rows V (b, n), with Y = V W^T, Z = Y W and
 
     R = Z - (Z V^T) V,  D = R, or with P, the last change of V:  D = pace R / rho + P
 
-and the leading Ritz vectors of W^T W on the span of V and D are the next V. `sosd_fast.spectra.topk` says the same in array
-operations, for every device and dtype, and is the reference.
+and the leading Ritz vectors of W^T W on the span of V and D are the next V. `sosd_fast.spectra.topk` says the same in
+array operations, for every device and dtype, and is the reference.
 
 Source: Knyazev, LOBPCG (SISC 2001), with residual and last change summed in one block.
 """
@@ -58,4 +58,5 @@ def advance_subspaces(matrices: list[Tensor], V: Tensor, P: Tensor | None, pace:
         *(result[i] for i in (2, 3, 0, 1)),
         torch.get_num_threads(),
     )
-    return result if ordinary else None
+    # a residual can overflow where the subspace does not: W far beyond W V
+    return result if ordinary and all(x.isfinite().all() for x in (result.squares, result.residual)) else None

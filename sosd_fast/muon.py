@@ -22,7 +22,7 @@ class Muon(torch.optim.Optimizer):
         momentum: of the running mean of gradients.
         nesterov: look ahead by one gradient.
         ns_coefficients: (a, b, c) of each iteration.
-        eps: the smallest gradient norm that is divided by.
+        eps: the smallest gradient norm that is divided by; updates of smaller gradients shrink with them.
         ns_steps: iterations.
         adjust_lr_fn: "original" or None: sqrt(max(1, m / n)); "match_rms_adamw": 0.2 sqrt(max(m, n)).
         split: how many matrices a parameter holds, one above the other; each is orthogonalised by itself. 3 for fused

@@ -97,6 +97,50 @@ def test_zero_and_nan_spectra_give_nan_and_leave_the_others_alone(place):
     assert d.nuclear_norm[1] == d.frobenius_norm[1] == d.sigma_max[1] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_ends_of_the_range(place, dtype):
+    """Bit for bit the same distribution at every scale that the dtype holds, for powers of two."""
+    S, previous, reference = (spectra(1, 12, dtype=dtype, seed=i) + 0.25 for i in range(3))
+    limits = (-120, 127) if dtype == torch.float32 else (-1015, 1023)
+    plain = singular_distribution(*(t.to(place) for t in (S, previous, reference)))
+    for power in limits:
+        given = [(t * 2.0 ** (power // 2) * 2.0 ** (power - power // 2)).to(place) for t in (S, previous, reference)]
+        assert all(t.isfinite().all() for t in given)
+        d = singular_distribution(*given)
+        for name in set(d._fields) - {"nuclear_norm", "frobenius_norm", "sigma_max", "sigma_min"}:
+            assert torch.equal(getattr(d, name), getattr(plain, name)), (name, power)
+        for name in ("frobenius_norm", "sigma_max", "sigma_min"):
+            expected = float(getattr(plain, name)) * 2.0 ** (power // 2) * 2.0 ** (power - power // 2)
+            assert float(getattr(d, name)) == expected, (name, power)
+    small = torch.tensor([3.0, 2.0, 1.0], dtype=dtype) * torch.finfo(dtype).tiny * torch.finfo(dtype).eps  # subnormal
+    found = singular_distribution(small.to(place))
+    assert found.sd.tolist() == singular_distribution(torch.tensor([3.0, 2.0, 1.0], dtype=dtype).to(place)).sd.tolist()
+    assert found.nuclear_norm.item() == 6 * small[2].item() and found.effective_rank.item() == pytest.approx(
+        2.749459274
+    )
+
+
+def test_a_norm_beyond_float64_is_inf_and_the_rest_is_right(place):
+    d = singular_distribution(torch.full((4,), 1e308, dtype=torch.float64, device=place))
+    assert d.nuclear_norm.item() == d.frobenius_norm.item() == math.inf
+    assert d.sd.tolist() == [0.25] * 4 and d.stable_rank.item() == 4 and d.sigma_max.item() == 1e308
+
+
+def test_a_spectrum_that_holds_infinity_gives_nan(place):
+    S = spectra(2, 10).to(place)
+    S[0, 0] = math.inf
+    d = singular_distribution(S, S.flip(-1), S)
+    assert all(getattr(d, name)[0].isnan().all() and getattr(d, name)[1].isfinite().all() for name in d._fields)
+
+
+@pytest.mark.parametrize("value", [3.0, 0.1, 1e-310, 1.7e308])
+def test_one_value_has_no_entropy(place, value):
+    for S in ([value], [value, 0.0, 0.0]):
+        d = singular_distribution(torch.tensor(S, dtype=torch.float64, device=place))
+        assert d.spectral_entropy.item() == 0 and d.effective_rank.item() == d.stable_rank.item() == 1
+        assert d.participation_ratio.item() == 1 and d.sd.tolist()[0] == 1
+
+
 def test_spectra_longer_than_a_block(place):
     S, previous = spectra(2, 2500, seed=1).to(place), spectra(2, 2500, seed=2).to(place).float()
     d, expected = singular_distribution(S, previous, S.flip(0)), singular_distribution_ref(S, previous, S.flip(0))

@@ -1,4 +1,5 @@
 import logging
+import math
 import sys
 
 import pytest
@@ -133,3 +134,31 @@ def test_a_loop_over_matrices_is_said_once(monkeypatch, caplog):
 def test_bad_input(A, message):
     with pytest.raises(ValueError, match="eigh: .*" + message):
         eigh(A)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_reference_leaves_the_others_alone(value):
+    A = torch.stack([symmetric(range(9), torch.float64, seed) for seed in range(3)])
+    expected = eigh_ref(A)
+    A[1, 2, 3] = A[1, 3, 2] = value
+    values, vectors = eigh_ref(A)
+    assert values[1].isnan().all() and vectors[1].isnan().all()
+    assert torch.equal(values[[0, 2]], expected[0][[0, 2]]) and torch.equal(vectors[[0, 2]], expected[1][[0, 2]])
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3, 4])
+def test_an_iteration_that_does_not_converge(monkeypatch, failures):
+    """The library's first calls fail, as LAPACK's may; then each matrix is tried in float64 and by its SVD."""
+    A = torch.stack([symmetric(range(9), torch.float32, seed) for seed in range(2)])
+    solve, calls = torch.linalg.eigh, []
+
+    def fail(A, **options):
+        calls.append(A.shape)
+        if len(calls) <= failures:
+            raise torch.linalg.LinAlgError("did not converge")
+        return solve(A, **options)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    values, vectors = eigh_ref(A)
+    torch.testing.assert_close(vectors @ A @ vectors.mT, torch.diag_embed(values), atol=1e-5, rtol=0)
+    torch.testing.assert_close(values, torch.arange(8.0, -1, -1).expand(2, 9), atol=1e-5, rtol=0)

@@ -117,3 +117,19 @@ def test_a_state_from_before_split():
     optimizer.load_state_dict(state)
     optimizer.param_groups[0]["params"][0].grad = torch.ones(6, 4)
     optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_size_of_gradients_does_not_matter(dtype):
+    """Beyond 1.8e19 the sum of squares leaves float32; small ones need a small eps, as torch's do."""
+    gradient = torch.randn(12, 20, generator=torch.Generator().manual_seed(0)).to(dtype)
+    updates = []
+    for power in (0, -110, -80, 80, 120):
+        p = torch.nn.Parameter(torch.zeros(12, 20, dtype=dtype))
+        p.grad = (gradient.double() * 2.0**power).to(dtype)
+        optimizer = sosd_fast.Muon([p], lr=1.0, eps=0.0)
+        optimizer.step()
+        updates.append(p.detach())
+    for update in updates:
+        torch.testing.assert_close(update, updates[0], rtol=1e-5, atol=1e-5)
+    assert (torch.linalg.svdvals(updates[0].double()) > 0.5).all()

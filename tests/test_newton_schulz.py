@@ -96,3 +96,59 @@ def test_half_precision_is_no_worse_than_the_plain_iteration_in_bfloat16(device,
     for form, symmetric in FORMS:
         error = (_iterate(G.half(), triples, 1e-7, form, symmetric).double() - truth).norm()
         assert error <= plain
+
+
+EXTREMES = {
+    torch.float32: (-115, -64, 64, 124),
+    torch.bfloat16: (-115, -64, 64, 124),
+    torch.float64: (-990, -550, 550, 1019),
+    torch.float16: (-4, 8, 12),
+}
+
+
+@pytest.mark.parametrize(("form", "symmetric"), FORMS)
+@pytest.mark.parametrize("dtype", list(EXTREMES), ids=str)
+@pytest.mark.parametrize("shape", [(1, 5), (16, 40), (40, 16)], ids=str)
+def test_the_scale_of_a_matrix_does_not_matter(device, shape, dtype, form, symmetric):
+    """Bit for bit, for powers of two; matrices of all scales in one batch."""
+    if symmetric and (dtype == torch.float64 or shape != (16, 40)):
+        pytest.skip("syrk has no kernel for float64; its interpreter is slow")
+    G = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    G = torch.where(G.abs() < 2.0**-6, 2.0**-6, G)  # so that scaling itself is exact
+    powers = [0, *EXTREMES[dtype]]
+    batch = torch.stack([(G.double() * 2.0**power).to(dtype) for power in powers])
+    assert batch.isfinite().all()
+    X = _iterate(batch, COEFFICIENTS["muon"] * 5, 0.0, form, symmetric)
+    assert X[0].abs().max() > 0.1
+    for power, each in zip(powers, X, strict=True):
+        assert torch.equal(each, X[0]), power
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_ends_of_the_range(dtype):
+    """The largest number everywhere, and subnormal ones, are rank one and end near 0.7 to 1.2 of u v^T."""
+    info = torch.finfo(dtype)
+    for value in (info.max, info.tiny, info.smallest_normal / 8, 1e-40 if dtype != torch.float64 else 1e-310):
+        X = newton_schulz(torch.full((6, 10), value, dtype=dtype), eps=0.0)
+        S = torch.linalg.svdvals(X.double())
+        assert 0.65 < S[0] < 1.25 and S[1] < 1e-1, value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("form", ["plain", "gram"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_broken_matrix_gives_nan_and_leaves_the_others_alone(dtype, form, value):
+    G = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = newton_schulz(G, method=form)
+    G[1, 3, 4] = value
+    X = newton_schulz(G, method=form)
+    assert X[1].isnan().all() and torch.equal(X[[0, 2]], expected[[0, 2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_below_eps_the_result_is_proportional(dtype):
+    G = torch.randn(8, 20, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    for norm in (1e-12, 1e-20, 1e-30):
+        X = newton_schulz(G / G.norm() * norm, eps=1e-7)
+        torch.testing.assert_close(X, 3.4445**5 * G / G.norm() * (norm / 1e-7), rtol=1e-3, atol=0)
+    assert torch.equal(newton_schulz(torch.zeros(8, 20, dtype=dtype), eps=0.0), torch.zeros(8, 20, dtype=dtype))

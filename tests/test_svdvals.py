@@ -165,7 +165,11 @@ def test_gradients_autocast_and_matmul_precision_do_not_reach_in(path):
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert torch.equal(S, plain) and not S.requires_grad
+    assert not S.requires_grad
+    if path == "extension":
+        assert torch.equal(S, plain)
+    else:  # there products are taken in float64, which differs by the rounding of float32
+        assert (S - plain).abs().max() <= 8 * 2.0**-24 * plain[0]
 
 
 def test_empty_batch():

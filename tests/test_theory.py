@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sosd_fast.spectra.bounds import theory_bound, threshold_step
+from sosd_fast.runs.phases import threshold_step
+from sosd_fast.spectra.bounds import theory_bound
 from training.paper import theory
 
 SHORT = {"width": 12, "positions": 8, "classes": 4, "lr": 0.1, "steps": 1500}

@@ -14,7 +14,7 @@ struct SubspaceTask {
     int64_t m, n, row_stride, col_stride;  // one of the strides is 1
     const float *V, *P;                    // (b, n); P may be null
     float *next_V, *next_P;                // out: (b, n)
-    float *squares, *residual;             // out: b Ritz values of W^T W, nearly descending; |W^T u - s v| of V
+    float *squares, *residual;             // out: b Ritz values of W^T W, nearly descending; |W^T u - s v| of V, or s
     bool ordinary;                         // out; false: not finite, far from 1, or dependent directions: no result
 };
 
@@ -238,6 +238,9 @@ inline void advance_subspace(SubspaceTask& t, int64_t b, float pace, Arena& aren
         dot_rows(Rows{Y, m, b}, W, m, Z, n, parallel);
     for (int64_t i = 0; i < q * stride; ++i) M[i] = H[i] = 0;
     dot_rows(Zs, V, n, H, stride, parallel);
+    float rounding = 0;  // of the quotients
+    for (int64_t i = 0; i < b; ++i)
+        if (H[i * stride + i] * 0x1p-46f > rounding) rounding = H[i * stride + i] * 0x1p-46f;
     for (int64_t i = 0; i < b; ++i) {
         const float rho = H[i * stride + i];
         float squares = 0;
@@ -246,7 +249,7 @@ inline void advance_subspace(SubspaceTask& t, int64_t b, float pace, Arena& aren
             const float d = Z[i * n + k] - rho * t.V[i * n + k];
             squares += d * d;
         }
-        t.residual[i] = __builtin_sqrtf(squares / (rho > 0 ? rho : 1));
+        t.residual[i] = rho > rounding ? __builtin_sqrtf(squares / rho) : -1;
         for (int64_t k = 0; k < n; ++k) R[i * n + k] = Z[i * n + k];
         for (int64_t k = 0; k < b; ++k) X[i * stride + k] = -H[i * stride + k];
     }
@@ -277,6 +280,9 @@ inline void advance_subspace(SubspaceTask& t, int64_t b, float pace, Arena& aren
         }
     t.ordinary = rayleigh_ritz(M, H, q, stride, b, t.squares, C, arena, Alone().parallel);
     if (!t.ordinary) return;
+    // W does not see these directions, so their residual says nothing of the value that is found now.
+    for (int64_t i = 0; i < b; ++i)
+        if (t.residual[i] < 0) t.residual[i] = __builtin_sqrtf(t.squares[i] > 0 ? t.squares[i] : 0);
     sum_rows(Rows{C + b, stride, b}, Ds, n, t.next_P, n, false, parallel);
     for (int64_t i = 0; i < b * n; ++i) t.next_V[i] = t.next_P[i];
     sum_rows(Rows{C, stride, b}, V, n, t.next_V, n, true, parallel);

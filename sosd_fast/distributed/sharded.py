@@ -363,6 +363,13 @@ class _RowOperator:
     def advance(self, V: Tensor, P: Tensor | None) -> None:  # noqa: ARG002
         """There is no fused step over ranks."""
 
+    def unscaled(self, x: Tensor) -> Tensor:
+        """Values of the scaled matrices, (B, b), as values of the matrices."""
+        return x / self.scale[:, None].to(x.dtype)
+
+    def rescale(self):
+        """The scale is known from the start; what it does not mend remains."""
+
     def mul(self, V: Tensor) -> list[Tensor]:
         """This rank's columns of (W V^T)^T."""
         Y = [v @ A.mT for v, A in zip(V, self.rows, strict=True)]

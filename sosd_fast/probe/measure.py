@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sosd_fast.distributed.sharded import RowShards, cost, shape_of
+from sosd_fast.kernels import largest_entry, power_of_two
 from sosd_fast.kernels.distribution import singular_distribution
 from sosd_fast.matrices import Matrix
 from sosd_fast.spectra.bounds import theory_bound
@@ -26,6 +27,7 @@ _SUMMARIES = (
     "spectral_entropy",
     "participation_ratio",
 )
+_TINY = 1e-300  # a divisor in place of zero
 _STRICTER = {"auto": "gram64", "gram64": "exact64"}
 
 
@@ -44,7 +46,7 @@ class Tracked:
         self.S_step: int | None = None
         self.reference: Tensor | None = None
         self.state: State | None = None  # of topk_svdvals
-        # Step, leading values, and energy of the others, at the last measurement of the leading ones.
+        # Step, leading values, and Frobenius norm of the others, at the last measurement of the leading ones.
         self.leading: tuple[int, np.ndarray, float] | None = None
         self.keep_weights = keep_weights
         self.W: Tensor | None = None  # at the last full spectrum
@@ -101,7 +103,12 @@ class Tracked:
         }
         state["W"] = None if self.W is None else self.W.clone()
         state["state"] = None if self.state is None else tuple(self.state)
-        state["leading"] = self.leading and (self.leading[0], self.leading[1].tolist(), self.leading[2])
+        # Saved is the square, as by earlier versions; its root is the norm again, bit for bit (unless it underflows).
+        state["leading"] = self.leading and (
+            self.leading[0],
+            self.leading[1].tolist(),
+            self.leading[2] * self.leading[2],
+        )
         return state
 
     def load_state_dict(self, state: dict):
@@ -113,7 +120,7 @@ class Tracked:
         if self.state is not None:
             self.state = State(*(part.to(device) for part in self.state))
         if self.leading is not None:
-            self.leading = (self.leading[0], np.array(self.leading[1]), self.leading[2])
+            self.leading = (self.leading[0], np.array(self.leading[1]), math.sqrt(self.leading[2]))
 
 
 class Launched(NamedTuple):
@@ -244,19 +251,20 @@ def measure_leading(group: list[Tracked], step: int, every: int, k: int) -> Laun
         S, residual, norms = host["S"].numpy(), host["residual"].tolist(), host["norms"].tolist()
 
         def fields(j: int, t: Tracked) -> dict:
-            norm = norms[j]
-            energy = max(norm**2 - float((S[j] ** 2).sum()), 0.0)
+            norm, top = norms[j], float(S[j, 0])
+            # Squares of shares, which stay in range: a norm of 1e200 squared is beyond float64.
+            rest = norm * math.sqrt(max(1 - float(((S[j] / norm) ** 2).sum()), 0.0)) if 0 < norm < math.inf else norm
             values = {
                 "method": "topk",
                 "frobenius_norm": norm,
-                "sigma_max": float(S[j, 0]),
-                "stable_rank": norm**2 / float(S[j, 0]) ** 2 if S[j, 0] > 0 else math.nan,
+                "sigma_max": top,
+                "stable_rank": (norm / top) * (norm / top) if top > 0 else math.nan,
                 "topk": tuple(S[j].tolist()),
                 "residual": tuple(residual[j]),
             }
             if t.leading is not None and t.spectrum is not None and step - t.leading[0] == every:
-                values |= {"interval": every} | _leading_variation(t, S[j], energy)
-            t.leading = (step, S[j], energy)
+                values |= {"interval": every} | _leading_variation(t, S[j], rest)
+            t.leading = (step, S[j], rest)
             return values
 
         return _of_each(group, fields)
@@ -269,30 +277,44 @@ def _leading(matrices: list[Tensor], k: int, states: list[State | None]) -> tupl
     state = stacked(states)
     if state is not None:
         state = State(*(part.to(matrices[0].device) for part in state))
-    S, residual, state = topk_svdvals(matrices, k, state=state)
-    # In float64, for squares beyond float32 where the values are not; on the host, where it is dear, only for those.
-    on_host = matrices[0].device.type == "cpu"
-    dtype = torch.float32 if on_host else torch.float64
-    norms = torch.stack(torch._foreach_norm([W.detach() for W in matrices], 2, dtype)).double()
-    for j, norm in enumerate(norms.tolist() if on_host else ()):
-        if not 0 < norm < math.inf:
-            norms[j] = torch.linalg.vector_norm(matrices[j], dtype=torch.float64)
+    norms = _norms(matrices)
+    S, residual, state = topk_svdvals(matrices, k, state=state, norms=norms)
     return S, residual, norms, [State(*rows) for rows in zip(*state, strict=True)]
 
 
-def _leading_variation(t: Tracked, S: np.ndarray, energy: float) -> dict:
-    """What the leading values of two steps tell of the SD variation."""
+def _norms(matrices: list[Tensor]) -> Tensor:
+    """Frobenius norms (B,), float64, on the device of the matrices; NaN where one is not finite."""
+    matrices = [W.detach() for W in matrices]
+    on_host = matrices[0].device.type == "cpu"
+    # In float64 no square of float32 leaves the range; on the host, where it is dear, only for those that need it.
+    dtype = torch.float32 if on_host and matrices[0].dtype != torch.float64 else torch.float64
+    norms = torch.stack(torch._foreach_norm(matrices, 2, dtype)).double()
+    if on_host or matrices[0].dtype == torch.float64:  # on a device float64 is always scaled: to look would wait for it
+        for j, W in enumerate(matrices):
+            if not on_host or not 1e-15 < float(norms[j]) < 1e18:
+                power = power_of_two(largest_entry(W).double())
+                scaled = torch.linalg.vector_norm(W.double() / power)
+                norms[j] = torch.where(scaled.isfinite(), scaled * power[0, 0], torch.nan)
+    return norms
+
+
+def _leading_variation(t: Tracked, S: np.ndarray, rest: float) -> dict:
+    """What the leading values of two steps, and the norm of the others, tell of the SD variation."""
     assert t.leading is not None and t.spectrum is not None
-    _, before, energy_before = t.leading
+    _, before, rest_before = t.leading
+    # Each spectrum in units of its largest value, whose squares and sums stay in range; what is returned has no unit.
     tail = t.spectrum[len(S) :].numpy()
-    shape = tail / max(float(np.linalg.norm(tail)), 1e-300)  # of the others, of norm 1
-    scale, scale_before = math.sqrt(energy), math.sqrt(energy_before)
+    shape = tail / max(float(tail.max(initial=0.0)), _TINY)
+    shape = shape / max(float(np.linalg.norm(shape)), _TINY)  # of the others, of norm 1
+    unit, unit_before = max(float(S[0]), rest, _TINY), max(float(before[0]), rest_before, _TINY)
+    S, scale = S / unit, rest / unit
+    before, scale_before = before / unit_before, rest_before / unit_before
     total, total_before = S.sum() + scale * shape.sum(), before.sum() + scale_before * shape.sum()
     if not (total > 0 and total_before > 0):
         return dict.fromkeys(("sd_variation_topk", "sd_variation_carried", "sd_variation_floor"), math.nan)
     head = float(np.linalg.norm(S / total - before / total_before))
     # Whatever the sums are, one spectrum is compared with a multiple of the other: no closer than the best multiple.
-    nearest = S * (S @ before) / max(S @ S, 1e-300)
+    nearest = S * ((S @ before) / max(S @ S, _TINY))
     most = before.sum() + math.sqrt(len(tail)) * scale_before  # the sum, by Cauchy-Schwarz
     return {
         "sd_variation_topk": head,

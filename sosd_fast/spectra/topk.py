@@ -13,8 +13,8 @@ and Rayleigh-Ritz of W^T W on span[V, D]; P is the change of V at the last step,
 ("a" takes the quotient on span[Y] and needs no third product.) A cold start, and a subspace that its residuals show to
 have lost the matrix, repeat steps until the values stand still.
 
-Source: Knyazev, LOBPCG (SISC 2001); Musco & Musco, block Krylov (NeurIPS 2015); Stathopoulos & Wu, whitening by
-Cholesky (SISC 2002); Fukaya et al., the shift (SISC 2020).
+Source: Knyazev, LOBPCG (SISC 2001); Musco & Musco, block Krylov (NeurIPS 2015); Stathopoulos & Wu, an orthonormal basis
+from the eigenvectors of its Gram matrix (SISC 2002).
 """
 
 import contextlib
@@ -57,12 +57,21 @@ class TopK(NamedTuple):
     """Leading singular values, in the array type of W."""
 
     S: Any  # (..., k) descending, each at most the true one
-    residual: Any  # (..., k), |W^T u - s v|_2 for the triplets of the subspace that the call started from
+    # (..., k), |W^T u - s v|_2 for the triplets of the subspace that the call started from; S where its direction was
+    # in the null space of W
+    residual: Any
     state: State
 
 
 def topk_svdvals(
-    W, k: int, *, n_oversamples: int = 8, state: State | None = None, variant: str = "m", rtol: float = 1e-3
+    W,
+    k: int,
+    *,
+    n_oversamples: int = 8,
+    state: State | None = None,
+    variant: str = "m",
+    rtol: float = 1e-3,
+    norms: torch.Tensor | None = None,
 ) -> TopK:
     """Estimates the k leading singular values of a matrix or a batch of matrices of one shape.
 
@@ -72,19 +81,24 @@ def topk_svdvals(
             Not modified.
         k: how many values, at most min(m, n).
         n_oversamples: more columns than k in the subspace; they speed up the k-th value.
-        state: the `state` of the call for the last step, or None to start cold.
+        state: the `state` of the call for the last step, or None to start cold. Where directions in it are not of norm
+            1, NaN for instance, that matrix starts cold, and the others go on.
         variant: "a" (two thin products), "b", "m" (three) or "c" (four); see the formulas above.
         rtol: relative accuracy to aim at. Where residuals are far from it, as when a matrix jumped or the state is old,
             up to 8 more steps are taken at once (12 without a state), until none raises a value by more. On a GPU the
             count is fixed, 12 without a state and 1 with one, since looking would wait for the device. For torch
             tensors nothing else waits either, while k + n_oversamples <= 256 and Triton is there.
+        norms: Frobenius norms (B,) of a list of torch matrices on a device, float64, where they are known already: they
+            save reading the matrices once more. NaN or Inf marks one that is not finite.
 
     Returns:
         `TopK`: S and residual (..., k) in float32 (float64 for float64 input), and the state for the next call.
-        A matrix that holds NaN or Inf gives NaN and keeps its state.
+        A matrix that holds NaN or Inf gives NaN and keeps its state. Finite ones give finite values, subnormal ones
+        too, unless the value itself is beyond the dtype.
 
     Accuracy:
-        Ritz values are lower bounds, up to rounding, which squaring makes sqrt(eps) * S[0] for small values. Some
+        Ritz values are lower bounds, up to rounding: their squares err by 20 eps S[0]**2, at most 4000 where new
+        directions are nearly dependent (eps = 2^-23 or 2^-52), so small values by sqrt(20 eps) S[0] or more. Some
         singular value lies within residual[i] of S[i], and once the values are separated the error is about
         residual[i]**2 / gap. On real training runs, warm, the worst of 32 values errs by 1e-5 to 1e-3 of itself
         (LOG.md).
@@ -97,6 +111,11 @@ def topk_svdvals(
     first: Any = next(iter(matrices), W)
     xp = _namespace(first)
     _check(first, k, n_oversamples, variant, rtol)
+    if xp is np:  # the same memory, and the C++ kernels
+        W = [_from_numpy(A) for A in matrices] if matrices else _from_numpy(W)
+        state = state and State(*(None if part is None else _from_numpy(part) for part in state))
+        S, residual, state = topk_svdvals(W, k, n_oversamples=n_oversamples, state=state, variant=variant, rtol=rtol)
+        return TopK(S.numpy(), residual.numpy(), State(*(part if part is None else part.numpy() for part in state)))
     stacks = bool(matrices) and xp is torch and not _on_host(xp, first)
     if any(min(A.shape) != min(first.shape) if stacks else A.shape != first.shape for A in matrices):
         raise ValueError(
@@ -118,7 +137,7 @@ def topk_svdvals(
             parts = []
             for some in _chunks(matrices):
                 was = state and State(*(None if each is None else each[some] for each in state))
-                operator = _Stacks(matrices[some])
+                operator = _Stacks(matrices[some], None if norms is None else norms[some])
                 parts.append(iterate(xp, operator, (operator.count,), n, k, b, was, variant, rtol))
             found = parts[0]
             if len(parts) > 1:
@@ -144,51 +163,99 @@ def iterate(xp, operator, batch, n, k, b, state=None, variant="m", rtol=1e-3) ->
     Returns:
         S, residual, V, P.
     """
+    host = _on_host(xp, operator.like)
     V, P = state or (_start(xp, batch, n, b, operator.like), None)
+    if state is not None:
+        V, P = _sound(xp, V, P, (V * V).sum(-1))
     S, residual, V, P = _step(xp, operator, V, P, k, variant)
-    host, more, enough = _on_host(xp, S), _COLD_STEPS if state is None else 0, 0.01 * rtol
-    if host and not more and _largest(xp, residual / _positive(xp, S)) ** 2 > _RESIDUAL * rtol:
+    more, enough = _COLD_STEPS if state is None else 0, 0.01 * rtol
+    if host and not more and _largest(xp, residual, S) > math.sqrt(_RESIDUAL * rtol):
         more, enough = _CATCH_UP_STEPS, rtol
     for _ in range(more):
         before = S
         S, residual, V, P = _step(xp, operator, V, P, k, variant)
-        if host and _largest(xp, (S - before) / _positive(xp, S)) <= enough:
+        if host and _largest(xp, S - before, S) <= enough:
             break
     return S, residual, V, P
 
 
+def _sound(xp, V, P, gram):
+    """The state, with a cold start in place of that of each matrix whose directions are not orthonormal.
+
+    Args:
+        xp: the arrays' namespace.
+        V: directions.
+        P: their last change, or None.
+        gram: the products of directions (..., b, b), or their squares (..., b), which take less time.
+    """
+    one = _eye(xp, gram) if gram.ndim == V.ndim else 1.0
+    sound = (xp.abs(gram - one) < 0.01).all(-1)
+    sound = sound if gram.ndim < V.ndim else sound.all(-1)
+    if P is not None:
+        sound = sound & ((P * P).sum(-1) < 4).all(-1)
+    if _on_host(xp, V) and bool(sound.all()):
+        return V, P
+    sound = sound[..., None, None]
+    V = xp.where(sound, V, _start(xp, V.shape[:-2], V.shape[-1], V.shape[-2], V))
+    return V, None if P is None else xp.where(sound, P, xp.zeros_like(P))
+
+
 def _step(xp, operator, V, P, k, variant):
+    """One step on the matrices as they are where that stays in range, which the host can tell, else on scaled ones."""
+    found = _rayleigh_ritz_step(xp, operator, V, P, k, variant)
+    if operator.plain and not all(bool(xp.isfinite(x).all()) for x in found if x is not None):
+        operator.rescale()
+        found = _rayleigh_ritz_step(xp, operator, V, P, k, variant)
+    return found
+
+
+def _rayleigh_ritz_step(xp, operator, V, P, k, variant):
     """One Rayleigh-Ritz on the span that the variant names. Rows are directions."""
-    b = V.shape[-2]
+    b, before = V.shape[-2], P
     if variant == "m" and (fast := operator.advance(V, P)):
         squares, residual, new, P = fast
         S = torch.sqrt(squares.clamp_min(0)).sort(descending=True).values
         return S[..., :k], residual[..., :k], new, P
+    V, P = _sound(xp, V, P, V @ _t(xp, V))
     if variant == "a":
         Y = operator.mul(V)
         Z = operator.tmul(Y)
         residual = _residual(xp, V, Z)[0]
-        values, C = _rayleigh_ritz(xp, operator.gram(Y), Z @ _t(xp, Z), b)  # of W W^T on span[Y], whose image is Z
+        values, C = _rayleigh_ritz(xp, operator.gram(Y), Z @ _t(xp, Z), b, 0)  # of W W^T on span[Y], whose image is Z
         new, P = (C / xp.sqrt(_positive(xp, values))[..., None]) @ Z, None
     else:
         D, M, H, residual = _expand(xp, operator, V, P, variant)
-        values, C = _rayleigh_ritz(xp, M, H, b)
+        values, C = _rayleigh_ritz(xp, M, H, b, b)
         P = C[..., b:] @ D
         new = C[..., :b] @ V + P
 
     S = _descending(xp, xp.sqrt(xp.where(values > 0, values, xp.zeros_like(values))))
+    residual = xp.where(residual < 0, S, residual)
     if not operator.plain:
-        nan = xp.full_like(S, math.nan)
-        S = xp.where(operator.finite[..., None], S / operator.scale[..., None], nan)
-        residual = xp.where(operator.finite[..., None], residual / operator.scale[..., None], nan)
-        new = xp.where(operator.finite[..., None, None], new, V)
+        finite = operator.finite[..., None]
+        S, residual = (xp.where(finite, operator.unscaled(x), xp.full_like(x, math.nan)) for x in (S, residual))
+        new = xp.where(finite[..., None], new, V)
+        if before is not None and P is not None:
+            P = xp.where(finite[..., None], P, before)
     return S[..., :k], residual[..., :k], new, P if variant in "cm" else None
 
 
 def _residual(xp, V, Z):
-    """Returns |W^T u - s v| of the directions V, the last step's Ritz vectors, and their Rayleigh quotients."""
+    """Returns |W^T u - s v| of the directions V, the last step's Ritz vectors, and their Rayleigh quotients.
+
+    It is -1 for those that W does not see: it says nothing of the value that a step finds in their place.
+    """
     rayleigh = (Z * V).sum(-1)[..., None]
-    return xp.sqrt(((Z - rayleigh * V) ** 2).sum(-1) / _positive(xp, rayleigh)[..., 0]), rayleigh
+    length = xp.sqrt(((Z - rayleigh * V) ** 2).sum(-1))  # divided by the root: a quotient of squares could overflow
+    seen = rayleigh > _rounding(xp, rayleigh)
+    residual = length / xp.sqrt(_positive(xp, rayleigh)[..., 0])
+    return xp.where(seen[..., 0], residual, xp.full_like(residual, -1)), rayleigh
+
+
+def _rounding(xp, rayleigh):
+    """The size, (..., 1, 1), below which Rayleigh quotients (..., b, 1) are rounding of the largest one."""
+    largest = xp.amax(xp.where(rayleigh > 0, rayleigh, xp.zeros_like(rayleigh)), (-2, -1))
+    return float(xp.finfo(rayleigh.dtype).eps) ** 2 * largest[..., None, None]
 
 
 def _expand(xp, operator, V, P, variant):
@@ -200,55 +267,52 @@ def _expand(xp, operator, V, P, variant):
     residual, rayleigh = _residual(xp, V, Z)
     R = Z - H @ V
     if variant == "m" and P is not None:
-        R = _PACE * R / _positive(xp, rayleigh) + P
+        # A quotient below the rounding of the largest one is rounding itself: R over it could be anything, Inf as well.
+        seen = rayleigh > _rounding(xp, rayleigh)
+        R = _PACE * R / _positive(xp, xp.where(seen, rayleigh, xp.zeros_like(rayleigh))) + P
     D = xp.concatenate([R, P], -2) if variant == "c" and P is not None else R
-    D = _unit(xp, D[..., : V.shape[-1] - b, :])  # no more directions than there is room for
-    if P is not None and variant != "b":
+    D = D[..., : V.shape[-1] - b, :]  # no more directions than there is room for
+    for _ in range(2):  # the first leaves rounding along V, which is all there is of D where V has everything
+        D = _unit(xp, D)
         D = D - (D @ _t(xp, V)) @ V
     WD = operator.mul(D)
     M = _symmetric(xp, V @ _t(xp, V), D @ _t(xp, V), D @ _t(xp, D))
     return D, M, _symmetric(xp, H, D @ _t(xp, Z), operator.gram(WD)), residual
 
 
-def _rayleigh_ritz(xp, M, H, b):
-    """Solves H c = value M c for the b largest values, rows of C; the basis need not be orthonormal nor independent.
+def _rayleigh_ritz(xp, M, H, b, old):
+    """Solves H c = value M c for the b largest values, rows of C; M is the Gram matrix of the basis.
 
-    M, the basis' Gram matrix, is whitened by a Cholesky factor with a shift, which makes dependent directions
-    harmless: they come out short and low. The shift's effect on the others is divided out again.
+    The first `old` of the basis are orthonormal, and the others orthogonal to those, but perhaps not independent. Of
+    the space of the others only what is well within it is taken: rounding in H is divided by the eigenvalues of M, by
+    1000 at most.
     """
-    eye = _eye(xp, M)
-    norm = xp.sqrt(_positive(xp, (M * eye).sum(-1)))
+    norm = xp.sqrt(_positive(xp, (M * _eye(xp, M)).sum(-1))) if not old else xp.ones_like(M[..., 0])
     norms = norm[..., :, None] * norm[..., None, :]
     M, H = M / norms, H / norms
-    shift = 4 * M.shape[-1] * float(xp.finfo(M.dtype).eps)
-    L = _cholesky(xp, M + shift * eye)
-    whiten = _inverse(xp, L, eye)
-    H = whiten @ H @ _t(xp, whiten)
-    norm = norm[..., None, :]
-    if _on_host(xp, M) and bool(((L * L * eye).sum(-1) > 100 * shift).all()):  # independent, as in training
-        values, C = _eigh_descending(xp, H, b)
-        C = C @ whiten
-        square = 1 - shift * (C * C).sum(-1)  # the length without the shift
-        return values / square, C / (xp.sqrt(square)[..., None] * norm)
-    # N is 1 on true directions and nearly 0 on those that the shift made up, where H is amplified rounding: damp it.
-    # Where H tells nothing apart (a zero matrix), true directions go first.
-    N = whiten @ M @ _t(xp, whiten)
-    damp = N @ N
-    damp = damp @ damp
-    weight = float(xp.finfo(M.dtype).eps) * (xp.abs(H) * eye).sum((-2, -1)) + float(xp.finfo(M.dtype).tiny)
-    damped = damp @ H @ _t(xp, damp)
-    C = _eigh_descending(xp, damped + weight[..., None, None] * N, b)[1]
-    square = (C * (C @ N)).sum(-1)
-    true = square > 0.5
-    square = xp.where(true, square, xp.ones_like(square))
-    values = xp.where(true, (C * (C @ H)).sum(-1) / square, (C * (C @ damped)).sum(-1))
-    return values, C @ whiten / (xp.sqrt(square)[..., None] * norm)
+    lengths, U = _eigh_descending(xp, M[..., old:, old:], M.shape[-1] - old)
+    taken = lengths > 1e-3
+    U = (
+        xp.where(taken[..., None], U, xp.zeros_like(U))
+        / xp.sqrt(xp.where(taken, lengths, xp.ones_like(lengths)))[..., None]
+    )
+    eye = _eye(xp, M)
+    T = eye + xp.zeros_like(M)
+    T[..., old:, old:] = U
+    last = eye + xp.zeros_like(M)  # what is not taken comes after all that is
+    last[..., old:, old:] *= xp.where(taken, xp.zeros_like(lengths), xp.ones_like(lengths))[..., None]
+    last[..., :old, :old] *= 0
+    C = _eigh_descending(xp, T @ H @ _t(xp, T) - last, b)[1] @ T
+    square = _positive(xp, (C * (C @ M)).sum(-1))
+    return (C * (C @ H)).sum(-1) / square, C / (xp.sqrt(square)[..., None] * norm[..., None, :])
 
 
 class _Operator:
-    """Products of rows with W, taken upright (m >= n), scaled by the power of two that brings W V near 1.
+    """Products of rows with W, taken upright (m >= n).
 
-    Matrices that hold NaN or Inf act as zero.
+    On the host they are those of W itself, where that shows W V to be near 1. Elsewhere they are those of W scaled by a
+    power of two, in halves: rows are divided by the first before the product, and it by the second. So neither the rows
+    nor the product leave the range of the dtype, and W need not be copied. Matrices that hold NaN or Inf act as zero.
     """
 
     def __init__(self, xp, W):
@@ -260,7 +324,21 @@ class _Operator:
         self.matrices = [A if A.shape[-2] >= A.shape[-1] else _t(xp, A) for A in matrices]
         self.upside_down = [_t(xp, A) for A in self.matrices]
         self.like = matrices[0][..., :1, :1]
-        self.scale: Any = None
+        self.plain: bool | None = None  # not known yet
+        if not _on_host(xp, self.like):
+            self.rescale()
+
+    def rescale(self):
+        """Goes over to scaled products."""
+        xp = self.xp
+        largest = [_largest_entry(xp, A) for A in self.matrices]
+        self.finite, *self.halves = _halves(xp, xp.stack(largest) if self.is_list else largest[0])
+        self.plain = False
+
+    def unscaled(self, x):
+        """Values of the scaled matrices, (..., b), as values of the matrices."""
+        first, second = (half[..., None] for half in self.halves)
+        return x * first * second
 
     def advance(self, V, P):
         """The step of variant "m" by the C++ kernel; None where it does not apply."""
@@ -273,18 +351,18 @@ class _Operator:
 
     def mul(self, V):
         """Returns (W V^T)^T."""
-        Y = self._product(V, self.upside_down)
-        if self.scale is None:
-            xp = self.xp
-            largest = xp.amax(xp.abs(Y), (-2, -1))
-            self.finite, self.scale = _scales(xp, largest)
-            tame = self.finite & (largest > 2.0**-30) & (largest < 2.0**30)
-            self.plain = _on_host(xp, Y) and bool(tame.all())  # then nothing needs cleaning
-        return self._clean(Y)
+        if self.plain is None:
+            Y = self._product(V, self.upside_down)
+            largest = self.xp.amax(self.xp.abs(Y), (-2, -1))
+            if bool(((largest > 2.0**-30) & (largest < 2.0**30)).all()):
+                self.plain = True
+                return Y
+            self.rescale()
+        return self._scaled(V, self.upside_down)
 
     def tmul(self, Y):
         """Returns (W^T Y^T)^T."""
-        return self._clean(self._product(Y, self.matrices))
+        return self._scaled(Y, self.matrices)
 
     def gram(self, Y):
         """Returns Y Y^T."""
@@ -300,10 +378,12 @@ class _Operator:
             torch.mm(x, A, out=y)
         return Y
 
-    def _clean(self, Y):
+    def _scaled(self, X, matrices):
         if self.plain:
-            return Y
-        return self.xp.where(self.finite[..., None, None], Y * self.scale[..., None, None], self.xp.zeros_like(Y))
+            return self._product(X, matrices)
+        first, second = (half[..., None, None] for half in self.halves)
+        Y = self._product(X / first, matrices) / second
+        return self.xp.where(self.finite[..., None, None], Y, self.xp.zeros_like(Y))
 
 
 class _Stacks:
@@ -314,7 +394,7 @@ class _Stacks:
 
     plain = False  # to know would wait for the device
 
-    def __init__(self, matrices: list):
+    def __init__(self, matrices: list, norms: torch.Tensor | None = None):
         runs = [list(run) for _, run in itertools.groupby(matrices, key=lambda A: A.shape)]
         dtype = torch.float64 if matrices[0].dtype == torch.float64 else torch.float32
         stacks = [torch.stack(run) if len(run) > 1 else run[0][None] for run in runs]
@@ -322,32 +402,41 @@ class _Stacks:
         self.upright = [W if W.shape[1] >= W.shape[2] else W.mT for W in stacks]
         self.count, self.counts = len(matrices), [len(run) for run in runs]
         self.like = stacks[0][..., :1, :1]
-        self.scale: Any = None
+        if norms is None:
+            norms = torch.cat([_largest_entry(torch, stack) for stack in stacks])
+        self.finite, *halves = _halves(torch, norms.double())  # a norm can be beyond float32 where entries are not
+        self.halves = [half.to(dtype) for half in halves]
 
     def advance(self, V, P):  # noqa: ARG002
         """There is no fused step on a device."""
 
+    def unscaled(self, x):
+        """Values of the scaled matrices, (B, b), as values of the matrices."""
+        return x * self.halves[0][:, None] * self.halves[1][:, None]
+
     def mul(self, V):
         """Returns (W V^T)^T of each run."""
-        Y = [v @ W.mT for v, W in zip(V.split(self.counts), self.upright, strict=True)]
-        if self.scale is None:
-            self.finite, self.scale = _scales(torch, torch.cat([y.abs().amax((-2, -1)) for y in Y]))
-        return [self._clean(*each) for each in zip(Y, self._split(self.finite), self._split(self.scale), strict=True)]
+        V = (V / self.halves[0][:, None, None]).split(self.counts)
+        Y = [v @ W.mT for v, W in zip(V, self.upright, strict=True)]
+        return [self._cleaned(*each) for each in zip(Y, *self._split(self.finite, self.halves[1]), strict=True)]
 
     def tmul(self, Y):
         """Returns (W^T Y^T)^T."""
-        return self._clean(torch.cat([y @ W for y, W in zip(Y, self.upright, strict=True)]), self.finite, self.scale)
+        Y = [y / half[:, None, None] for y, half in zip(Y, *self._split(self.halves[0]), strict=True)]
+        return self._cleaned(
+            torch.cat([y @ W for y, W in zip(Y, self.upright, strict=True)]), self.finite, self.halves[1]
+        )
 
     def gram(self, Y):
         """Returns Y Y^T."""
         return torch.cat([y @ y.mT for y in Y])
 
-    def _split(self, values):
-        return values.split(self.counts)
+    def _split(self, *values):
+        return [each.split(self.counts) for each in values]
 
     @staticmethod
-    def _clean(Y, finite, scale):
-        return torch.where(finite[:, None, None], Y * scale[:, None, None], 0.0)
+    def _cleaned(Y, finite, half):
+        return torch.where(finite[:, None, None], Y / half[:, None, None], 0.0)
 
 
 def _chunks(matrices: list):
@@ -362,11 +451,22 @@ def _chunks(matrices: list):
     yield slice(first, len(matrices))
 
 
-def _scales(xp, largest):
-    """Which matrices are finite, and the powers of two that bring their largest products near 1."""
+def _largest_entry(xp, A):
+    """The largest |a| of each matrix (..., m, n)."""
+    return kernels.largest_entry(A)[..., 0, 0] if xp is torch else xp.amax(xp.abs(A), (-2, -1))
+
+
+def _halves(xp, largest):
+    """Which matrices are finite, and for each two powers of two, whose product is near its largest entry."""
     finite = xp.isfinite(largest)
     largest = xp.where(finite & (largest > 0), largest, xp.ones_like(largest))
-    return finite, xp.ldexp(xp.ones_like(largest), -xp.frexp(largest)[1])
+    first = _power(xp, xp.sqrt(largest))
+    return finite, first, _power(xp, largest / first)
+
+
+def _power(xp, x):
+    """The power of two at or below x > 0."""
+    return kernels.power_of_two(x) if xp is torch else xp.ldexp(xp.ones_like(x), xp.frexp(x)[1] - 1)
 
 
 def _t(xp, A):
@@ -374,13 +474,14 @@ def _t(xp, A):
 
 
 def _positive(xp, x):
-    """X where it is positive, else 1: a divisor."""
-    return xp.where(x > 0, x, xp.ones_like(x))
+    """X where it is positive and not nearly subnormal, else 1: a divisor."""
+    return xp.where(x > 64 * float(xp.finfo(x.dtype).tiny), x, xp.ones_like(x))
 
 
 def _unit(xp, K):
-    """Rows scaled to norm 1, zero rows left."""
-    return K / xp.sqrt(_positive(xp, (K * K).sum(-1)))[..., None]
+    """Rows scaled to norm 1; those whose squares are nearly subnormal become zero, for their norm is not known."""
+    squares = (K * K).sum(-1)[..., None]
+    return xp.where(squares > 64 * float(xp.finfo(K.dtype).tiny), K, xp.zeros_like(K)) / xp.sqrt(_positive(xp, squares))
 
 
 def _symmetric(xp, A, B, C):
@@ -402,14 +503,6 @@ def _descending(xp, S):
     return xp.sort(S, descending=True).values if xp is torch else xp.flip(xp.sort(S, -1), -1)
 
 
-def _cholesky(xp, M):
-    return xp.linalg.cholesky_ex(M).L if xp is torch else xp.linalg.cholesky(M)
-
-
-def _inverse(xp, L, eye):
-    return xp.linalg.solve_triangular(L, eye.expand(L.shape), upper=False) if xp is torch else xp.linalg.inv(L)
-
-
 def _namespace(array):
     """The module of an array's own operations; all three name those used here alike."""
     if isinstance(array, torch.Tensor):
@@ -425,9 +518,19 @@ def _namespace(array):
     )
 
 
+def _from_numpy(array: np.ndarray) -> torch.Tensor:
+    dtype = array.dtype.newbyteorder("=") if array.dtype.itemsize <= 8 else np.dtype(np.float64)
+    if min(array.strides, default=0) < 0:
+        array = array.copy()
+    return torch.from_numpy(np.require(array, dtype, ["ALIGNED", "WRITEABLE"]))  # torch knows no others
+
+
 def _eye(xp, M):
-    kwargs = {"device": M.device} if xp is torch else {}
-    return xp.eye(M.shape[-1], dtype=M.dtype, **kwargs)
+    return xp.eye(M.shape[-1], dtype=M.dtype, **_device(xp, M))
+
+
+def _device(xp, array):
+    return {"device": array.device} if xp is torch else {}
 
 
 def _cast(xp, array, dtype):
@@ -449,8 +552,9 @@ def _on_host(xp, array):
     return xp is np or (xp is torch and array.device.type == "cpu")
 
 
-def _largest(xp, relative):
-    """The largest finite element, as a number: waits for a device."""
+def _largest(xp, x, S):
+    """The largest finite x / S, as a number: waits for a device."""
+    relative = x / xp.where(S > 0, S, xp.ones_like(S))
     relative = relative[xp.isfinite(relative)]
     return float(relative.max()) if len(relative) else 0.0
 
