@@ -263,10 +263,15 @@ static void fuzz(int calls, unsigned seed) {
         unsigned kind;
         Precision precision;
     };
-    for (const Large& l : {Large{2112, 2112, 1, Precision::bidiagonal}, {3000, 3000, 1, Precision::automatic},
-                           {4300, 4300, 1, Precision::bidiagonal}, {2050, 2049, 2, Precision::f32},
-                           {2300, 2900, 0, Precision::automatic}, {2200, 2200, 0, Precision::bidiagonal},
-                           {4300, 60, 0, Precision::automatic}, {33, 4300, 3, Precision::bidiagonal}}) {
+#if defined(__SANITIZE_THREAD__)  // ten times slower than AddressSanitizer; threads meet in these as in the others
+    const std::vector<Large> large{{2112, 2112, 1, Precision::bidiagonal}, {2050, 2049, 2, Precision::f32}};
+#else
+    const std::vector<Large> large{
+        {2112, 2112, 1, Precision::bidiagonal}, {3000, 3000, 1, Precision::automatic}, {4300, 4300, 1, Precision::bidiagonal},
+        {2050, 2049, 2, Precision::f32},        {2300, 2900, 0, Precision::automatic}, {2200, 2200, 0, Precision::bidiagonal},
+        {4300, 60, 0, Precision::automatic},    {33, 4300, 3, Precision::bidiagonal}};
+#endif
+    for (const Large& l : large) {
         std::vector<Case> one;
         one.push_back(make(l.m, l.n, DType::f32, false, 1, seed));
         degrade(one[0], l.kind, seed);
