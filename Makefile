@@ -14,8 +14,7 @@ test-integrations: install  ## with the real Trainer, Lightning, TensorBoard, W&
 	$(PYTHON) -m pip install --quiet -c requirements.txt -r requirements-integrations.txt
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	  { $(ROOT) apt-get update -qq && $(ROOT) apt-get install -yqq --no-install-recommends chromium; }
-	$(PYTHON) -m pytest tests/integrations tests/test_records.py tests/test_analyze.py tests/test_report.py \
-	  tests/test_examples.py
+	$(PYTHON) -m pytest tests/integrations tests/runs tests/checkpoints tests/test_examples.py
 
 check: test  ## what a change must pass: lint, tests, README code, benchmark smoke
 	$(PYTHON) -m ruff check .

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from sosd_fast.runs import plot
 from sosd_fast.checkpoints.analyze import parameter_alignment
 from sosd_fast.checkpoints.files import find_checkpoints
 from sosd_fast.matrices import kind
+from sosd_fast.runs import plot
 from sosd_fast.runs.records import Run, load
 
 _TEMPLATE = Path(__file__).with_name("report.html")
