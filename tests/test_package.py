@@ -1,5 +1,6 @@
 """The package: what works without what, and that documented code runs; test_architecture.py has the imports."""
 
+import importlib.util
 import re
 import runpy
 import subprocess
@@ -42,12 +43,28 @@ assert abs(record.sigma_max / S[0] - 1) < 1e-3, record
 
 
 def test_import_is_light():
-    heavy = run(
-        "import torch; import sosd_fast, sosd_fast.integrations.callbacks, sys; print(*sys.modules)"
-    ).stdout.split()
+    writers = "from sosd_fast.callbacks import TensorBoardWriter, WandbWriter"
+    heavy = run(f"import torch; import sosd_fast, sys; {writers}; print(*sys.modules)").stdout.split()
     optional = {"matplotlib", "rich", "scipy", "pandas", "triton", "cupy", "pyarrow", "safetensors", "transformers"}
     optional -= {"triton"} if torch.version.cuda else set()
     assert not (optional | {"lightning", "wandb", "tensorboard"}) & set(heavy)
+
+
+def test_callbacks_by_the_name_of_their_first_release():
+    """Each name is that of its new module; those of libraries that are not installed say what to install."""
+    import sosd_fast.callbacks
+    from sosd_fast.integrations import tensorboard, wandb
+
+    assert sosd_fast.callbacks.TensorBoardWriter is tensorboard.TensorBoardWriter
+    assert sosd_fast.callbacks.WandbWriter is wandb.WandbWriter
+    for name, library in (("HuggingFaceCallback", "transformers"), ("LightningCallback", "lightning")):
+        if importlib.util.find_spec(library) is None:
+            with pytest.raises(ImportError, match=f"{name}: expected .* Run `pip install {library}"):
+                getattr(sosd_fast.callbacks, name)
+        else:
+            assert getattr(sosd_fast.callbacks, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'Callback'"):
+        sosd_fast.callbacks.Callback  # noqa: B018
 
 
 def test_public_names():
