@@ -96,7 +96,7 @@ class Muon(torch.optim.Optimizer):
             group.setdefault("split", 1)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]: as torch's own optimizers
         """Performs one step; `closure` reevaluates the loss and returns it."""
         loss = None
         if closure is not None:

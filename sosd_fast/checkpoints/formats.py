@@ -98,9 +98,9 @@ class DistributedFolder:
 
     in_order = False
 
-    def __init__(self, index: Path):
-        self._folder = index.parent
-        self._tensors = {tensor.key: tensor for tensor in _distributed(index)}
+    def __init__(self, file: Path):
+        self._folder = file.parent
+        self._tensors = {tensor.key: tensor for tensor in _distributed(file)}
 
     def headers(self) -> Iterator[Header]:
         """Yields the header of each matrix."""

@@ -6,7 +6,7 @@ Trainer(..., callbacks=[HuggingFaceCallback(run_dir="runs/a")])
 from sosd_fast.integrations.common import AttachedProbe
 
 try:
-    from transformers.trainer_callback import TrainerCallback  # pyright: ignore[reportMissingImports]
+    from transformers.trainer_callback import TrainerCallback
 except ImportError:
     raise ImportError(
         "HuggingFaceCallback: expected transformers to be installed. Run `pip install transformers[torch]`."

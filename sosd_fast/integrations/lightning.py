@@ -10,7 +10,7 @@ import torch.distributed as dist
 from sosd_fast.integrations.common import METRICS, AttachedProbe, scalars
 
 try:
-    from lightning.pytorch.callbacks import Callback  # pyright: ignore[reportMissingImports]
+    from lightning.pytorch.callbacks import Callback
 except ImportError:
     raise ImportError("LightningCallback: expected Lightning to be installed. Run `pip install lightning`.") from None
 

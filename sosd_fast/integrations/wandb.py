@@ -31,7 +31,7 @@ class WandbWriter:
         """Writes one record."""
         if self._step is None:
             if self._run is None:
-                import wandb  # pyright: ignore[reportMissingImports]
+                import wandb
 
                 self._run = wandb.run
             if self._run is None and dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
