@@ -96,12 +96,36 @@ def test_readme_code_runs(code, tmp_path, monkeypatch):
 
 
 def test_readme_tree_is_the_tree():
-    named = set(re.findall(r"^(?:├── |└── )?([\w.]+/)", README.split("## Tree")[1], re.M))
-    rooms = ("kernels/", "sosd_fast/", "bench/", "training/", "tests/")
-    for room in rooms:
-        assert room in named and (ROOT / room).is_dir()
-    for name in re.findall(r"^  ([\w/]+\.(?:py|hpp|cpp))", README.split("## Tree")[1], re.M):
-        assert any(any((ROOT / room).rglob(name)) for room in rooms), name
+    """Every folder and file that it names is there, and every room of the library is named."""
+    tree = README.split("## Tree")[1]
+    top, named = "", {}
+    for line in tree.splitlines():
+        if match := re.match(r"([\w.]+)/ ", line + " "):
+            top = match[1]
+        for name in re.findall(r"^  +([\w/]+(?:\.py|/)) ", line) + re.findall(r"\b\w+\.(?:py|cpp)\b", line):
+            named.setdefault(top, set()).add(name)
+            assert any((ROOT / top).rglob(name.rstrip("/"))), f"{top}: {name}"
+    assert set(named) >= {"kernels", "sosd_fast", "bench", "training"}
+    rooms = {f"{path.parent.name}/" for path in (ROOT / "sosd_fast").glob("*/__init__.py")} - {"kernels/"}
+    assert rooms == {name for name in named["sosd_fast"] if name.endswith("/")}
+
+
+def test_the_way_of_one_matrix_is_as_described():
+    """What docs/architecture.md names is where it says, and all else in backquotes that looks like a path is there."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    steps = re.findall(r"^\| `(\w+)` .* \| `([\w/.]+)` \|$", page, re.M)
+    assert len(steps) > 10
+    wrong = []
+    for name, file in steps:
+        text = (ROOT / file).read_text() if (ROOT / file).is_file() else ""
+        if not re.search(rf"^(?:class|def) {name}\b", text, re.M):
+            wrong.append(f"{name} in {file}")
+    paths = re.findall(r"`((?:\w+/)+[\w.]*)`", page)
+    wrong += [path for path in paths if not (ROOT / path).exists()]
+    named = re.findall(r"`([A-Za-z_]\w+)(?:\(\))?`", page)
+    code = "".join(path.read_text() for room in ("kernels", "sosd_fast") for path in (ROOT / room).rglob("*.py"))
+    wrong += [name for name in named if not re.search(rf"\b{name}\b", code)]
+    assert not wrong
 
 
 COMMAND = re.compile(
