@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from bench import gpu
 from bench.harness import ROOT
 
@@ -12,6 +14,7 @@ def test_the_tests_for_a_gpu_are_there():
     assert not [path for path in gpu.TESTS if not (ROOT / path).is_file()]
 
 
+@pytest.mark.slow
 def test_the_end_to_end_benchmark_runs():
     small = ["--model", "gpt2-nano", "--tokens", "512", "--micro-batch", "1", "--turns", "1", "--steps", "1"]
     command = [sys.executable, "-m", "bench.end_to_end", *small, "--trackers", "full", "fast"]
@@ -35,6 +38,7 @@ def test_a_part_that_hangs_on_a_gpu_loses_no_other(tmp_path, monkeypatch, capsys
     assert gpu.summary(list(parts), tmp_path)[0]["hangs"][0] == "stopped after 1 s"
 
 
+@pytest.mark.slow
 def test_the_overhead_benchmark_runs():
     command = [sys.executable, "-m", "bench.svd_overhead", "--steps", "3", "--batch-size", "1"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -86,6 +86,7 @@ POINTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "tracker"), [("adamw", "full"), ("muon", "topk")])
 def test_kill_and_resume_is_bit_identical(nano, text, tmp_path, optimizer, tracker):
     flags = [*FLAGS, f"--data={text}", f"--optimizer={optimizer}", f"--tracker={tracker}"]
