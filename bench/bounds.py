@@ -87,7 +87,7 @@ def check(matrices: list[Tensor]) -> list[tuple[str, float, float, float]]:
     for i, method in enumerate(found.methods):
         S, T, top = found.S[i], truth[i], float(truth[i, 0])
         if top == 0:
-            rows.append((method, 0.0, 0.0, float(S.abs().max() > 0) * math.inf))
+            rows.append((method, 0.0, 0.0, math.inf if S.abs().max() > 0 else 0.0))
             continue
         error = float((S / S.sum() - T / T.sum()).norm())
         value = ((S - T).abs() / (found.bound[i] + own * top)).max()

@@ -38,13 +38,16 @@ Arena::~Arena() { delete state_; }
 #if defined(SOSD_SANITIZE)
 
 static std::atomic<int64_t> taken{0}, shortened{0};
+static std::atomic<int64_t> sizes[4096];
 
 void shorten_piece(int64_t nth) { taken = 0, shortened = nth; }
 int64_t pieces_taken() { return taken; }
+int64_t piece_size(int64_t nth) { return sizes[nth % 4096]; }
 
 void* Arena::take(int64_t count, int64_t size) {
     if (count < 0 || count > INT64_MAX / size - 64) throw std::bad_alloc();
-    const int64_t bytes = std::max<int64_t>(count * size - (++taken == shortened ? size : 0), 0);
+    const int64_t nth = ++taken, bytes = std::max<int64_t>(count * size - (nth == shortened ? size : 0), 0);
+    if (!shortened) sizes[nth % 4096] = count * size;
     state_->blocks.push_back({allocate(bytes), bytes, bytes});
     std::memset(state_->blocks.back().memory.get(), 0xff, size_t(bytes));
     return state_->blocks.back().memory.get();

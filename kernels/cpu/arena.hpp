@@ -44,6 +44,7 @@ private:
 // Makes the nth piece that any arena hands out from now on one element too short (0: none), to show that it is noticed.
 void shorten_piece(int64_t nth);
 int64_t pieces_taken();
+int64_t piece_size(int64_t nth);  // bytes asked for
 #endif
 
 template <class T> [[gnu::always_inline]] inline T* take(Arena& arena, int64_t count) {

@@ -28,9 +28,9 @@ constexpr int kRowsMerged = 32;  // rows of W^T merged into R at a time: with r 
 // gebrd without blocks, then bisection on the Golub-Kahan matrix of order 2 r, whose eigenvalues are +-S.
 inline void svdvals_bidiagonal(const Source& w, double* S_out, Arena& arena, const Parallel& parallel) {
     const ArenaScope scope(arena);
-    const int64_t r = w.r, ld = round_up(r, kPaddedTo);
+    const int64_t r = w.r, ld = round_up(r, 8);  // whole cache lines
     double *R = take<double>(arena, r * ld), *B = take<double>(arena, kRowsMerged * ld);
-    double *y = take<double>(arena, ld), *u = take<double>(arena, ld), *z = take<double>(arena, ld);
+    double *y = take<double>(arena, r), *u = take<double>(arena, r), *z = take<double>(arena, r);
     for (int64_t i = 0; i < r * ld; ++i) R[i] = 0;
     // entries are at most 2 in the scaled matrix; smaller squares than this would lose their bits
     const double negligible = 0x1p-960;
@@ -76,7 +76,7 @@ inline void svdvals_bidiagonal(const Source& w, double* S_out, Arena& arena, con
         }
     }
 
-    double *off = take<double>(arena, 2 * r), *zero = take<double>(arena, 2 * r), *values = take<double>(arena, 2 * r);
+    double *off = take<double>(arena, 2 * r - 1), *zero = take<double>(arena, 2 * r), *values = take<double>(arena, 2 * r);
     for (int64_t k = 0; k < r; ++k) {
         double squares = 0;
         for (int64_t i = k + 1; i < r; ++i) squares += R[i * ld + k] * R[i * ld + k];

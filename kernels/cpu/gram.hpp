@@ -265,13 +265,14 @@ template <class T> GramSums gram(const Source& w, T* G, Arena& arena, const Para
     const int64_t row_blocks = (rows + kBlockRows - 1) / kBlockRows, col_blocks = (rows + kBlockCols - 1) / kBlockCols;
     constexpr int64_t ratio = kBlockRows / kBlockCols;
     const bool shared = parallel.helpers(parallel.self);
-    const int64_t slab = shared ? kSlabs * kDepth : kDepth, panel_stride = slab * P;
+    const int64_t slab = min_of(shared ? kSlabs * kDepth : kDepth, round_up(w.K, 2)), panel_stride = slab * P;
     T* packed = take<T>(arena, rows * slab);
     T* lost = w.K > kCompensated ? take<T>(arena, tiles.size()) : nullptr;
     if (lost)
         for (int64_t i = 0; i < tiles.size(); ++i) lost[i] = 0;
-    const ExactProducts exact{take<double>(arena, rows), take<double>(arena, rows)};
-    for (int64_t i = 0; i < rows; ++i) exact.squares[i] = exact.cross[i] = 0;
+    const int64_t measured = kMeasured<T> ? rows : 0;
+    const ExactProducts exact{take<double>(arena, measured), take<double>(arena, measured)};
+    for (int64_t i = 0; i < measured; ++i) exact.squares[i] = exact.cross[i] = 0;
     for (int64_t k0 = 0; k0 < w.K; k0 += slab) {
         const int64_t K = min_of(slab, w.K - k0);
         const auto pack = [&](int64_t p) {

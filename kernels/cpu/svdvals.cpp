@@ -71,7 +71,7 @@ template <class T>
 double gram_values(const Stages<T>& stages, const Source& w, double* ascending, Arena& arena, const Parallel& parallel) {
     const ArenaScope scope(arena);
     const int64_t r = w.r;
-    T *G = take<T>(arena, tiles_of(r).size()), *d = take<T>(arena, r), *e = take<T>(arena, r);
+    T *G = take<T>(arena, tiles_of(r).size()), *d = take<T>(arena, r), *e = take<T>(arena, r - 1);
     const GramSums sums = stages.gram(w, G, arena, parallel);
     stages.tridiagonal(G, r, d, e, arena);
     stages.sturm(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, ascending, arena, parallel);

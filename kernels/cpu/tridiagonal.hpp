@@ -141,8 +141,9 @@ template <class T> void tridiagonal(T* G, int64_t r, T* d, T* e, Arena& arena) {
     const int64_t rows = tiles.tile_rows * kTileRows;
     const Panel<T> panel{take<T>(arena, rows * Panel<T>::W)};
     T *v = take<T>(arena, rows), *y = take<T>(arena, rows), *a = take<T>(arena, rows);
-    T *sums = take<T>(arena, 2 * kReflectors * S::L), *t = take<T>(arena, 2 * kReflectors);
-    T *s = take<T>(arena, 2 * kReflectors), *row = take<T>(arena, 2 * kReflectors);
+    constexpr int64_t finished = 2 * (kReflectors - 1);  // columns of the panel, at most, when another one is formed
+    T *sums = take<T>(arena, finished * S::L), *t = take<T>(arena, finished);
+    T *s = take<T>(arena, finished), *row = take<T>(arena, finished);
     constexpr T eps = sizeof(T) == 4 ? T(0x1p-24) : T(0x1p-53);
     T largest = 0;
     for (int64_t i = 0; i < r; ++i) largest = max_of(largest, G[tiles.at(i, i)]);

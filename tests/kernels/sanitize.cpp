@@ -1,13 +1,23 @@
-// Shapes, strides, dtypes, threads and concurrent callers of svdvals, for builds with the sanitizers (make sanitize).
-// Truth: the one-sided method.
+// Shapes, strides, dtypes, threads and concurrent callers of the kernels, for builds with the sanitizers (make sanitize).
+// Truth: the bidiagonal method.
+//
+//     sanitize               the checks, then whether planted faults are found
+//     sanitize fuzz N SEED   N calls with random matrices, and some with sides above 2048
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <cstdlib>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
+
+#if __has_include(<sys/wait.h>)
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
 
 #include "svdvals.hpp"
 
@@ -76,10 +86,9 @@ static std::vector<Case> batch() {
     return cases;
 }
 
-int main() {
-    std::printf("%s\n", kernels().isa);
+static void check() {
     std::vector<Case> truth = batch();
-    solve(truth, Precision::one_sided, 1);
+    solve(truth, Precision::bidiagonal, 1);
     for (Precision p : {Precision::f32, Precision::f64, Precision::automatic}) {
         std::vector<Case> first = batch();
         solve(first, p, 1);
@@ -156,6 +165,126 @@ int main() {
         }
     }
     svdvals(nullptr, 0, 2);
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+// One matrix through every method and one step of a subspace, on this thread alone.
+static void one_of_everything() {
+    for (const auto& [m, n] : {std::array<int64_t, 2>{70, 130}, {9, 2100}}) {
+        for (Precision p : {Precision::f32, Precision::f64, Precision::bidiagonal}) {
+            std::vector<Case> one;
+            one.push_back(make(m, n, DType::f32, false, 1, 5));
+            solve(one, p, 1);
+        }
+    }
+    Case c = make(130, 67, DType::f32, false, 1, 3);
+    const int64_t n = 67, b = 20;
+    std::vector<float> V(b * n), next_V(b * n), next_P(b * n), squares(b), residual(b);
+    for (int64_t i = 0; i < b; ++i) V[i * n + i] = 1;
+    SubspaceTask t{reinterpret_cast<float*>(c.data.data()), 130, n, n, 1, V.data(), nullptr, next_V.data(), next_P.data(),
+                   squares.data(), residual.data(), false};
+    advance_subspaces(&t, 1, b, 4, 1);
+}
+
+// Makes each piece of scratch memory in turn one element too short, in a process of its own: AddressSanitizer has to end it.
+static void plant() {
+    shorten_piece(0);
+    one_of_everything();
+    const int64_t pieces = pieces_taken();
+    int64_t found = 0, planted = 0;
+    for (int64_t i = 1; i <= pieces; ++i) {
+        if (piece_size(i) == 0) continue;
+        ++planted;
+        std::fflush(stdout);
+        const pid_t child = fork();
+        if (child == 0) {
+            if (!std::freopen("/dev/null", "w", stderr)) std::_Exit(2);
+            shorten_piece(i);
+            one_of_everything();
+            std::_Exit(0);
+        }
+        int status = 0;
+        waitpid(child, &status, 0);
+        if (status != 0)
+            ++found;
+        else
+            std::printf("piece %d of %d bytes, one element short, was not noticed\n", int(i), int(piece_size(i)));
+    }
+    // The others end in padding that these shapes do not touch.
+    std::printf("%d of %d planted off-by-ones found\n", int(found), int(planted));
+    CHECK(planted > 100 && found * 10 >= planted * 8);
+}
+#else
+static void plant() {}
+#endif
+
+// Makes an m x n matrix of low rank, or of few distinct values, of one made at random.
+static void degrade(Case& c, unsigned kind, unsigned seed) {
+    const int64_t count = int64_t(c.data.size()) / 4;
+    if (c.task.dtype != DType::f32 || kind == 0) return;
+    std::mt19937 random(seed);
+    float* w = reinterpret_cast<float*>(c.data.data());
+    for (int64_t i = 0; i < count; ++i)
+        w[i] = kind == 1 ? 0.37f : kind == 2 ? (random() & 1 ? 0.1f : -0.1f) : (i * 2654435761u) % 97 ? 0 : w[i];
+}
+
+static void fuzz(int calls, unsigned seed) {
+    std::mt19937 random(seed);
+    const auto below = [&](int n) { return int(random() % unsigned(n)); };
+    const auto side = [&](double most) { return int64_t(std::exp(std::log(most) * (random() % 1024) / 1023.0)); };
+    for (int call = 0; call < calls; ++call) {
+        const double most = below(200) == 0 ? 400 : below(10) == 0 ? 100 : 40;
+        std::vector<Case> cases;
+        for (int i = 0, count = 1 + below(3); i < count; ++i) {
+            const int64_t r = side(most), K = below(4) ? side(4 * most) : r;
+            const bool wide = below(2);
+            cases.push_back(make(wide ? r : K, wide ? K : r, DType(below(4)), below(2), below(8) ? 1 : 1 + below(3), random()));
+            degrade(cases.back(), unsigned(below(8)), random());
+        }
+        solve(cases, Precision(below(4)), 1 + below(3));
+        for (const Case& c : cases)
+            for (size_t k = 0; k < c.S.size(); ++k) CHECK(c.S[k] >= 0 && c.bound[k] >= 0 && (k == 0 || c.S[k] <= c.S[k - 1]));
+        if (below(4)) continue;
+        const int64_t n = 2 + side(60), m = n + side(60), b = 1 + below(int(n) - 1), count = 1 + below(2);
+        Case c = make(m, n, DType::f32, below(2), 1, random());
+        degrade(c, unsigned(below(8)), random());
+        std::vector<float> V(count * b * n), P(V), next_V(V), next_P(V), squares(count * b), residual(count * b);
+        for (float& x : V) x = float(random() % 2001) / 1000 - 1;
+        std::vector<SubspaceTask> tasks;
+        for (int64_t i = 0; i < count; ++i)
+            tasks.push_back({reinterpret_cast<float*>(c.data.data()), m, n, c.task.row_stride, c.task.col_stride,
+                             V.data() + i * b * n, below(2) ? P.data() + i * b * n : nullptr, next_V.data() + i * b * n,
+                             next_P.data() + i * b * n, squares.data() + i * b, residual.data() + i * b, false});
+        advance_subspaces(tasks.data(), count, b, 4, 1 + below(3));
+    }
+    // Sides at which a workspace was once too small. Cheap ones: constant, of signs, or with a short side that is short.
+    struct Large {
+        int64_t m, n;
+        unsigned kind;
+        Precision precision;
+    };
+    for (const Large& l : {Large{2112, 2112, 1, Precision::bidiagonal}, {3000, 3000, 1, Precision::automatic},
+                           {4300, 4300, 1, Precision::bidiagonal}, {2050, 2049, 2, Precision::f32},
+                           {2300, 2900, 0, Precision::automatic}, {2200, 2200, 0, Precision::bidiagonal},
+                           {4300, 60, 0, Precision::automatic}, {33, 4300, 3, Precision::bidiagonal}}) {
+        std::vector<Case> one;
+        one.push_back(make(l.m, l.n, DType::f32, false, 1, seed));
+        degrade(one[0], l.kind, seed);
+        solve(one, l.precision, 2);
+        if (l.kind == 1) CHECK(std::fabs(one[0].S[0] - 0.37f * std::sqrt(double(l.m) * l.n)) <= one[0].bound[0]);
+        if (l.kind == 1) CHECK(one[0].S[1] <= one[0].bound[1]);
+    }
+    std::printf("%d calls\n", calls);
+}
+
+int main(int argc, char** argv) {
+    std::printf("%s\n", kernels().isa);
+    if (argc > 3 && std::string(argv[1]) == "fuzz") {
+        fuzz(std::atoi(argv[2]), unsigned(std::atoi(argv[3])));
+    } else {
+        check();
+        plant();
+    }
     std::printf(failures ? "%d FAILED\n" : "ok\n", failures);
     return failures != 0;
 }
