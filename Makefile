@@ -7,19 +7,19 @@ ROOT := $(if $(filter 0,$(shell id -u)),,sudo)  # for packages of the system
 demo: install  ## train a small GPT-2 on real text with the tracker on (about 4 minutes)
 	$(PYTHON) training/run.py --tracker=fast
 
-test: install  ## the whole suite
-	$(PYTHON) -m pytest
+test: install  ## the whole suite, then lint, format and types (about 5 minutes)
+	$(PYTHON) -m pytest -n 2 --dist=worksteal
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright --pythonpath $(PYTHON)
 
 test-integrations: install  ## with the real Trainer, Lightning, TensorBoard, W&B, Parquet readers, a browser (about 4 minutes)
 	$(PYTHON) -m pip install --quiet -c requirements.txt -r requirements-integrations.txt
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	  { $(ROOT) apt-get update -qq && $(ROOT) apt-get install -yqq --no-install-recommends chromium; }
-	$(PYTHON) -m pytest tests/integrations tests/test_records.py tests/test_analyze.py tests/test_report.py \
-	  tests/test_examples.py
+	$(PYTHON) -m pytest tests/integrations tests/runs tests/checkpoints tests/test_examples.py
 
-check: test  ## what a change must pass: lint, tests, README code, benchmark smoke
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
+check: test  ## what a change must pass: the same, and a smoke test of the benchmarks
 	$(PYTHON) -m pytest -q bench --benchmark-disable
 	$(PYTHON) -m bench.svd_overhead --steps 3
 

@@ -22,9 +22,13 @@ LEAST = 25  # seconds that a part leaves to each later one
 
 # Warnings of versions other than the pinned ones must not fail a test; what waits for ever shows where.
 PYTEST = ["-m", "pytest", "-q", "-W", "default", "-o", "faulthandler_timeout=40", "--maxfail=20"]
-TESTS = ("syrk", "sturm", "eigh", "topk", "distribution", "newton_schulz", "muon", "cuda", "tridiagonal", "side")
+KERNELS = ("syrk", "sturm", "eigh", "distribution", "newton_schulz", "tridiagonal")
+TESTS = [
+    *(f"tests/kernels/test_{name}.py" for name in KERNELS), "tests/spectra/test_topk.py", "tests/spectra/test_cuda.py",
+    "tests/test_muon.py", "tests/probe/test_side.py",
+]  # fmt: skip
 PARTS = {  # name -> (seconds, arguments of python); tests whose programs wait for one another come last
-    "tests": (170, [*PYTEST, *(f"tests/test_{name}.py" for name in TESTS), "-k", "not cold_start"]),
+    "tests": (170, [*PYTEST, *TESTS, "-k", "not cold_start"]),
     "svdvals": (70, ["-m", "bench.svdvals", "--json", "svdvals.json"]),
     "topk": (45, ["-m", "bench.topk", "--json", "topk.json"]),
     "end_to_end": (170, ["-m", "bench.end_to_end", "--compile", "--trackers", "full", "fast", "--turns", "3",

@@ -3,7 +3,7 @@
 import torch
 
 from bench.harness import bar, finish, interleaved, interleaved_cuda, parser, show, show_card
-from sosd_fast.kernels.newton_schulz import COEFFICIENTS, _fastest, _iterate, newton_schulz, newton_schulz_ref
+from sosd_fast.kernels.newton_schulz import COEFFICIENTS, fastest_form, iterate, newton_schulz, newton_schulz_ref
 from sosd_fast.testing import matrix
 
 CUDA_SHAPES = [(768, 768), (768, 3072), (1024, 1024), (1024, 4096), (2048, 2048), (2048, 8192)]
@@ -30,9 +30,9 @@ def on_cuda(repeats: int) -> dict:
         variants = {
             "auto": lambda G=G: newton_schulz(G),
             "plain, cuBLAS": lambda G=G: newton_schulz_ref(G, triples),
-            "plain, symmetric": lambda G=G: _iterate(G, triples, 1e-7, "plain", True),
-            "gram, symmetric": lambda G=G: _iterate(G, triples, 1e-7, "gram", True),
-            "gram, cuBLAS": lambda G=G: _iterate(G, triples, 1e-7, "gram", False),
+            "plain, symmetric": lambda G=G: iterate(G, triples, 1e-7, "plain", True),
+            "gram, symmetric": lambda G=G: iterate(G, triples, 1e-7, "gram", True),
+            "gram, cuBLAS": lambda G=G: iterate(G, triples, 1e-7, "gram", False),
         }
         X = {name: run()[:1].double() for name, run in variants.items()}
         errors = {name: float((x - truth).norm() / truth.norm()) for name, x in X.items()}
@@ -46,7 +46,7 @@ def on_cuda(repeats: int) -> dict:
         name = f"{CUDA_BATCH}x{shape[0]}x{shape[1]}"
         r, k = min(shape), max(shape)
         flops = 5 * CUDA_BATCH * (4 * r * r * k + 2 * r**3)  # of the plain iteration
-        form, symmetric = _fastest((CUDA_BATCH, r, k), G.dtype, G.device, 5, None)
+        form, symmetric = fastest_form((CUDA_BATCH, r, k), G.dtype, G.device, 5, None)
         results[name] = {n: t | {"relative_error": errors[n]} for n, t in times.items()}
         results[name] |= {"chosen": [form, symmetric], "band": [float(S.min()), float(S.max())], "in_band": inside}
         plain = times["plain, cuBLAS"]["ms"]

@@ -11,7 +11,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from sosd_fast.integrations.callbacks import HuggingFaceCallback, TensorBoardWriter
+from sosd_fast.integrations.hugging_face import HuggingFaceCallback
+from sosd_fast.integrations.tensorboard import TensorBoardWriter
 
 output_dir = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
 rows = torch.randint(64, (64, 16), generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,7 @@ import tempfile
 import lightning
 import torch
 
-from sosd_fast.integrations.callbacks import LightningCallback
+from sosd_fast.integrations.lightning import LightningCallback
 
 
 class Regression(lightning.LightningModule):

@@ -7,6 +7,9 @@ participation ratio = (sum p^2)^2 / sum p^4,  cosine = <S, reference> / (|S| |re
 Source: Roy & Vetterli, "The effective rank" (EUSIPCO 2007); arXiv 2605.26489 for the singular distribution.
 """
 
+# pyright: reportPossiblyUnboundVariable=false
+# Triton resolves a branch on a constexpr when it compiles: what one branch names, only its own cases use.
+
 from typing import NamedTuple
 
 import torch

@@ -96,15 +96,15 @@ def newton_schulz(
     symmetric = False
     if G.dtype in HALF and G.is_cuda and kernels.on_triton(G) and G.numel():
         shape = (G.shape[:-2].numel(), short, long)
-        form, symmetric = _fastest(shape, G.dtype, G.device, steps, None if method == "auto" else method)
+        form, symmetric = fastest_form(shape, G.dtype, G.device, steps, None if method == "auto" else method)
     elif method == "auto":
         form = "gram" if long >= 2 * short and G.dtype not in HALF else "plain"
     else:
         form = method
-    return _iterate(G.detach(), triples, eps, form, symmetric)
+    return iterate(G.detach(), triples, eps, form, symmetric)
 
 
-def _iterate(G: Tensor, triples, eps: float, form: str, symmetric: bool) -> Tensor:
+def iterate(G: Tensor, triples, eps: float, form: str, symmetric: bool) -> Tensor:
     """Runs one form, with half of the symmetric products left out or not."""
     X = G.mT if G.shape[-2] > G.shape[-1] else G
     X = _normalised(X, eps)
@@ -169,7 +169,7 @@ def _gram(X: Tensor, triples, symmetric: bool) -> Tensor:
 
 
 @functools.cache
-def _fastest(shape, dtype: torch.dtype, device: torch.device, steps: int, form: str | None) -> tuple[str, bool]:
+def fastest_form(shape, dtype: torch.dtype, device: torch.device, steps: int, form: str | None) -> tuple[str, bool]:
     """Times each form once a process, on random matrices; returns (form, symmetric)."""
     _, short, long = shape
     candidates = [(f, s) for f in ("plain", "gram") for s in (False, True) if form in (None, f)]
@@ -185,7 +185,7 @@ def _fastest(shape, dtype: torch.dtype, device: torch.device, steps: int, form: 
             for c in candidates:
                 began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 began.record()
-                _iterate(G, triples, 1e-7, *c)
+                iterate(G, triples, 1e-7, *c)
                 ended.record()
                 ended.synchronize()
                 if turn >= 2:  # the first ones compile

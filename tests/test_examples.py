@@ -23,6 +23,7 @@ def test_nanochat_style():
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_torchtitan_style_resumes(tmp_path):
     assert "step 40" in run("torchtitan_style.py", tmp_path)
     (tmp_path / "step-000040.pt").unlink()

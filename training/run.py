@@ -23,7 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import sosd_fast
-from sosd_fast.runs.plot import onsets, plot_run, variation_by_kind
+from sosd_fast.runs.curves import variation_by_kind
+from sosd_fast.runs.phases import onsets
+from sosd_fast.runs.plot import plot_run
 from sosd_fast.runs.records import JsonLines, RunWriter
 from training import checkpoint
 from training.data import fixed_batches, load_data, passes

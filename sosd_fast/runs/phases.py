@@ -10,7 +10,7 @@ run.
 2. Medians of y over eighths of a doubling of t, then running medians of three of those: one value in a bin, or one
    bin, that is far off has no say, whatever its tail.
 3. A continuous piecewise linear fit of y against log t. Its knots are chosen by the Bayesian information criterion at
-   `PENALTY` times its price, because neighbouring medians are correlated.
+   `piecewise.PENALTY` times its price, because neighbouring medians are correlated.
 4. The onset is the knot at which the first fall ends that ends for good; the sharpest, where it has several. A fall is
    a run of pieces that slope down, the last by more than two standard errors. Its size beyond what the later slope
    would have made of the same time is at least `LEAST_FALL` and `DEVIATIONS` standard deviations of single values on
@@ -39,26 +39,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sosd_fast.runs.records import Record, Run
+from sosd_fast.runs.curves import learning_rates, variation_by_kind
+from sosd_fast.runs.piecewise import Kink, PiecewiseFit
+from sosd_fast.runs.records import Run
 
 BINS = 8  # per doubling of the step
 BIN_VALUES = 64  # kept of a bin at most
 LEAST_FALL = math.log(1.5)
 DEVIATIONS = 4
 AFTER = math.log(1.25)
-PENALTY = 3.0
-MOST_KNOTS = 8
-
-
-class Kink(NamedTuple):
-    """A kink; with 95 % confidence and the other knots as they are, it lies in `low` to `high`."""
-
-    step: int
-    low: int
-    high: int
-    slope_before: float  # of log y against log t; on linear axes, of y against t
-    slope_after: float
-    fall: float  # factor by which y fell on the way to it; on linear axes, the difference
 
 
 class OnsetDetector:
@@ -94,15 +83,15 @@ class OnsetDetector:
         fit = self.fit()
         return None if fit is None else _first_floor(fit)
 
-    def fit(self, axes: str = "log") -> "_Fit | None":
+    def fit(self, axes: str = "log") -> PiecewiseFit | None:
         """Returns the smoothed curve so far, ready to be fitted, or None below 8 bins."""
         bins = self._bins + ([_close(self._open)] if self._open else [])
         if len(bins) < 8:
             return None
         x, y, n, spread, rate = np.array(bins).T
         if axes == "linear":
-            return _Fit(np.exp(x), np.exp(y), n, spread, rate, unit=float)
-        return _Fit(x, _median3(y), np.minimum(n, 4), spread, rate)
+            return PiecewiseFit(np.exp(x), np.exp(y), n, spread, rate, unit=float)
+        return PiecewiseFit(x, _median3(y), np.minimum(n, 4), spread, rate)
 
 
 def onset_of_stability(
@@ -179,28 +168,30 @@ class Phases(NamedTuple):
     loss: Kink | None
     loss_linear: Kink | None
 
-    def lag(self, kind: str) -> float | None:
-        """Onset over loss boundary, in doublings of the step: 0 together, 1 twice as late."""
-        onset = self.kinds.get(kind)
-        return math.log2(onset.step / self.loss.step) if onset and self.loss else None
-
 
 def run_phases(run: Run) -> Phases:
     """Finds the phases of a run from its records and its log of step, loss and lr."""
-    from sosd_fast.runs.plot import variation_by_kind  # figures show phases, so the modules know each other
+    table = run.columns("step", "name", "sd_variation")
+    matrices = {}
+    for name in run.names:
+        own = table["name"] == name
+        matrices[name] = _onset_under_rates(run, table["step"][own], table["sd_variation"][own])
+    kinds = {kind: _onset_under_rates(run, steps, v[:, 1]) for kind, (steps, v) in variation_by_kind(run).items()}
+    lines = [line for line in run.log if line.get("loss") is not None and line.get("lr") is not None]
+    steps, loss, lr = ([line[key] for line in lines] for key in ("step", "loss", "lr"))
+    boundaries = (loss_boundary(steps, loss, lr, axes) for axes in ("log", "linear"))
+    return Phases(kinds, matrices, *boundaries)
 
-    rates = {line["step"]: line["lr"] for line in run.log}
 
-    def of(steps, variation):
-        return onset(steps, variation, [rates.get(int(step), 0.0) for step in steps])
+def onsets(run: Run) -> dict[str, int | None]:
+    """Finds the onset of stability of each module kind, in its median SD variation over the log's learning rate."""
+    found = {kind: _onset_under_rates(run, steps, v[:, 1]) for kind, (steps, v) in variation_by_kind(run).items()}
+    return {kind: kink and kink.step for kind, kink in found.items()}
 
-    curves: dict[str, list[Record]] = {name: [] for name in run.names}
-    for record in run.records:
-        curves[record.name].append(record)
-    matrices = {name: of([r.step for r in rs], [r.sd_variation for r in rs]) for name, rs in curves.items()}
-    kinds = {kind: of(steps, spread[:, 1]) for kind, (steps, spread) in variation_by_kind(run).items()}
-    logged = list(rates), [line["loss"] for line in run.log], list(rates.values())
-    return Phases(kinds, matrices, loss_boundary(*logged), loss_boundary(*logged, axes="linear"))
+
+def _onset_under_rates(run: Run, steps: np.ndarray, variation: np.ndarray) -> Kink | None:
+    rates = learning_rates(run, steps)
+    return onset(steps.tolist(), variation.tolist(), None if rates is None else rates.tolist())
 
 
 def _bin(step: int) -> int:
@@ -222,102 +213,7 @@ def _median3(y: np.ndarray) -> np.ndarray:
     return np.concatenate([[first], inner, [last]])
 
 
-class _Fit:
-    """Continuous piecewise linear least squares of y on x with weights w; knots are indices into `grid`."""
-
-    def __init__(self, x, y, w, spread, rate, unit=math.exp):
-        self.x, self.y, self.spread, self.rate, self.n, self._unit = x, y, spread, rate, len(x), unit
-        self.grid = np.sort(np.concatenate([x, (x[1:] + x[:-1]) / 2]))  # a knot may fall between two bins
-        self._sqrt_w = np.sqrt(w)
-        self._y = y * self._sqrt_w
-        self._lines = self._weighted(np.stack([np.ones_like(x), x], axis=-1))
-        self._hinges = self._weighted(np.maximum(x[:, None] - self.grid, 0))
-
-    def rss(self, knots) -> float:
-        Q = np.linalg.qr(self._design(knots))[0]
-        return float(np.sum((self._y - Q @ (Q.T @ self._y)) ** 2))
-
-    def rss_with_one_more(self, knots) -> np.ndarray:
-        """The residual sum of squares with each place of the grid as one more knot; inf where it may not be."""
-        Q = np.linalg.qr(self._design(knots))[0]
-        residual = self._y - Q @ (Q.T @ self._y)
-        columns = self._hinges - Q @ (Q.T @ self._hinges)
-        gains = (residual @ columns) ** 2 / np.maximum(np.sum(columns**2, axis=0), 1e-300)
-        places = np.arange(len(self.grid))
-        allowed = (places >= 4) & (places < len(places) - 4)  # two bins from the ends, and from each other
-        for knot in knots:
-            allowed &= abs(places - knot) >= 4
-        return np.where(allowed, np.maximum(np.sum(residual**2) - gains, 0), math.inf)
-
-    def criterion(self, rss, knots: int):
-        """Bayesian information criterion, with PENALTY times its price for a knot's place and slope."""
-        return self.n * np.log(np.maximum(rss / self.n, 1e-12)) + PENALTY * 2 * knots * math.log(self.n)
-
-    def choose_knots(self) -> list[int]:
-        """Adds knots one by one, each time moving all to their best places, and takes out those that do not pay."""
-        knots: list[int] = []
-        tried = [(self.criterion(self.rss([]), 0), [])]
-        while len(knots) < MOST_KNOTS and np.isfinite(self.rss_with_one_more(knots)).any():
-            knots.append(int(self.rss_with_one_more(knots).argmin()))
-            for _ in knots:
-                knots = knots[1:]
-                knots.append(int(self.rss_with_one_more(knots).argmin()))
-            tried.append((self.criterion(self.rss(knots), len(knots)), list(knots)))
-        value, knots = min(tried)
-        while knots:
-            fewer = [[k for k in knots if k != out] for out in knots]
-            best, fewer = min((self.criterion(self.rss(k), len(k)), k) for k in fewer)
-            if best > value:
-                break
-            value, knots = best, fewer
-        return sorted(knots)
-
-    def pieces(self, knots):
-        """Heights at the ends and knots, and slope and standard error of each piece."""
-        A = self._design(knots)
-        coefficients = np.linalg.lstsq(A, self._y, rcond=None)[0]
-        variance = max(self.rss(knots), 1e-12) / self._freedom(knots)
-        sums = np.tril(np.ones((len(knots) + 1, len(knots) + 1)))  # of the changes of slope
-        covariance = sums @ (variance * np.linalg.pinv(A.T @ A))[1:, 1:] @ sums.T
-        ends = np.array([self.x[0], *self.grid[knots], self.x[-1]])
-        slopes = sums @ coefficients[1:]
-        heights = coefficients[0] + coefficients[1] * ends[0] + np.append(0, np.cumsum(slopes * np.diff(ends)))
-        return heights, slopes, np.sqrt(np.diag(covariance))
-
-    def climb_after(self, heights, knots, i) -> float:
-        """The most by which the fit plus the log rate exceeds what it is at knot i, afterwards."""
-        ends = np.array([self.x[0], *self.grid[knots], self.x[-1]])
-        after = self.x[self.x >= self.grid[knots[i]]]
-        curve = np.interp(after, ends, heights) + np.interp(after, self.x, self.rate)
-        return curve.max() - heights[i + 1] - np.interp(self.grid[knots[i]], self.x, self.rate)
-
-    def deviation_after(self, knot: int) -> float:
-        """The standard deviation of single values after a knot, about a straight line."""
-        after = self.x > self.grid[knot]
-        x, y = self.x[after], self.y[after]
-        line = np.polynomial.Polynomial.fit(x, y, 1)
-        return math.sqrt(np.mean((y - line(x)) ** 2) + np.median(self.spread[after]) ** 2)
-
-    def kink(self, knots, i, fall) -> Kink:
-        """Describes knot i; its interval are the places that raise the residuals by less than F(1, n; 95 %) allows."""
-        others = knots[:i] + knots[i + 1 :]
-        limit = self.rss(knots) * (1 + 4 / self._freedom(knots))
-        allowed = [knots[i], *np.flatnonzero(self.rss_with_one_more(others) <= limit)]
-        step, low, high = (round(self._unit(self.grid[k])) for k in (knots[i], min(allowed), max(allowed)))
-        before, after = map(float, self.pieces(knots)[1][i : i + 2])
-        return Kink(step, low, high, before, after, self._unit(fall))
-
-    def _freedom(self, knots) -> int:
-        return max(self.n - 2 - 2 * len(knots), 1)
-
-    def _design(self, knots) -> np.ndarray:
-        return np.concatenate([self._lines, self._hinges[:, knots]], axis=1)
-
-    def _weighted(self, A):
-        return A * self._sqrt_w[:, None]
-
-
-def _first_floor(fit: _Fit) -> Kink | None:
+def _first_floor(fit: PiecewiseFit) -> Kink | None:
     knots = fit.choose_knots()
     heights, slopes, errors = fit.pieces(knots)
     top, ends = 0, []

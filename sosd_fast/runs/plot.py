@@ -4,55 +4,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sosd_fast.matrices import kind
-from sosd_fast.runs.phases import onset_of_stability
+from sosd_fast.runs.curves import spectral_alignment, variation_by_kind
+from sosd_fast.runs.phases import onsets
 from sosd_fast.runs.records import Run
 
 INK = "#222222"  # of text, axes and the loss; the report puts the reader's colour in its place
 _COLORS = {"attention": "#4477aa", "mlp": "#ee6677", "embedding": "#228833", "head": "#aa3377", "other": "#777777"}
 _RUN_COLORS = ("#4477aa", "#ee7733", "#009988", "#cc3377", "#999933", "#888888")
 _POINTS = 1500  # drawn of a curve at most; a curve of more is drawn as its extremes and median over equal spans
-
-
-def variation_by_kind(run: Run, hold: int = 10) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Collects the SD variation of each module kind.
-
-    Args:
-        run: with records of full spectra.
-        hold: steps for which a matrix's last value stands, where a budget made matrices take turns. Without it the
-            median would jump with the choice of matrices.
-
-    Returns:
-        kind -> (steps (T,), variation (T, 3)): minimum, median and maximum over the matrices of that kind.
-    """
-    table = run.columns("step", "name", "sd_variation")
-    kinds = {name: kind(name) for name in run.names}
-    measured: dict[str, dict[int, dict[str, float]]] = {}
-    for i in np.flatnonzero(np.isfinite(table["sd_variation"])):
-        name = table["name"][i]
-        of_step = measured.setdefault(kinds[name], {}).setdefault(int(table["step"][i]), {})
-        of_step[name] = float(table["sd_variation"][i])
-    curves = {}
-    for name in sorted(measured, key=list(_COLORS).index):
-        last: dict[str, tuple[int, float]] = {}
-        rows = []
-        for step, values in measured[name].items():
-            last |= {matrix: (step, value) for matrix, value in values.items()}
-            standing = [value for since, value in last.values() if step - since <= hold]
-            rows.append((min(standing), np.median(standing), max(standing)))
-        curves[name] = np.array(list(measured[name])), np.array(rows)
-    return curves
-
-
-def onsets(run: Run) -> dict[str, int | None]:
-    """Finds the onset of stability of each module kind, in its median SD variation over the log's learning rate."""
-    rates = np.array([(line["step"], line["lr"]) for line in run.log if line.get("lr") is not None]).reshape(-1, 2)
-    found = {}
-    for name, (steps, variation) in variation_by_kind(run).items():
-        at = np.searchsorted(rates[:, 0], steps).clip(0, max(len(rates) - 1, 0))  # logged at a step or after it
-        lr = rates[at, 1].tolist() if len(rates) else None
-        found[name] = onset_of_stability(steps.tolist(), variation[:, 1].tolist(), lr)
-    return found
 
 
 def plot_run(run: Run):
@@ -165,23 +124,6 @@ def plot_spectra(run: Run, names: Sequence[str], *, change: bool = True, columns
         bar.set_label(r"$\log_2(SD_t / SD_0)$" if change else r"$\log_{10}(r\,SD_t)$", fontsize=8)
         bar.ax.tick_params(labelsize=7)
     return figure
-
-
-def spectral_alignment(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Takes the cosine of each kept spectrum to the last one of its matrix.
-
-    Returns:
-        (steps (T,), cosine (T, 3)): minimum, median and maximum over the matrices that have a spectrum at that step.
-    """
-    found: dict[int, list[float]] = {}
-    for name in run.names:
-        steps, S = run.spectra(name)
-        if len(S):
-            S = S / np.maximum(np.linalg.norm(S.astype(float), axis=1, keepdims=True), 1e-300)
-            for step, cosine in zip(steps.tolist(), S @ S[-1], strict=True):
-                found.setdefault(step, []).append(float(cosine))
-    rows = [(min(found[s]), float(np.median(found[s])), max(found[s])) for s in sorted(found)]
-    return np.array(sorted(found)), np.array(rows).reshape(-1, 3)
 
 
 def plot_alignment(

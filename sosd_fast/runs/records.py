@@ -21,15 +21,16 @@ import contextlib
 import dataclasses
 import functools
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sosd_fast.runs import segments
+from sosd_fast.runs.schema import FLOATS, Line, Record, from_line, to_line
 from sosd_fast.runs.segments import AppendOnly, JsonLines
 
 if TYPE_CHECKING:
@@ -39,43 +40,6 @@ FORMAT_VERSION = 2
 CHUNK_BYTES = 64 * 2**20  # of spectra
 SEGMENT_BYTES = 32 * 2**20  # of records: about 60,000 lines, which pyarrow turns into Parquet in about half a second
 SPARSEST = 100  # steps between the spectra of a matrix that are kept
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Record:
-    """What was measured of one matrix at one step; None where it was not measured, NaN where it does not exist."""
-
-    step: int
-    name: str
-    shape: tuple[int, int]
-    method: str  # topk, gram32, gram64, direct64 or exact
-    interval: int | None = None  # steps since the measurement that sd_variation compares with
-    sd_variation: float | None = None  # |SD_t - SD_s|_2
-    # What of it lies in the k leading values. Where method is topk, their sum is not known: `_topk` and `_carried`, the
-    # same with all values, take the others to be shaped as in the last full spectrum (1 to 3 % off with AdamW, up to
-    # 70 % early in training with Muon; LOG.md); `_floor` holds whatever they are, as far as the leading values do.
-    sd_variation_topk: float | None = None
-    sd_variation_carried: float | None = None
-    sd_variation_floor: float | None = None  # sd_variation is at least this
-    cosine: float | None = None  # to the reference spectrum
-    nuclear_norm: float | None = None
-    frobenius_norm: float | None = None
-    sigma_max: float | None = None
-    sigma_min: float | None = None
-    stable_rank: float | None = None
-    effective_rank: float | None = None
-    spectral_entropy: float | None = None  # nats
-    participation_ratio: float | None = None
-    sd_error: float | None = None  # |SD - SD_true|_2 is at most this
-    audit_error: float | None = None  # |SD - SD_true|_2, where the spectrum was audited
-    theory_bound: float | None = None  # on sd_variation, from the size of the update
-    # Leading singular values, descending; empty where a run directory left them out.
-    topk: tuple[float, ...] = dataclasses.field(default=(), repr=False)
-    residual: tuple[float, ...] | None = dataclasses.field(default=None, repr=False)  # of each, where method is topk
-    spectrum: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)  # all values, descending
-
-
-_FLOATS = tuple(f.name for f in dataclasses.fields(Record) if f.type == float | None)
 
 
 class RunWriter:
@@ -90,7 +54,7 @@ class RunWriter:
         step: the last complete step that is kept, or None.
     """
 
-    def __init__(self, run_dir: str | os.PathLike, meta: dict | None = None, step: int | None = None):
+    def __init__(self, run_dir: str | os.PathLike[str], meta: dict[str, Any] | None = None, step: int | None = None):
         self.run_dir = Path(run_dir)
         self._lines = JsonLines(self.run_dir / segments.LIVE, step)
         try:
@@ -99,7 +63,7 @@ class RunWriter:
             self._lines.close()
             raise
 
-    def _open(self, meta: dict | None, step: int | None):
+    def _open(self, meta: dict[str, Any] | None, step: int | None):
         live = self.run_dir / segments.LIVE
         if step is not None:  # the newest first: a kill in between leaves no gap
             for path in reversed(segments.paths(self.run_dir)[:-1]):
@@ -121,20 +85,20 @@ class RunWriter:
 
     def append(self, records: Sequence[Record]):
         """Appends records of one step; spectra and leading values by the rule that this module states."""
-        lines = []
+        lines: list[Line] = []
         already = self._appended[1] if records and self._appended[0] == records[0].step else 0
         for r in records:
             pointer = self._append_spectrum(r.spectrum) if r.spectrum is not None and self._due("spectrum", r) else None
             if r.topk and not self._due("topk", r):
                 r = dataclasses.replace(r, topk=(), residual=None)
-            lines.append(_to_line(r, pointer) | {"of": already + len(records)})
+            lines.append(to_line(r, pointer) | {"of": already + len(records)})
         self._lines.write(*lines)
         if records:
             self._appended = records[0].step, already + len(records)
         if self._lines.size >= SEGMENT_BYTES:
             self._close_segment()
 
-    def first_spectra(self) -> dict[str, np.ndarray]:
+    def first_spectra(self) -> dict[str, NDArray[Any]]:
         """Reads the first full spectrum of each matrix that had one."""
         run = load(self.run_dir)
         spectra = {name: run.spectra(name)[1] for name in run.names}
@@ -183,7 +147,7 @@ class RunWriter:
         with contextlib.suppress(Exception):  # no pyarrow, a full disk: JSON lines are read as well, only more slowly
             segments.to_parquet(closed)
 
-    def _append_spectrum(self, spectrum: np.ndarray) -> list[int]:
+    def _append_spectrum(self, spectrum: NDArray[Any]) -> list[int]:
         if self._spectra.size >= CHUNK_BYTES:
             self._spectra.close()
             self._chunk += 1
@@ -204,7 +168,7 @@ class Run:
         meta: meta.json.
     """
 
-    def __init__(self, run_dir: Path, meta: dict, parts: Sequence[Path] = ()):
+    def __init__(self, run_dir: Path, meta: dict[str, Any], parts: Sequence[Path] = ()):
         self.run_dir = run_dir
         self.meta = meta
         self._parts = list(parts) or [run_dir]  # the run directories of the ranks
@@ -228,16 +192,16 @@ class Run:
     def records(self) -> list[Record]:
         """All records in the order of steps, without their spectra: about 1 kB each in memory."""
         if len(self._parts) == 1:
-            return list(map(_from_line, self._rows(self._parts[0])))
+            return list(map(from_line, self._rows(self._parts[0])))
         found: dict[tuple[int, str], Record] = {}
         for part in self._parts:
             for row in self._rows(part):
-                found.setdefault((row["step"], row["name"]), _from_line(row))
+                found.setdefault((row["step"], row["name"]), from_line(row))
         order = {name: i for i, name in enumerate(self.names)}
         return sorted(found.values(), key=lambda r: (r.step, order[r.name]))
 
     @functools.cached_property
-    def log(self) -> list[dict]:
+    def log(self) -> list[dict[str, Any]]:
         """What the training loop wrote to log.jsonl, one dict a step."""
         path = next((p / "log.jsonl" for p in (self.run_dir, *self._parts) if (p / "log.jsonl").exists()), None)
         return [line for line, *_ in segments.lines(path)] if path else []
@@ -247,7 +211,7 @@ class Run:
         """The matrices that were measured, in the model's order."""
         return list(self._shapes)
 
-    def columns(self, *fields: str) -> dict[str, np.ndarray]:
+    def columns(self, *fields: str) -> dict[str, NDArray[Any]]:
         """Reads fields of all records as arrays, in the order of steps.
 
         Args:
@@ -256,7 +220,7 @@ class Run:
         Returns:
             field -> (number of records,).
         """
-        numbers = {"step", "name", "method", *_FLOATS, "interval"}
+        numbers = {"step", "name", "method", *FLOATS, "interval"}
         for f in fields:
             if f not in numbers:
                 raise ValueError(f"Run.columns: expected one of {', '.join(sorted(numbers))}, got fields={f!r}.")
@@ -270,7 +234,7 @@ class Run:
             table = {f: values[first] for f, values in table.items()}
         return {f: table[f] for f in fields}
 
-    def spectra(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def spectra(self, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
         """Reads the full spectra of one matrix that were kept; of one that changed its shape, those of the last shape.
 
         Returns:
@@ -278,12 +242,14 @@ class Run:
         """
         if name not in self.names:
             raise ValueError(f"Run.spectra: expected one of {len(self.names)} names, got name={name!r}. See Run.names.")
-        kept: dict[int, tuple[Path, np.ndarray]] = {}
+        kept: dict[int, tuple[Path, NDArray[Any]]] = {}
         for part, found in self._pointers:
             for step, where in found.get(name, ()):
                 kept.setdefault(step, (part, where))
         length = kept[max(kept)][1][2] if kept else 0
-        steps, rows, chunks = sorted(step for step, (_, where) in kept.items() if where[2] == length), [], {}
+        steps = sorted(step for step, (_, where) in kept.items() if where[2] == length)
+        rows: list[NDArray[Any]] = []
+        chunks: dict[tuple[Path, int], NDArray[Any]] = {}
         for step in steps:
             part, (chunk, offset, length) = kept[step]
             if (part, chunk) not in chunks:
@@ -297,17 +263,17 @@ class Run:
             import pandas
         except ImportError:
             raise ImportError("Run.to_pandas: expected pandas to be installed. Run `pip install pandas`.") from None
-        table = self.columns("step", "name", "method", "interval", *_FLOATS)
+        table = self.columns("step", "name", "method", "interval", *FLOATS)
         frame = pandas.DataFrame(table)
-        frame.insert(2, "shape", frame["name"].map(self._shapes.get))
+        frame.insert(2, "shape", [self._shapes[name] for name in table["name"]])
         return frame
 
-    def to_parquet(self, path: str | os.PathLike):
+    def to_parquet(self, path: str | os.PathLike[str]):
         """Writes all records, with their leading values, to one Parquet file, a segment at a time."""
         files = (file for part in self._parts for file in segments.paths(part))
         segments.write_parquet(Path(path), (segments.read_table(file) for file in files))
 
-    def _rows(self, part: Path) -> Iterator[dict]:
+    def _rows(self, part: Path) -> Iterator[Line]:
         return (row for path in segments.paths(part) for row in segments.rows(path))
 
     @functools.cached_property
@@ -332,10 +298,10 @@ class Run:
         return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
 
     @functools.cached_property
-    def _pointers(self) -> list[tuple[Path, dict[str, list[tuple[int, np.ndarray]]]]]:
-        result = []
+    def _pointers(self) -> list[tuple[Path, dict[str, list[tuple[int, NDArray[Any]]]]]]:
+        result: list[tuple[Path, dict[str, list[tuple[int, NDArray[Any]]]]]] = []
         for part in self._parts:
-            found: dict[str, list] = {}
+            found: dict[str, list[tuple[int, NDArray[Any]]]] = {}
             for path in segments.paths(part):
                 for step, name, where in zip(*segments.pointers(path), strict=True):
                     found.setdefault(name, []).append((int(step), where))
@@ -343,7 +309,7 @@ class Run:
         return result
 
 
-def load(run_dir: str | os.PathLike) -> Run:
+def load(run_dir: str | os.PathLike[str]) -> Run:
     """Reads a run directory, also one that is being written or was cut off; a torn last step is left out.
 
     Args:
@@ -356,7 +322,8 @@ def load(run_dir: str | os.PathLike) -> Run:
     ranks = sorted(run_dir.glob("rank-*/meta.json"))
     if ranks and not (run_dir / "meta.json").exists():
         run = Run.merge([load(path.parent) for path in ranks])
-        return Run(run_dir, run.meta, run._parts)
+        run.run_dir = run_dir
+        return run
     try:
         meta = json.loads((run_dir / "meta.json").read_text())
     except (OSError, json.JSONDecodeError):
@@ -377,23 +344,3 @@ def load(run_dir: str | os.PathLike) -> Run:
 
 def _chunk_path(run_dir: Path, chunk: int) -> Path:
     return run_dir / f"spectra-{chunk:05d}.f32"
-
-
-def _to_line(record: Record, pointer: list[int] | None) -> dict:
-    """JSON has no NaN: such values become null, and "nan" lists them."""
-    line = {f: getattr(record, f) for f in Record.__dataclass_fields__ if f != "spectrum"}
-    nan = [f for f in _FLOATS if line[f] is not None and not math.isfinite(line[f])]
-    line = {f: v for f, v in line.items() if v is not None and f not in nan and not (f == "topk" and not v)}
-    for f in ("topk", "residual"):
-        if f in line and not all(map(math.isfinite, line[f])):
-            nan.append(f)
-            line[f] = [len(line[f])]
-    return line | ({"nan": nan} if nan else {}) | ({"spectrum": pointer} if pointer else {})
-
-
-def _from_line(line: dict) -> Record:
-    values = {f: line[f] for f in Record.__dataclass_fields__ if f in line and f != "spectrum"}
-    for f in ("shape", "topk", "residual"):
-        if f in values:
-            values[f] = tuple(values[f])
-    return Record(**values)

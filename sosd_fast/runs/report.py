@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from sosd_fast.runs import plot
 from sosd_fast.checkpoints.analyze import parameter_alignment
 from sosd_fast.checkpoints.files import find_checkpoints
 from sosd_fast.matrices import kind
+from sosd_fast.runs import plot
+from sosd_fast.runs.curves import variation_by_kind
+from sosd_fast.runs.phases import onsets as onsets_of
 from sosd_fast.runs.records import Run, load
 
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -106,7 +108,7 @@ def _kinds(runs: dict[str, Run]) -> str:
     header += ["effective rank, first → last", "stable rank, first → last", "cosine to the start"]
     rows = []
     for label, run in runs.items():
-        curves, onsets = plot.variation_by_kind(run), plot.onsets(run)
+        curves, onsets = variation_by_kind(run), onsets_of(run)
         ends = {f: _ends(run, f) for f in ("effective_rank", "stable_rank", "cosine")}
         for name in dict.fromkeys(map(kind, run.names)):
             row = [label, name, sum(kind(n) == name for n in run.names)]

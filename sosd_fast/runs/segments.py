@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+from sosd_fast.runs.schema import Line, Record
 
 LIVE = "records.jsonl"
 _INTEGERS = ("step",)
@@ -100,7 +103,7 @@ class JsonLines:
         ValueError: a damaged line that is not the last, or a file that another process has open for writing.
     """
 
-    def __init__(self, path: str | os.PathLike, step: int | None = None):
+    def __init__(self, path: str | os.PathLike[str], step: int | None = None):
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = AppendOnly(self.path)
@@ -120,7 +123,7 @@ class JsonLines:
             end = stop
         self.truncate(end)
 
-    def write(self, *objects: dict):
+    def write(self, *objects: dict[str, Any]):
         """Appends objects in one write and hands them to the operating system."""
         self._file.append(b"".join(_encode(o) for o in objects))
 
@@ -157,7 +160,7 @@ def paths(run_dir: Path) -> list[Path]:
     return [*closed.values(), *([live] if live.exists() else [])]
 
 
-def lines(path: Path) -> Iterator[tuple[dict, int, int]]:
+def lines(path: Path) -> Iterator[tuple[dict[str, Any], int, int]]:
     """Yields (object, first byte, byte after) of each whole line of a file of JSON lines."""
     start = 0
     with open(path, "rb") as file:
@@ -192,7 +195,7 @@ def complete_end(path: Path) -> int:
         return end if found >= of else start
 
 
-def rows(path: Path) -> Iterator[dict]:
+def rows(path: Path) -> Iterator[Line]:
     """Yields the records of a segment as dicts of what was measured, without a torn step."""
     if path.suffix == ".parquet":
         parquet = _pyarrow(path)
@@ -210,7 +213,7 @@ def rows(path: Path) -> Iterator[dict]:
         yield line
 
 
-def columns(path: Path, fields: Sequence[str]) -> dict[str, np.ndarray]:
+def columns(path: Path, fields: Sequence[str]) -> dict[str, NDArray[Any]]:
     """Reads columns of numbers and strings; what was not measured is NaN."""
     if _has_pyarrow() or path.suffix == ".parquet":
         table = read_table(path, fields)
@@ -225,7 +228,7 @@ def columns(path: Path, fields: Sequence[str]) -> dict[str, np.ndarray]:
     return {f: np.array(values, dtype=object if f in _STRINGS else None) for f, values in found.items()}
 
 
-def pointers(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pointers(path: Path) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Reads where the spectra are: steps (T,), names (T,), (T, 3) of chunk, offset in bytes, length."""
     if _has_pyarrow() or path.suffix == ".parquet":
         table = read_table(path, ("step", "name", "spectrum"))
@@ -237,7 +240,7 @@ def pointers(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.array(steps, dtype=int), np.array(names, dtype=object), np.array(where, dtype=int).reshape(-1, 3)
 
 
-def read_table(path: Path, fields: Sequence[str] | None = None):
+def read_table(path: Path, fields: Sequence[str] | None = None) -> Any:
     """Reads a segment as a pyarrow Table of the schema that Parquet files have."""
     parquet = _pyarrow(path)
     import pyarrow
@@ -297,7 +300,7 @@ def trim(path: Path, step: int):
         os.truncate(path, next(start for line, start, _ in lines(path) if line["step"] > step))
 
 
-def write_parquet(target: Path, tables: Iterator):
+def write_parquet(target: Path, tables: Iterator[Any]):
     """Writes tables of the records' schema to one Parquet file, one at a time."""
     parquet = _pyarrow(target)
     options: dict[str, Any] = {"compression": "zstd", "use_dictionary": list(_STRINGS)}
@@ -307,7 +310,7 @@ def write_parquet(target: Path, tables: Iterator):
             writer.write_table(table.cast(_schema()))
 
 
-def _replace(target: Path, table):
+def _replace(target: Path, table: Any):
     temporary = target.with_suffix(".tmp")
     try:
         write_parquet(temporary, iter([table]))
@@ -322,15 +325,13 @@ def _replace(target: Path, table):
 def _schema():
     import pyarrow as pa
 
-    from sosd_fast.runs.records import Record
-
     types = {"step": pa.int64(), "interval": pa.int64(), "name": pa.string(), "method": pa.string()}
     types |= {"shape": pa.list_(pa.int64()), "spectrum": pa.list_(pa.int64())}
     types |= {"topk": pa.list_(pa.float64()), "residual": pa.list_(pa.float64())}
     return pa.schema([(f, types.get(f, pa.float64())) for f in Record.__dataclass_fields__])
 
 
-def _to_numpy(column) -> np.ndarray:
+def _to_numpy(column: Any) -> NDArray[Any]:
     import pyarrow
 
     if pyarrow.types.is_string(column.type):
@@ -360,5 +361,5 @@ def _pyarrow(path: Path):
     return pyarrow.parquet
 
 
-def _encode(o: dict) -> bytes:
+def _encode(o: dict[str, Any]) -> bytes:
     return (json.dumps(o, separators=(",", ":")) + "\n").encode()

@@ -8,7 +8,7 @@ import torch
 from torchrun import torchrun
 
 import sosd_fast
-from sosd_fast.integrations.callbacks import METRICS, scalars
+from sosd_fast.integrations.common import METRICS, scalars
 from sosd_fast.testing import sd_distance
 
 WORKER = Path(__file__).with_name("trainers_worker.py")

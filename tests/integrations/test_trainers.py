@@ -9,7 +9,9 @@ import transformers
 from lightning.pytorch.loggers import CSVLogger
 
 import sosd_fast
-from sosd_fast.integrations.callbacks import METRICS, HuggingFaceCallback, LightningCallback, scalars
+from sosd_fast.integrations.common import METRICS, scalars
+from sosd_fast.integrations.hugging_face import HuggingFaceCallback
+from sosd_fast.integrations.lightning import LightningCallback
 
 TOKENS = torch.randint(64, (64, 16), generator=torch.Generator().manual_seed(0))
 

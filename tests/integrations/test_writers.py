@@ -10,7 +10,9 @@ from torch.utils.tensorboard import SummaryWriter
 from wandb.proto import wandb_internal_pb2
 
 import sosd_fast
-from sosd_fast.integrations.callbacks import METRICS, TensorBoardWriter, WandbWriter, scalars
+from sosd_fast.integrations.common import METRICS, scalars
+from sosd_fast.integrations.tensorboard import TensorBoardWriter
+from sosd_fast.integrations.wandb import WandbWriter
 
 
 def train(on_record, steps=4, log=None):

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from test_trainers import Module, fit, hugging_face, llama
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
-from sosd_fast.integrations.callbacks import HuggingFaceCallback, LightningCallback
+from sosd_fast.integrations.hugging_face import HuggingFaceCallback
+from sosd_fast.integrations.lightning import LightningCallback
 
 library, kind, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 main = os.environ["RANK"] == "0"

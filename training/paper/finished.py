@@ -8,8 +8,8 @@ import numpy as np
 
 import sosd_fast
 from sosd_fast.matrices import kind
+from sosd_fast.runs.curves import variation_by_kind
 from sosd_fast.runs.phases import Phases, run_phases
-from sosd_fast.runs.plot import variation_by_kind
 from sosd_fast.spectra.bounds import theory_bound
 
 BODY = ("attention", "mlp")

@@ -17,7 +17,7 @@ from training import checkpoint
 from training import run as script
 from training.model import PRESETS, Config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = Config(n_layer=2, n_head=2, width=32, ff_width=64, context=32, vocab=256)
 FLAGS = ["--steps=10", "--batch-size=4", "--micro-batch-size=2", "--clip=1", "--warmup=2", "--eval-every=3", "--quiet"]
 FLAGS += ["--eval-sequences=4", "--device=cpu", "--checkpoint-every=3", "--weight-decay=0.1", "--tracker-k=4"]
@@ -86,6 +86,7 @@ POINTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "tracker"), [("adamw", "full"), ("muon", "topk")])
 def test_kill_and_resume_is_bit_identical(nano, text, tmp_path, optimizer, tracker):
     flags = [*FLAGS, f"--data={text}", f"--optimizer={optimizer}", f"--tracker={tracker}"]

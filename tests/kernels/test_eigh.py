@@ -123,19 +123,6 @@ def test_a_loop_over_matrices_is_said_once(monkeypatch, caplog):
     assert kernels.interpreted is False
 
 
-@pytest.mark.parametrize(
-    ("A", "message"),
-    [
-        (torch.ones(3, 4), r"got A=\(3, 4\)"),
-        (torch.ones(3, 3, dtype=torch.float16), "torch.float16"),
-        ([1.0], "got A=list"),
-    ],
-)
-def test_bad_input(A, message):
-    with pytest.raises(ValueError, match="eigh: .*" + message):
-        eigh(A)
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_the_reference_leaves_the_others_alone(value):
     A = torch.stack([symmetric(range(9), torch.float64, seed) for seed in range(3)])

@@ -113,16 +113,3 @@ def test_batches_strides_and_nan(device):
     assert (d2[0, 1].isnan().any() or e2[0, 1].isnan().any()) and torch.equal(d2[1], d[1]) and torch.equal(e2[1], e[1])
     assert torch.equal(d2[0, 0], d[0, 0])
     assert tridiagonal(A[:0])[0].shape == (0, 2, 10)
-
-
-@pytest.mark.parametrize(
-    ("A", "message"),
-    [
-        (torch.ones(3, 4), r"got A=\(3, 4\)"),
-        (torch.ones(3, 3, dtype=torch.float16), "torch.float16"),
-        ([1.0], "got A=list"),
-    ],
-)
-def test_bad_input(A, message):
-    with pytest.raises(ValueError, match="tridiagonal: .*" + message):
-        tridiagonal(A)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sosd_fast.kernels.newton_schulz import COEFFICIENTS, _iterate, newton_schulz, newton_schulz_ref
+from sosd_fast.kernels.newton_schulz import COEFFICIENTS, iterate, newton_schulz, newton_schulz_ref
 from sosd_fast.testing import matrix
 
 
@@ -75,7 +75,7 @@ def test_every_form_keeps_the_band(device, shape, dtype, form, symmetric):
     G = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     before = G.clone()
     triples = COEFFICIENTS["muon"] * 5
-    X = _iterate(G, triples, 1e-7, form, symmetric)
+    X = iterate(G, triples, 1e-7, form, symmetric)
     assert X.dtype == dtype and X.shape == G.shape and torch.equal(G, before)
     truth = newton_schulz_ref(G.double(), triples)
     own = dtype == torch.bfloat16 and form == "plain" and not G.is_cuda  # iterates in bfloat16 itself
@@ -94,7 +94,7 @@ def test_half_precision_is_no_worse_than_the_plain_iteration_in_bfloat16(device,
     truth = newton_schulz_ref(G.double(), triples)
     plain = (newton_schulz_ref(G, triples).double() - truth).norm()
     for form, symmetric in FORMS:
-        error = (_iterate(G.half(), triples, 1e-7, form, symmetric).double() - truth).norm()
+        error = (iterate(G.half(), triples, 1e-7, form, symmetric).double() - truth).norm()
         assert error <= plain
 
 
@@ -118,7 +118,7 @@ def test_the_scale_of_a_matrix_does_not_matter(device, shape, dtype, form, symme
     powers = [0, *EXTREMES[dtype]]
     batch = torch.stack([(G.double() * 2.0**power).to(dtype) for power in powers])
     assert batch.isfinite().all()
-    X = _iterate(batch, COEFFICIENTS["muon"] * 5, 0.0, form, symmetric)
+    X = iterate(batch, COEFFICIENTS["muon"] * 5, 0.0, form, symmetric)
     assert X[0].abs().max() > 0.1
     for power, each in zip(powers, X, strict=True):
         assert torch.equal(each, X[0]), power

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [80, 90, 100])
 def test_resources(target):
     # a process of its own: in this one the kernels are the interpreter's

@@ -115,6 +115,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kill_9_at_ten_random_moments(tmp_path):
     """Each life of the writer resumes where the last one was killed, or a little before."""
     run, rng = tmp_path / "run", np.random.default_rng(0)

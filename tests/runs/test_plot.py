@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from sosd_fast.runs.plot import plot_run, variation_by_kind
+from sosd_fast.runs.curves import variation_by_kind
+from sosd_fast.runs.plot import plot_run
 from sosd_fast.runs.records import JsonLines, Record, RunWriter, load
 
 

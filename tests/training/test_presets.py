@@ -72,6 +72,7 @@ def test_dry_run_says_the_size(name, capsys):
     assert f"{RUNS[name]['batch_tokens']:,} tokens" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in RUNS if name.startswith("nano-")])
 def test_nano_runs_start(name, tmp_path, text):
     flags = ["--steps=2", "--context=32", "--batch-tokens=64", "--eval-sequences=2", "--quiet", "--device=cpu"]
@@ -87,6 +88,7 @@ def text(tmp_path):
     return file
 
 
+@pytest.mark.slow
 def test_gpt2_small_starts_with_its_real_shape(tmp_path, text):
     """A step of 64 tokens in bfloat16; the larger models start in `python -m bench.training --presets`."""
     flags = ["--steps=1", "--context=32", "--batch-tokens=64", "--no-compile", "--eval-sequences=1", "--tracker=off"]

@@ -1,4 +1,4 @@
-"""Folders of torch.distributed.checkpoint; tests/test_sharded.py reads what several ranks wrote."""
+"""Folders of torch.distributed.checkpoint; tests/distributed/test_sharded.py reads what several ranks wrote."""
 
 import os
 import pickle

@@ -35,6 +35,7 @@ def tiny(tmp_path, monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_all_ends_with_figures_numbers_and_every_claim(tiny, tmp_path, capsys):
     published = tmp_path / "published"
     status, out = tiny("all", "--seeds=2", f"--publish={published}")
@@ -104,6 +105,7 @@ def test_flags_after_two_dashes_go_to_every_run(tiny, capsys):
     assert "after --, got --steps=3" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_runs_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
     model = ("--model=gpt2-nano", "--batch-size=1")
     monkeypatch.setitem(reproduce.SCALES, "nano", reproduce.Scale(model, model, 2, 1, 2, ("--device=cpu",)))

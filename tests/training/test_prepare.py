@@ -18,7 +18,7 @@ from training.model import PRESETS, Config
 from training.prepare import Tokenizer, prepare
 from training.shards import Shards, read_shard, write_shard
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 WORDS = "the cat sat on a mat and saw that the dog had eaten all of its food".split()
 
 

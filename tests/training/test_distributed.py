@@ -19,6 +19,7 @@ from sosd_fast.testing import sd_distance
 from training import checkpoint
 from training import run as script
 
+pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("training_worker.py")
 FLAGS = ["--steps=6", "--batch-size=8", "--warmup=2", "--eval-every=3", "--eval-sequences=5", "--quiet", "--clip=1"]
 FLAGS += ["--device=cpu", "--weight-decay=0.1", "--tracker-k=4"]

@@ -1,0 +1,1 @@
+"""Records of a run: written, read, searched for phases, drawn, reported."""

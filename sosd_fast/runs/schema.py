@@ -1,0 +1,74 @@
+"""What a record holds, and the line of JSON that it becomes.
+
+A new metric is a field of `Record` with None as its default: columns, tables, Parquet files and lines of JSON take
+their names from the fields, and older run directories go on being read.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Line = dict[str, Any]  # a record as JSON, or as a row of a Parquet file
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """What was measured of one matrix at one step; None where it was not measured, NaN where it does not exist."""
+
+    step: int
+    name: str
+    shape: tuple[int, int]
+    method: str  # topk, gram32, gram64, bidiag64 (direct64 in records of 0.1.0) or exact
+    interval: int | None = None  # steps since the measurement that sd_variation compares with
+    sd_variation: float | None = None  # |SD_t - SD_s|_2
+    # What of it lies in the k leading values. Where method is topk, their sum is not known: `_topk` and `_carried`, the
+    # same with all values, take the others to be shaped as in the last full spectrum (1 to 3 % off with AdamW, up to
+    # 70 % early in training with Muon; LOG.md#topk-tail); `_floor` holds whatever they are, as far as the leading
+    # values do.
+    sd_variation_topk: float | None = None
+    sd_variation_carried: float | None = None
+    sd_variation_floor: float | None = None  # sd_variation is at least this
+    cosine: float | None = None  # to the reference spectrum
+    nuclear_norm: float | None = None
+    frobenius_norm: float | None = None
+    sigma_max: float | None = None
+    sigma_min: float | None = None
+    stable_rank: float | None = None
+    effective_rank: float | None = None
+    spectral_entropy: float | None = None  # nats
+    participation_ratio: float | None = None
+    sd_error: float | None = None  # |SD - SD_true|_2 is at most this
+    audit_error: float | None = None  # |SD - SD_true|_2, where the spectrum was audited
+    theory_bound: float | None = None  # on sd_variation, from the size of the update
+    # Leading singular values, descending; empty where a run directory left them out.
+    topk: tuple[float, ...] = dataclasses.field(default=(), repr=False)
+    residual: tuple[float, ...] | None = dataclasses.field(default=None, repr=False)  # of each, where method is topk
+    # All singular values, descending.
+    spectrum: NDArray[np.float32 | np.float64] | None = dataclasses.field(default=None, compare=False, repr=False)
+
+
+FLOATS = tuple(f.name for f in dataclasses.fields(Record) if f.type == float | None)
+
+
+def to_line(record: Record, pointer: list[int] | None) -> Line:
+    """Makes an object of JSON, which has no NaN: such values are left out, and "nan" lists their names."""
+    line: Line = {f: getattr(record, f) for f in Record.__dataclass_fields__ if f != "spectrum"}
+    nan = [f for f in FLOATS if line[f] is not None and not math.isfinite(line[f])]
+    line = {f: v for f, v in line.items() if v is not None and f not in nan and not (f == "topk" and not v)}
+    for f in ("topk", "residual"):
+        if f in line and not all(map(math.isfinite, line[f])):
+            nan.append(f)
+            line[f] = [len(line[f])]
+    return line | ({"nan": nan} if nan else {}) | ({"spectrum": pointer} if pointer else {})
+
+
+def from_line(line: Line) -> Record:
+    """Makes a record of the dict that a segment yields."""
+    values = {f: line[f] for f in Record.__dataclass_fields__ if f in line and f != "spectrum"}
+    for f in ("shape", "topk", "residual"):
+        if f in values:
+            values[f] = tuple(values[f])
+    return Record(**values)
