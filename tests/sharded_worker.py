@@ -12,7 +12,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from sosd_fast import newton_schulz
-from sosd_fast.distributed import sharded
+from sosd_fast.distributed import layout
+from sosd_fast.distributed.exchange import apply_to_whole
+from sosd_fast.distributed.spectra import RowShards
 from sosd_fast.matrices import find_matrices
 from sosd_fast.spectra.svdvals import spectra
 from sosd_fast.spectra.topk import topk_svdvals
@@ -67,10 +69,11 @@ if dist.get_rank() == 0:
     torch.save(whole.state_dict(), f"{sys.argv[2]}/whole.pt")
 
 expected = {m.name: m.tensor() for m in find_matrices(whole)}
-share = sharded.share(model, find_matrices(model))
+share = layout.share(model, find_matrices(model))
+shards = RowShards(share.matrices, share.group)
 names = [m.name for m in share.matrices]
 everyone = [None] * ranks
-dist.all_gather_object(everyone, (names, [names[i] for i in range(len(names)) if share.rows.mine(i)]))
+dist.all_gather_object(everyone, (names, [names[i] for i in range(len(names)) if shards.mine(i)]))
 assert sorted(name for _, own in everyone for name in own) == sorted(expected)  # each has one owner
 assert (share.rank, share.ranks) == (dist.get_rank(), ranks)
 if hybrid:
@@ -78,15 +81,15 @@ if hybrid:
 
 groups = {}
 for i in range(len(names)):
-    groups.setdefault((share.rows.shapes[i], share.matrices[i].parameter.dtype), []).append(i)
+    groups.setdefault((shards.shapes[i], share.matrices[i].parameter.dtype), []).append(i)
 methods, bits = {}, {}
 for at in groups.values():
     matrices = [expected[names[i]] for i in at]
-    assert tuple(matrices[0].shape) == share.rows.shapes[at[0]]
+    assert tuple(matrices[0].shape) == shards.shapes[at[0]]
     before = [m.parameter.to_local().clone() for m in share.matrices]
-    result = share.rows.spectra(at)
+    result = shards.spectra(at)
     ref = spectra([W.double() if W.isfinite().all() else W for W in matrices], "exact")
-    again = share.rows.spectra(at, previous=result.S)
+    again = shards.spectra(at, previous=result.S)
     for j, i in enumerate(at):
         methods[names[i]] = result.methods[j]
         if names[i] == "nan":
@@ -105,7 +108,7 @@ for at in groups.values():
     states = [None] * len(at)
     state = None
     for step in range(4):  # cold, then warm
-        S, residual, norms, states = share.rows.topk(at, k, states)
+        S, residual, norms, states = shards.topk(at, k, states)
         one = topk_svdvals(matrices, k, state=state)
         state = one.state
         for j, i in enumerate(at):
@@ -124,7 +127,7 @@ assert methods["tall"] == "gram32" and methods["graded"] == "gram64" and methods
 
 # A function of whole matrices, shared out
 several = [distribute_tensor(noisy(37, 23, seed=s), mesh, placements) for s in range(5)]
-done = sharded.on_whole([t.to_local() for t in several], several[0], newton_schulz)
+done = apply_to_whole([t.to_local() for t in several], several[0], newton_schulz)
 for s, (rows, before) in enumerate(zip(done, several, strict=True)):
     X = DTensor.from_local(rows, mesh, placements, shape=before.shape, stride=before.stride()).full_tensor()
     torch.testing.assert_close(X, newton_schulz(noisy(37, 23, seed=s)), rtol=0, atol=1e-5)
@@ -135,28 +138,29 @@ if not hybrid:
     net = fully_shard(nn.Sequential(nn.Linear(6, 9, bias=False)), mesh=mesh)
     with torch.no_grad():
         net(torch.ones(2, 6))
-    assert not sharded.is_sharded(net[0].weight)
-    assert sharded.share(net, find_matrices(net)).rows is not None and sharded.is_sharded(net[0].weight)
+    assert not layout.is_sharded(net[0].weight)
+    assert layout.share(net, find_matrices(net)).group is not None and layout.is_sharded(net[0].weight)
 
 # More ranks than matrices
 lone = nn.Module()
 lone.weight = nn.Parameter(distribute_tensor(noisy(9, 5), mesh, placements))
-few = sharded.share(lone, find_matrices(lone))
+few = layout.share(lone, find_matrices(lone))
+few_shards = RowShards(few.matrices, few.group)
 if few.matrices:
-    S = few.rows.spectra([0]).S[0]
+    S = few_shards.spectra([0]).S[0]
     assert sd_distance(S, torch.linalg.svdvals(noisy(9, 5).double())) < 1e-6
 count = [None] * ranks
-dist.all_gather_object(count, sum(few.rows.mine(i) for i in range(len(few.matrices))))
+dist.all_gather_object(count, sum(few_shards.mine(i) for i in range(len(few.matrices))))
 assert sum(count) == 1
 
 # What cannot be measured is named
 odd = nn.Module()
 odd.weight = nn.Parameter(distribute_tensor(noisy(8, 8), mesh, [Replicate(), Shard(1)] if hybrid else [Shard(1)]))
 try:
-    sharded.share(odd, find_matrices(odd))
+    layout.share(odd, find_matrices(odd))
     raise AssertionError("columns were taken for rows")
 except ValueError as error:
     assert "expected every parameter sharded by rows over one mesh, got weight" in str(error)
 
-print(SimpleNamespace(rank=dist.get_rank(), sent=share.rows.sent_bytes), "all as in one process", flush=True)
+print(SimpleNamespace(rank=dist.get_rank(), sent=shards.sent_bytes), "all as in one process", flush=True)
 dist.destroy_process_group()

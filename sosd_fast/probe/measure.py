@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sosd_fast.distributed.sharded import RowShards, cost, shape_of
+from sosd_fast.distributed.layout import cost, shape_of
+from sosd_fast.distributed.spectra import RowShards
 from sosd_fast.kernels import largest_entry, power_of_two
 from sosd_fast.kernels.distribution import singular_distribution
 from sosd_fast.matrices import Matrix

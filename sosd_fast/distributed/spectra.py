@@ -1,6 +1,4 @@
-"""Spectra of weights that several ranks hold: whole ones (DDP), rows of them (FSDP2), or both (hybrid sharding).
-
-Replicas share the matrices out by cost and need not communicate. With rows over ranks, W = [W_1; W_2; ...] (m, n):
+"""Spectra of matrices whose rows several ranks hold, W = [W_1; W_2; ...] (m, n), the same on every rank.
 
     m >= n   each rank sends its part W_p^T W_p of the Gram matrix, one triangle, to the matrix's owner, who sums them
              in the order of ranks; the leading values take two sums over ranks, of (k + oversamples) n and its square
@@ -9,158 +7,27 @@ Replicas share the matrices out by cost and need not communicate. With rows over
 Owners then tell all ranks the spectra, so that every rank carries the same state and takes the same decisions.
 """
 
-import dataclasses
-import weakref
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sosd_fast import kernels
+from sosd_fast.distributed.exchange import Exchange
+from sosd_fast.distributed.layout import assign, cost, local_rows, row_range, shape_of
 from sosd_fast.matrices import Matrix
 from sosd_fast.spectra.svdvals import SD_TOLERANCE, Spectra, _bounds, _sufficient, spectra
 from sosd_fast.spectra.topk import State, iterate, stacked, topk_svdvals
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-    from torch.distributed.tensor import DTensor
 
 METHODS = ("gram32", "gram64", "direct64", "exact")
 CHUNK_BYTES = 64 * 2**20  # sent at a time
 
-# Models that the ranks of a group hold copies of, though nothing about them says so: what a Trainer passes to callbacks
-copies: "weakref.WeakKeyDictionary[nn.Module, ProcessGroup]" = weakref.WeakKeyDictionary()
 
-
-class Share(NamedTuple):
-    """What one rank measures of a model's matrices."""
-
-    matrices: list[Matrix]  # those of this rank's replica
-    parameters: list[Tensor]  # of all matrices
-    rows: "RowShards | None"  # where they are sharded
-    rank: int  # of all ranks
-    ranks: int
-
-
-def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether a tensor is a `torch.distributed.tensor.DTensor`."""
-    return hasattr(tensor, "placements")
-
-
-def shape_of(matrix: Matrix) -> tuple[int, int]:
-    """The (m, n) of a matrix, without touching its values."""
-    whole = torch.empty(matrix.parameter.shape, device="meta")
-    m, n = dataclasses.replace(matrix, parameter=whole).tensor().shape
-    return m, n
-
-
-def cost(shape: tuple[int, int]) -> float:
-    """What the full spectrum of an (m, n) matrix costs, in units of a product's operations (LOG.md, CPU)."""
-    r = min(shape)
-    return r * r * max(shape) + 2.2 * r**3
-
-
-def assign(costs: Sequence[float], parts: int) -> list[int]:
-    """Shares work out: the longest first, each to the part that has least so far.
-
-    Args:
-        costs: of each item.
-        parts: how many.
-
-    Returns:
-        The part of each item. No part has more than 4/3 - 1/(3 parts) times the best maximum.
-
-    Source: Graham, Bounds on Multiprocessing Timing Anomalies (1969).
-    """
-    total, part = [0.0] * parts, [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        part[i] = min(range(parts), key=total.__getitem__)
-        total[part[i]] += costs[i]
-    return part
-
-
-def share(model: nn.Module, matrices: list[Matrix]) -> Share:
-    """Finds what this rank measures.
-
-    Args:
-        model: DistributedDataParallel, among `copies`, sharded by `fully_shard`, or none of these.
-        matrices: all of its matrices, in the same order on every rank.
-
-    Raises:
-        ValueError: a parameter that is sharded other than by rows over one dimension of a mesh, or parameters on
-            several meshes.
-    """
-    model = getattr(model, "_orig_mod", model)
-    parameters = [m.parameter for m in matrices]
-    sharded = [p for p in parameters if is_sharded(p)]
-    if not sharded:
-        ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-        group = model.process_group if ddp else copies.get(model)
-        if group is None:
-            return Share(matrices, parameters, None, 0, 1)
-        rank, ranks = group.rank(), group.size()
-        return Share(_own(matrices, rank, ranks), parameters, None, rank, ranks)
-    mesh, placements = sharded[0].device_mesh, sharded[0].placements
-    for m in matrices:
-        p = m.parameter
-        rows = [d for d, each in enumerate(getattr(p, "placements", ())) if each.is_shard(0)]
-        if not is_sharded(p) or len(rows) != 1 or p.placements != placements or p.device_mesh != mesh:
-            raise ValueError(
-                f"track: expected every parameter sharded by rows over one mesh, got {m.name} with "
-                f"placements={getattr(p, 'placements', None)}. Use fully_shard, or exclude the parameter."
-            )
-    if any(not (p.is_shard(0) or p.is_replicate()) for p in placements) or mesh.ndim > 2:
-        raise ValueError(
-            f"track: expected rows sharded over one dimension and copies over another, got placements={placements}. "
-            "Use fully_shard with a mesh of one or two dimensions."
-        )
-    at = next(d for d, each in enumerate(placements) if each.is_shard(0))
-    replica, replicas = (mesh.get_local_rank(1 - at), mesh.size(1 - at)) if mesh.ndim == 2 else (0, 1)
-    group = mesh.get_group(at)
-    own = _own(matrices, replica, replicas)
-    rank = replica * group.size() + group.rank()
-    return Share(own, parameters, RowShards(own, group), rank, replicas * group.size())
-
-
-def _own(matrices, part, parts):
-    parts_of = assign([cost(shape_of(m)) for m in matrices], parts)
-    return [m for m, p in zip(matrices, parts_of, strict=True) if p == part]
-
-
-def held(matrix: Matrix, rank: int, ranks: int) -> tuple[int, int]:
-    """The rows (first, end) of a matrix that a rank holds, by the rule of Shard(0): ceil(rows / ranks) each."""
-    rows = matrix.parameter.shape[0]
-    chunk = -(-rows // ranks)
-    start, stop = min(rank * chunk, rows), min((rank + 1) * chunk, rows)
-    if matrix.index:  # a stack: the rank has the whole matrix or nothing of it
-        return (0, shape_of(matrix)[0]) if start <= matrix.index[0] < stop else (0, 0)
-    if matrix.part is None or matrix.part[0] == 1:
-        return start, stop
-    _, offset, length = matrix.part
-    first, end = (min(max(row - offset, 0), length) for row in (start, stop))
-    return first, end
-
-
-def local_rows(matrix: Matrix, rank: int, ranks: int) -> Tensor:
-    """This rank's rows of a matrix of a row-sharded parameter, (m_p, n); none where it holds none."""
-    p = matrix.parameter
-    assert is_sharded(p)
-    local, start = p.to_local().detach(), rank * -(-p.shape[0] // ranks)
-    first, end = held(matrix, rank, ranks)
-    if matrix.index:
-        return local[(matrix.index[0] - start, *matrix.index[1:])] if end else local.new_empty(0, p.shape[-1])
-    if matrix.flatten:
-        return local.flatten(1)
-    if matrix.part is None:
-        return local
-    dim, offset, length = matrix.part
-    if dim == 1:
-        return local.narrow(1, offset, length)
-    return local.narrow(0, offset + first - start if end > first else 0, end - first)
-
-
-class RowShards:
+class RowShards(Exchange):
     """Matrices whose rows the ranks of a group hold. All ranks make the same calls, in the same order.
 
     Args:
@@ -168,22 +35,18 @@ class RowShards:
         group: the ranks.
 
     Attributes:
+        shapes: (m, n) of each matrix.
         owner: of each matrix, its rank in the group.
-        sent_bytes: what this rank has sent to others so far.
     """
 
     def __init__(self, matrices: list[Matrix], group: "ProcessGroup"):
-        import torch.distributed as dist
-
-        self._dist, self._group = dist, group
-        self.rank, self.ranks = group.rank(), group.size()
+        super().__init__(group)
         self.matrices = matrices
         self.shapes = [shape_of(m) for m in matrices]
         self.owner = assign([cost(shape) for shape in self.shapes], self.ranks)
-        self.sent_bytes = 0
         self._triangles: dict[int, Tensor] = {}
         self._device = matrices[0].parameter.device if matrices else torch.device("cpu")
-        ranges = [[held(m, p, self.ranks) for m in matrices] for p in range(self.ranks)]
+        ranges = [[row_range(m, p, self.ranks) for m in matrices] for p in range(self.ranks)]
         self._counts = [[end - first for first, end in own] for own in ranges]  # [rank][matrix]
 
     def mine(self, i: int) -> bool:
@@ -194,11 +57,9 @@ class RowShards:
         """This rank's rows of a matrix."""
         return local_rows(self.matrices[i], self.rank, self.ranks)
 
-    def agree(self, value):
+    def broadcast_object(self, value):
         """The first rank's value, on every rank."""
-        values = [value]
-        self._dist.broadcast_object_list(values, group=self._group, group_src=0, device=self._device)
-        return values[0]
+        return super().broadcast_object(value, self._device)
 
     def spectra(self, indices: Sequence[int], method: str = "auto", previous: Tensor | None = None) -> Spectra:
         """`sosd_fast.spectra.svdvals.spectra` of matrices of one shape and dtype, the same on every rank."""
@@ -281,12 +142,6 @@ class RowShards:
         S, residual = self.sum(found)
         return S, residual, norms, kept
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Sums a tensor over the ranks, in place."""
-        self._dist.all_reduce(values, group=self._group)
-        self.sent_bytes += 2 * values.nbytes * (self.ranks - 1) // self.ranks  # a ring's
-        return values
-
     def _told(self, found: Tensor, r: int) -> Spectra:
         told = self.sum(found.clone())
         names = tuple(METHODS[int(name)] for name in told[:, -1].tolist())
@@ -297,10 +152,6 @@ class RowShards:
         positions = list(positions)
         return [positions[i : i + step] for i in range(0, len(positions), step)]
 
-    def _exchange(self, outgoing: list[Tensor], sizes: list[int]) -> list[Tensor]:
-        self.sent_bytes += sum(part.nbytes for q, part in enumerate(outgoing) if q != self.rank)
-        return _exchange(self._group, outgoing, sizes)
-
     def _gather(self, indices: Sequence[int]) -> list[Tensor]:
         """The whole matrices that this rank owns among those given."""
         n = self.shapes[indices[0]][1]
@@ -310,7 +161,7 @@ class RowShards:
         outgoing = [torch.cat([empty, *(rows[i] for i in of[q])]) for q in range(self.ranks)]
         own = of[self.rank]
         counts = [[self._counts[p][i] * n for i in own] for p in range(self.ranks)]
-        parts = self._exchange(outgoing, list(map(sum, counts)))
+        parts = self.all_to_all(outgoing, list(map(sum, counts)))
         pieces = [part.split(sizes) for part, sizes in zip(parts, counts, strict=True)] if own else []
         return [torch.cat([pieces[p][j] for p in range(self.ranks)]).view(-1, n) for j in range(len(own))]
 
@@ -329,7 +180,7 @@ class RowShards:
                     outgoing[self.owner[i]].append((A.mT @ A)[triangle])
         own = [j for j, i in enumerate(indices) if self.mine(i)]
         held = [[j for j in own if self._counts[p][indices[j]]] for p in range(self.ranks)]
-        parts = self._exchange([torch.cat(part) for part in outgoing], [size * len(js) for js in held])
+        parts = self.all_to_all([torch.cat(part) for part in outgoing], [size * len(js) for js in held])
         packed = torch.zeros(len(own), size, dtype=dtype, device=self._device)
         for part, js in zip(parts, held, strict=True):
             for position, piece in zip(js, part.view(-1, size), strict=True):
@@ -343,8 +194,7 @@ class RowShards:
         zero = torch.zeros((), dtype=torch.float64, device=self._device)
         largest = torch.stack([torch.linalg.vector_norm(A, torch.inf).double() if A.numel() else zero for A in rows])
         largest = largest.nan_to_num(torch.inf, torch.inf)
-        self._dist.all_reduce(largest, self._dist.ReduceOp.MAX, group=self._group)
-        finite = torch.isfinite(largest)
+        finite = torch.isfinite(self.maximum(largest))
         tame = (largest > 2.0**-30) & (largest < 2.0**30)
         # Beyond 2^-126 a float32 power has no inverse.
         exponent = torch.frexp(torch.where(finite & (largest > 0), largest, 1.0)).exponent.clamp(-126, 126)
@@ -388,43 +238,3 @@ class _RowOperator:
     def gram(self, Y: list[Tensor]) -> Tensor:
         """(W V^T)^T (W V^T), summed over the ranks."""
         return self.shards.sum(torch.stack([y @ y.mT for y in Y]))
-
-
-def on_whole(rows: list[Tensor], like: "DTensor", function: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Applies a function of whole matrices to row-sharded ones of one shape, each rank to its share of them.
-
-    Args:
-        rows: (m_p, n), this rank's rows of each. Not modified.
-        like: a DTensor (m, n) that is sharded as they are.
-        function: (B, m, n) -> (B, m, n), of any B.
-
-    Returns:
-        This rank's rows of the results.
-    """
-    m, n = like.shape
-    group = like.device_mesh.get_group(next(d for d, each in enumerate(like.placements) if each.is_shard(0)))
-    rank, ranks = group.rank(), group.size()
-    ends = [min(p * -(-m // ranks), m) for p in range(ranks + 1)]
-    counts = [end - start for start, end in zip(ends, ends[1:], strict=False)]
-    of = [rows[q::ranks] for q in range(ranks)]
-    own = len(of[rank])
-    empty = rows[0].reshape(-1)[:0]
-    outgoing = [torch.cat([empty, *(each.reshape(-1) for each in share)]) for share in of]
-    parts = _exchange(group, outgoing, [own * count * n for count in counts])
-    whole = torch.cat([part.view(own, count, n) for part, count in zip(parts, counts, strict=True)], dim=1)
-    done = (function(whole) if own else whole).split(counts, dim=1)
-    parts = _exchange(group, [part.reshape(-1) for part in done], [len(share) * counts[rank] * n for share in of])
-    result = list(rows)
-    for q, part in enumerate(parts):
-        result[q::ranks] = part.view(len(of[q]), counts[rank], n).unbind(0)
-    return result
-
-
-def _exchange(group: "ProcessGroup", outgoing: list[Tensor], sizes: list[int]) -> list[Tensor]:
-    """Sends outgoing[q] to rank q and returns what came from each, of the sizes given."""
-    import torch.distributed as dist
-
-    flat = torch.cat(outgoing)
-    received = flat.new_empty(sum(sizes))
-    dist.all_to_all_single(received, flat, sizes, [len(part) for part in outgoing], group=group)
-    return list(received.split(sizes))
