@@ -7,7 +7,8 @@
 Owners then tell all ranks the spectra, so that every rank carries the same state and takes the same decisions.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,8 +18,9 @@ from sosd_fast import kernels
 from sosd_fast.distributed.exchange import Exchange
 from sosd_fast.distributed.layout import assign, cost, local_rows, row_range, shape_of
 from sosd_fast.matrices import Matrix
+from sosd_fast.spectra.products import Products, State, cold_state, stacked
 from sosd_fast.spectra.svdvals import SD_TOLERANCE, Spectra, _bounds, _sufficient, spectra
-from sosd_fast.spectra.topk import State, iterate, stacked, topk_svdvals
+from sosd_fast.spectra.topk import iterate, subspace_step, topk_svdvals
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,6 +47,7 @@ class RowShards(Exchange):
         self.shapes = [shape_of(m) for m in matrices]
         self.owner = assign([cost(shape) for shape in self.shapes], self.ranks)
         self._triangles: dict[int, Tensor] = {}
+        self._said = False  # that a matrix could not be measured
         self._device = matrices[0].parameter.device if matrices else torch.device("cpu")
         ranges = [[row_range(m, p, self.ranks) for m in matrices] for p in range(self.ranks)]
         self._counts = [[end - first for first, end in own] for own in ranges]  # [rank][matrix]
@@ -76,7 +79,9 @@ class RowShards(Exchange):
                 matrices = self._gather([indices[j] for j in at])
                 if own:
                     before = None if previous is None else previous[own]
-                    for j, *values in zip(own, *spectra(matrices, method, before), strict=True):
+                    nan = found.new_full((r,), torch.nan)
+                    missing = nan, nan, nan[0], "gram32" if method == "auto" else method
+                    for j, values in zip(own, self._survivors(spectra, missing, matrices, method, before), strict=True):
                         keep(j, *values)
 
         if m < n or method in ("exact", "direct64"):
@@ -101,7 +106,8 @@ class RowShards(Exchange):
                 for chunk in self._chunks(at, dtype.itemsize * n * (n + 1) // 2):
                     own, G = self._grams([indices[j] for j in chunk], scale[chunk], finite[chunk], dtype)
                     if own:
-                        S = torch.linalg.eigvalsh(G).flip(-1).double().clamp(min=0).sqrt()
+                        values = self._survivors(lambda G: (torch.linalg.eigvalsh(G),), (G[0, 0] * torch.nan,), G)
+                        S = torch.stack([S for (S,) in values]).flip(-1).double().clamp(min=0).sqrt()
                         bound, sd_error = _bounds(S, torch.finfo(dtype).eps, m, squared=True)
                         for j, *values in zip([chunk[o] for o in own], S, bound, sd_error, strict=True):
                             values = [torch.where(finite[j], v, torch.nan) for v in values]
@@ -116,31 +122,72 @@ class RowShards(Exchange):
         """`topk_svdvals` of matrices of one shape and dtype.
 
         Returns:
-            S (B, k), residual (B, k) and Frobenius norms (B,), the same on every rank, and the states for the next
-            call, None where only the owner has one.
+            S (B, k), residual (B, k) and Frobenius norms (B,), NaN where a matrix is not finite, the same on every
+            rank, and the states for the next call, None where only the owner has one.
         """
         m, n = self.shapes[indices[0]]
-        rows = [self.local(i) for i in indices]
-        norms = self.sum(torch.stack([A.double().square().sum() for A in rows])).sqrt()
+        count, rows = len(indices), [self.local(i) for i in indices]
+        dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
+        largest = self._largest(rows)
+        power = kernels.power_of_two(largest.where(largest > 0, 1.0))  # in float64 its inverse is normal
+        squares = torch.stack([(A.double() / p).square().sum() for A, p in zip(rows, power, strict=True)])
+        norms = torch.where(largest.isfinite(), self.sum(squares).sqrt() * power, torch.nan)
         if m >= n:
-            dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
-            operator = _RowOperator([A.to(dtype) for A in rows], self)
-            state = stacked(states)
+            products = Products(torch, [A[None] for A in rows], largest, self.sum)
+            state, b = stacked(states), min(k + 8, n)
+            start = state or cold_state(torch, count, b, n, dtype, self._device)
+            step = functools.partial(subspace_step, products)
             with kernels.full_precision(self._device.type):
-                S, residual, V, P = iterate(torch, operator, (len(rows),), n, k, min(k + 8, n), state)
+                on_host = self._device.type == "cpu"
+                S, residual, V, P = iterate(step, *start, k, cold=state is None, look=on_host)
             return S, residual, norms, [State(*each) for each in zip(V, P, strict=True)]
-        found = torch.zeros(2, len(rows), k, dtype=torch.float64, device=self._device)
-        kept: list[State | None] = [None] * len(rows)
-        for at in self._chunks(range(len(rows)), 4 * m * n // self.ranks):
+        found = torch.zeros(2, count, k, dtype=torch.float64, device=self._device)
+        kept: list[State | None] = [None] * count
+        for at in self._chunks(range(count), 4 * m * n // self.ranks):
             own = [j for j in at if self.mine(indices[j])]
             matrices = self._gather([indices[j] for j in at])
             if own:
-                S, residual, state = topk_svdvals(matrices, k, state=stacked([states[j] for j in own]))
-                found[0, own], found[1, own] = S.double(), residual.double()
-                for j, *each in zip(own, *state, strict=True):
-                    kept[j] = State(*each)
+                missing = found[0, 0] * torch.nan, found[0, 0] * torch.nan, None
+                state = stacked([states[j] for j in own])
+                for j, each in zip(own, self._survivors(_leading, missing, matrices, k, state), strict=True):
+                    found[0, j], found[1, j], kept[j] = each
         S, residual = self.sum(found)
         return S, residual, norms, kept
+
+    def _survivors(self, function: Callable, missing: tuple, batch, *arguments) -> list[tuple]:
+        """The results of a function for each matrix of a batch, `missing` for those for which it raises.
+
+        The other ranks wait for this one at the next collective: an exception must not keep it from there.
+
+        Args:
+            function: returns a tuple of sequences over the batch.
+            missing: the results for a matrix for which it raises.
+            batch: its first argument, which can be sliced.
+            arguments: the others; a tensor or a `State` belongs to the batch and is sliced with it.
+        """
+
+        def part(value, at: slice):
+            if isinstance(value, State):
+                return State(*(each[at] for each in value))
+            return value[at] if isinstance(value, Tensor) else value
+
+        found = []
+        for at in (slice(None), *(slice(i, i + 1) for i in range(len(batch)))):
+            try:
+                found += zip(*function(batch[at], *(part(each, at) for each in arguments)), strict=True)
+            except Exception as error:
+                if at == slice(None):
+                    continue
+                found.append(missing)
+                if not self._said:
+                    self._said = True
+                    kernels.log.warning(
+                        "sosd_fast: rank %d could not measure a row-sharded matrix, which is recorded as NaN: %r. "
+                        "Others that fail are not named.", self.rank, error,
+                    )  # fmt: skip
+            if at == slice(None):
+                break
+        return found
 
     def _told(self, found: Tensor, r: int) -> Spectra:
         told = self.sum(found.clone())
@@ -189,52 +236,22 @@ class RowShards(Exchange):
         G[:, triangle[0], triangle[1]] = packed
         return own, G
 
-    def _scales(self, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Powers of two that bring the matrices near 1, where they are not, and whether all entries are finite."""
+    def _largest(self, rows: list[Tensor]) -> Tensor:
+        """The largest entry of each matrix (B,), float64; Inf where one is not finite."""
         zero = torch.zeros((), dtype=torch.float64, device=self._device)
         largest = torch.stack([torch.linalg.vector_norm(A, torch.inf).double() if A.numel() else zero for A in rows])
-        largest = largest.nan_to_num(torch.inf, torch.inf)
-        finite = torch.isfinite(self.maximum(largest))
+        return self.maximum(largest.nan_to_num(torch.inf, torch.inf))
+
+    def _scales(self, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Powers of two that bring the matrices near 1, where they are not, and whether all entries are finite."""
+        largest = self._largest(rows)
+        finite = torch.isfinite(largest)
         tame = (largest > 2.0**-30) & (largest < 2.0**30)
-        # Beyond 2^-126 a float32 power has no inverse.
-        exponent = torch.frexp(torch.where(finite & (largest > 0), largest, 1.0)).exponent.clamp(-126, 126)
-        return torch.where(tame, 1.0, torch.ldexp(torch.ones_like(largest), -exponent)), finite
+        dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32  # in which the inverse is normal
+        power = kernels.power_of_two(torch.where(finite & (largest > 0), largest, 1.0).to(dtype)).double()
+        return torch.where(tame, 1.0, 1 / power), finite
 
 
-class _RowOperator:
-    """Products with row-sharded matrices, as `sosd_fast.spectra.topk` takes them; of W V^T each rank has its rows."""
-
-    def __init__(self, rows: list[Tensor], shards: RowShards):
-        self.rows, self.shards = rows, shards
-        self.scale, self.finite = shards._scales(rows)
-        self.plain = bool((self.finite & (self.scale == 1)).all())
-        self.like = rows[0]
-
-    def advance(self, V: Tensor, P: Tensor | None) -> None:  # noqa: ARG002
-        """There is no fused step over ranks."""
-
-    def unscaled(self, x: Tensor) -> Tensor:
-        """Values of the scaled matrices, (B, b), as values of the matrices."""
-        return x / self.scale[:, None].to(x.dtype)
-
-    def rescale(self):
-        """The scale is known from the start; what it does not mend remains."""
-
-    def mul(self, V: Tensor) -> list[Tensor]:
-        """This rank's columns of (W V^T)^T."""
-        Y = [v @ A.mT for v, A in zip(V, self.rows, strict=True)]
-        if self.plain:
-            return Y
-        scale = self.scale.to(V.dtype)
-        return [torch.where(ok, y * s, 0.0) for y, s, ok in zip(Y, scale, self.finite, strict=True)]
-
-    def tmul(self, Y: list[Tensor]) -> Tensor:
-        """(W^T Y^T)^T, summed over the ranks."""
-        Z = self.shards.sum(torch.stack([y @ A for y, A in zip(Y, self.rows, strict=True)]))
-        if self.plain:
-            return Z
-        return torch.where(self.finite[:, None, None], Z * self.scale[:, None, None].to(Z.dtype), 0.0)
-
-    def gram(self, Y: list[Tensor]) -> Tensor:
-        """(W V^T)^T (W V^T), summed over the ranks."""
-        return self.shards.sum(torch.stack([y @ y.mT for y in Y]))
+def _leading(matrices: list[Tensor], k: int, state: State | None):
+    S, residual, state = topk_svdvals(matrices, k, state=state)
+    return S.double(), residual.double(), [State(*each) for each in zip(*state, strict=True)]
