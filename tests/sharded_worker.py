@@ -2,6 +2,7 @@
 
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -11,8 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from sosd_fast import newton_schulz
+from sosd_fast import kernels, newton_schulz
 from sosd_fast.distributed import layout
+from sosd_fast.distributed import spectra as module
 from sosd_fast.distributed.exchange import apply_to_whole
 from sosd_fast.distributed.spectra import RowShards
 from sosd_fast.matrices import find_matrices
@@ -141,6 +143,33 @@ if not hybrid:
     assert not layout.is_sharded(net[0].weight)
     assert layout.share(net, find_matrices(net)).group is not None and layout.is_sharded(net[0].weight)
 
+# What is beyond the range of squares and of sums of products, and float64 that is so
+extremes = nn.Module()
+for name, W in {
+    "huge": noisy(45, 30) * 2.7e37,  # the largest value is 3.3e38, near the end of the range
+    "huge_wide": noisy(30, 45) * 2.7e37,
+    "huge64": noisy(45, 30).double() * 1e300,
+    "tiny64": noisy(45, 30).double() * 1e-300,
+    "subnormal": noisy(45, 30) * 1e-39,
+}.items():
+    extremes.register_parameter(name, nn.Parameter(distribute_tensor(W, mesh, placements)))
+    setattr(whole, name, nn.Parameter(W))
+found = find_matrices(extremes)
+held = layout.share(extremes, found)
+shards = RowShards(held.matrices, held.group)
+for i, m in enumerate(held.matrices):
+    W = dict(whole.named_parameters())[m.name].detach()
+    scale = float(W.abs().max())
+    S_ref = torch.linalg.svdvals(W.double() / scale)
+    states = [None]
+    for _ in range(3):
+        S, residual, norms, states = shards.topk([i], 3, states)
+        assert residual.isfinite().all(), m.name
+    assert ((S[0].double() / scale - S_ref[:3]).abs() <= 1e-4 * S_ref[0]).all(), (m.name, S[0].double() / scale, S_ref)
+    assert abs(norms[0] / scale - S_ref.norm()) <= 1e-5 * S_ref.norm(), m.name
+    spectrum = shards.spectra([i])
+    assert ((spectrum.S[0] / scale - S_ref).abs() <= spectrum.bound[0] / scale + 1e-12).all(), m.name
+
 # More ranks than matrices
 lone = nn.Module()
 lone.weight = nn.Parameter(distribute_tensor(noisy(9, 5), mesh, placements))
@@ -152,6 +181,51 @@ if few.matrices:
 count = [None] * ranks
 dist.all_gather_object(count, sum(few_shards.mine(i) for i in range(len(few.matrices))))
 assert sum(count) == 1
+
+# An owner that fails answers NaN for that matrix, and nobody waits for it
+failing = nn.Module()
+for name, (*shape, seed) in {"a": (30, 20, 0), "b": (30, 20, 1), "wide": (20, 30, 0), "wide2": (20, 30, 1)}.items():
+    failing.register_parameter(name, nn.Parameter(distribute_tensor(noisy(*shape, seed=seed), mesh, placements)))
+held = layout.share(failing, find_matrices(failing))
+shards = RowShards(held.matrices, held.group)
+warnings = []
+kernels.log.addFilter(lambda record: warnings.append(record.getMessage()))
+names = [m.name for m in held.matrices]
+
+
+def fails_for(function, bad):
+    """A function of a batch that raises where the batch holds a matrix of this trace."""
+
+    def broken(batch, *arguments, **options):
+        if any(torch.allclose(A.diagonal().sum(), bad.to(A.dtype)) for A in batch):
+            raise torch.linalg.LinAlgError("did not converge")
+        return function(batch, *arguments, **options)
+
+    return broken
+
+
+for shape, pair in {(30, 20): ("a", "b"), (20, 30): ("wide", "wide2")}.items():
+    at = [i for i, name in enumerate(names) if name in pair]
+    if not at:  # the other replica's
+        continue
+    W = getattr(failing, names[at[0]]).full_tensor().detach()
+    good = shards.spectra(at).S
+    top = shards.topk(at, 3, [None] * len(at))[0]
+    bad, bad_gram = W.diagonal().sum(), (W.mT @ W).tril().diagonal().sum()
+    with (
+        mock.patch.object(module, "spectra", fails_for(module.spectra, bad)),
+        mock.patch.object(module, "topk_svdvals", fails_for(module.topk_svdvals, bad)),
+        mock.patch.object(torch.linalg, "eigvalsh", fails_for(torch.linalg.eigvalsh, bad_gram)),
+    ):
+        result = shards.spectra(at)
+        S, _, _, states = shards.topk(at, 3, [None] * len(at))
+    assert result.S[0].isnan().all() and result.sd_error[0].isnan() and torch.equal(result.S[1:], good[1:])
+    if shape[0] < shape[1]:  # the others have no owner
+        assert S[0].isnan().all() and states[0] is None and torch.equal(S[1:], top[1:])
+told = [None] * ranks
+dist.all_gather_object(told, warnings)
+assert any(told) and all(len(own) <= 1 for own in told), told
+assert all("recorded as NaN: _LinAlgError('did not converge')" in text for own in told for text in own), told
 
 # What cannot be measured is named
 odd = nn.Module()

@@ -183,7 +183,7 @@ class RowShards(Exchange):
                     self._said = True
                     kernels.log.warning(
                         "sosd_fast: rank %d could not measure a row-sharded matrix, which is recorded as NaN: %r. "
-                        "Others that fail are not named.", self.rank, error,
+                        "This is said once.", self.rank, error,
                     )  # fmt: skip
             if at == slice(None):
                 break

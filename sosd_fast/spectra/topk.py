@@ -205,7 +205,7 @@ def subspace_step(products: Products, V, P) -> tuple[Any, Any, Any, Any]:
     # |W^T u - s v|, divided by the root: a quotient of squares could overflow
     residual = xp.sqrt(xp.sum((Z - rho * V) ** 2, axis=-1)) / xp.sqrt(divisor[..., 0])
 
-    D = (_PACE * (Z - H @ V) / divisor + P)[:, : n - b, :]  # no more directions than there is room for
+    D = (_PACE * (Z - H @ V) / divisor + P)[:, : min(b, n - b), :]  # no more directions than there is room for
     for _ in range(2):  # the first leaves rounding along V, which is all there is of D where V has everything
         D = unit_rows(xp, D)
         D = D - (D @ transposed(xp, V)) @ V
