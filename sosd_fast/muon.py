@@ -1,6 +1,7 @@
 """The Muon optimizer, with the arguments and the update rule of `torch.optim.Muon`."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ class Muon(torch.optim.Optimizer):
             group.setdefault("split", 1)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None) -> Any:  # the loss, or None without a closure
         """Performs one step; `closure` reevaluates the loss and returns it."""
         loss = None
         if closure is not None:

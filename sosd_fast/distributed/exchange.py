@@ -20,6 +20,7 @@ class Exchange:
 
     Args:
         group: the ranks.
+        device: the one that the group communicates on.
 
     Attributes:
         rank: of this process in the group.
@@ -27,10 +28,10 @@ class Exchange:
         sent_bytes: what this rank has sent to others so far.
     """
 
-    def __init__(self, group: "ProcessGroup"):
+    def __init__(self, group: "ProcessGroup", device: torch.device):
         import torch.distributed as dist  # not every torch is built with it
 
-        self._dist, self._group = dist, group
+        self._dist, self._group, self._device = dist, group, device
         self.rank, self.ranks = group.rank(), group.size()
         self.sent_bytes = 0
 
@@ -46,10 +47,10 @@ class Exchange:
         self.sent_bytes += 2 * values.nbytes * (self.ranks - 1) // self.ranks
         return values
 
-    def broadcast_object(self, value: T, device: torch.device | None = None) -> T:
-        """The first rank's value, on every rank; `device` is the one that the group communicates on."""
+    def broadcast_object(self, value: T) -> T:
+        """The first rank's value, on every rank."""
         values = [value]
-        self._dist.broadcast_object_list(values, group=self._group, group_src=0, device=device)
+        self._dist.broadcast_object_list(values, group=self._group, group_src=0, device=self._device)
         return values[0]
 
     def all_to_all(self, outgoing: list[Tensor], sizes: list[int]) -> list[Tensor]:
@@ -73,7 +74,7 @@ def apply_to_whole(rows: list[Tensor], like: "DTensor", function: Callable[[Tens
         This rank's rows of the results.
     """
     m, n = like.shape
-    exchange = Exchange(like.device_mesh.get_group(row_dimension(like)))
+    exchange = Exchange(like.device_mesh.get_group(row_dimension(like)), rows[0].device)
     rank, ranks = exchange.rank, exchange.ranks
     ends = [min(p * -(-m // ranks), m) for p in range(ranks + 1)]
     counts = [end - start for start, end in zip(ends, ends[1:], strict=False)]

@@ -7,6 +7,7 @@
 Owners then tell all ranks the spectra, so that every rank carries the same state and takes the same decisions.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -42,13 +43,12 @@ class RowShards(Exchange):
     """
 
     def __init__(self, matrices: list[Matrix], group: "ProcessGroup"):
-        super().__init__(group)
+        super().__init__(group, matrices[0].parameter.device if matrices else torch.device("cpu"))
         self.matrices = matrices
         self.shapes = [shape_of(m) for m in matrices]
         self.owner = assign([cost(shape) for shape in self.shapes], self.ranks)
         self._triangles: dict[int, Tensor] = {}
         self._said = False  # that a matrix could not be measured
-        self._device = matrices[0].parameter.device if matrices else torch.device("cpu")
         ranges = [[row_range(m, p, self.ranks) for m in matrices] for p in range(self.ranks)]
         self._counts = [[end - first for first, end in own] for own in ranges]  # [rank][matrix]
 
@@ -59,10 +59,6 @@ class RowShards(Exchange):
     def local(self, i: int) -> Tensor:
         """This rank's rows of a matrix."""
         return local_rows(self.matrices[i], self.rank, self.ranks)
-
-    def broadcast_object(self, value):
-        """The first rank's value, on every rank."""
-        return super().broadcast_object(value, self._device)
 
     def spectra(self, indices: Sequence[int], method: str = "auto", previous: Tensor | None = None) -> Spectra:
         """`sosd_fast.spectra.svdvals.spectra` of matrices of one shape and dtype, the same on every rank."""
@@ -166,18 +162,21 @@ class RowShards(Exchange):
             arguments: the others; a tensor or a `State` belongs to the batch and is sliced with it.
         """
 
-        def part(value, at: slice):
-            if isinstance(value, State):
-                return State(*(each[at] for each in value))
-            return value[at] if isinstance(value, Tensor) else value
+        def results(at: slice) -> list[tuple]:
+            parts = []
+            for value in arguments:
+                if isinstance(value, State):
+                    value = State(*(part[at] for part in value))
+                parts.append(value[at] if isinstance(value, Tensor) else value)
+            return list(zip(*function(batch[at], *parts), strict=True))
 
+        with contextlib.suppress(Exception):
+            return results(slice(None))
         found = []
-        for at in (slice(None), *(slice(i, i + 1) for i in range(len(batch)))):
+        for i in range(len(batch)):
             try:
-                found += zip(*function(batch[at], *(part(each, at) for each in arguments)), strict=True)
+                found += results(slice(i, i + 1))
             except Exception as error:
-                if at == slice(None):
-                    continue
                 found.append(missing)
                 if not self._said:
                     self._said = True
@@ -185,8 +184,6 @@ class RowShards(Exchange):
                         "sosd_fast: rank %d could not measure a row-sharded matrix, which is recorded as NaN: %r. "
                         "This is said once.", self.rank, error,
                     )  # fmt: skip
-            if at == slice(None):
-                break
         return found
 
     def _told(self, found: Tensor, r: int) -> Spectra:

@@ -187,11 +187,11 @@ def subspace_step(products: Products, V, P) -> tuple[Any, Any, Any, Any]:
     Returns:
         S (B, b), residual (B, b), V, P.
     """
-    xp, (_, b, n) = products.xp, V.shape
+    xp, (B, b, n) = products.xp, V.shape
     eye = xp.eye(b, dtype=V.dtype, device=V.device)
     orthonormal = xp.all(xp.abs(V @ transposed(xp, V) - eye) < 0.01, axis=(-2, -1))
     sound = (orthonormal & xp.all(xp.sum(P * P, axis=-1) < 4, axis=-1))[:, None, None]
-    start = cold_state(xp, *V.shape, V.dtype, V.device)
+    start = cold_state(xp, B, b, n, V.dtype, V.device)
     V, P = xp.where(sound, V, start.V), xp.where(sound, P, start.P)
 
     Z = products.rmatmat(products.matmat(V))
