@@ -160,6 +160,17 @@ def test_other_arrays_without_array_api_compat(monkeypatch):
     assert topk_svdvals(np.ones((4, 5)), 2).S.shape == topk_svdvals(torch.ones(4, 5), 2).S.shape
 
 
+def test_the_block_of_cold_starts_is_made_once(monkeypatch):
+    monkeypatch.setattr(topk, "on_host", lambda _: False)
+    products._start.cache_clear()
+    made, generator = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: made.append(seed) or generator(seed))
+    W, state = matrix("power", 30, 40), None
+    for _ in range(3):  # each of which has it at hand, for a state that may be broken
+        state = topk_svdvals(W, 4, state=state).state
+    assert len(made) == 1
+
+
 def test_an_empty_batch(path):
     S, residual, state = topk_svdvals(torch.ones(0, 5, 6), 2)
     assert S.shape == residual.shape == (0, 2) and topk_svdvals(torch.ones(0, 5, 6), 2, state=state).S.shape == (0, 2)
