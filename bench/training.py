@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.harness import ROOT, finish, interleaved, parser, show
-from sosd_fast.distributed.sharded import Share, assign, cost, shape_of
+from sosd_fast.distributed.layout import RankAssignment, assign, cost, shape_of
 from sosd_fast.matrices import find_matrices
 from sosd_fast.probe.probe import Probe
 from training.model import PRESETS, Transformer, flops_per_token
@@ -124,7 +124,7 @@ def tracker_shares(name: str, ranks: int, repeats: int) -> dict:
     def measured(wanted):
         own = [m for m, at in zip(matrices, owner, strict=True) if at in wanted]
         parameters = [m.parameter for m in matrices]
-        own = Share(own, parameters, None, 0, 1)
+        own = RankAssignment(own, parameters, None, 0, 1)
         return Probe(
             lambda: own, [], "full", 32, 0.01, 1, "initial", None, None, None, audit=False, theory_bound=False
         ).step

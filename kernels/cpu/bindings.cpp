@@ -108,23 +108,22 @@ std::vector<std::pair<int, double>> svdvals(const py::sequence& matrices, int pr
 }
 
 // matrices: B float32 tensors (m, n), m >= n, one of the strides 1. V, P, next_V and next_P are (B, b, n), squares and
-// residual (B, b), all float32 and contiguous; b < n; P may be None. Returns whether every matrix is ordinary, see
-// SubspaceTask; where not, the outputs are not to be used.
-bool advance_subspaces(const py::sequence& matrices, float pace, const py::object& V, const py::object& P,
-                       const py::object& next_V, const py::object& next_P, const py::object& squares,
-                       const py::object& residual, int threads) {
+// residual (B, b), all float32 and contiguous; b < n. Returns of each matrix whether it is ordinary, see SubspaceTask;
+// where it is not, its outputs are not to be used.
+std::vector<bool> advance_subspaces(const py::sequence& matrices, float pace, const py::object& V, const py::object& P,
+                                    const py::object& next_V, const py::object& next_P, const py::object& squares,
+                                    const py::object& residual, int threads) {
     const std::vector<Tensor> opened = open_matrices("advance_subspaces", matrices);
-    if (opened.empty()) return true;
+    if (opened.empty()) return {};
     const int64_t count = int64_t(opened.size()), m = opened[0].size[0], n = opened[0].size[1];
-    const Tensor basis(V, "V"), to_V(next_V, "next_V"), to_P(next_P, "next_P"), values(squares, "squares"),
+    const Tensor basis(V, "V"), change(P, "P"), to_V(next_V, "next_V"), to_P(next_P, "next_P"), values(squares, "squares"),
         residuals(residual, "residual");
-    const std::vector<Tensor> change = open_optional(P, "P");
     if (opened[0].dtype != DType::f32 || m < n || basis.dims() != 3 || basis.size[1] < 1 || basis.size[1] >= n)
         refuse("advance_subspaces: expected upright float32 matrices and b < n directions, got shapes " +
                sosd_fast::to_string(opened[0].size) + " and " + sosd_fast::to_string(basis.size) + ".");
     const int64_t b = basis.size[1];
-    for (const auto* t : {&basis, &to_V, &to_P}) t->expect("V, next_V and next_P", DType::f32, {count, b, n});
-    for (const Tensor& t : change) t.expect("P", DType::f32, {count, b, n});
+    for (const auto* t : {&basis, &change, &to_V, &to_P})
+        t->expect("V, P, next_V and next_P", DType::f32, {count, b, n});
     for (const auto* t : {&values, &residuals}) t->expect("squares and residual", DType::f32, {count, b});
     std::vector<sosd_fast::SubspaceTask> tasks;
     for (int64_t i = 0; i < count; ++i) {
@@ -133,14 +132,15 @@ bool advance_subspaces(const py::sequence& matrices, float pace, const py::objec
             refuse("advance_subspaces: expected a stride of 1, got strides " + sosd_fast::to_string(W.stride) + ".");
         const int64_t at = i * b * n;
         tasks.push_back({W.as<float>(), m, n, W.stride[0], W.stride[1], basis.as<float>() + at,
-                         change.empty() ? nullptr : change[0].as<float>() + at, to_V.as<float>() + at,
-                         to_P.as<float>() + at, values.as<float>() + i * b, residuals.as<float>() + i * b, false});
+                         change.as<float>() + at, to_V.as<float>() + at, to_P.as<float>() + at, values.as<float>() + i * b, residuals.as<float>() + i * b, false});
     }
     {
         py::gil_scoped_release release;
         sosd_fast::advance_subspaces(tasks.data(), count, b, pace, threads);
     }
-    return std::all_of(tasks.begin(), tasks.end(), [](const auto& t) { return t.ordinary; });
+    std::vector<bool> ordinary;
+    for (const auto& t : tasks) ordinary.push_back(t.ordinary);
+    return ordinary;
 }
 
 }  // namespace

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from sosd_fast.distributed.sharded import shape_of
+from sosd_fast.distributed.layout import shape_of
+from sosd_fast.distributed.spectra import RowShards
 from sosd_fast.probe import executor as side
 from sosd_fast.probe import hooks
 from sosd_fast.probe.measure import (
@@ -95,7 +96,7 @@ class Probe:
         try:
             with self._lock:  # steps of other threads wait
                 if self._rows:
-                    self._step = self._rows.agree(self._step)
+                    self._step = self._rows.broadcast_object(self._step)
                 self._rounds = Rounds(own.parameters, optimizers)
                 self._size = 0  # of the optimizers
                 self._start(reference, written, alone=own.ranks == 1)
@@ -105,10 +106,10 @@ class Probe:
             raise
 
     def _take(self, own, unreadable=()):
-        """Follows the matrices of a `Share`; those already known keep what is remembered of them.
+        """Follows the matrices of a `RankAssignment`; those already known keep what is remembered of them.
 
         Args:
-            own: the `Share`.
+            own: the `RankAssignment`.
             unreadable: those of the known ones that it lacks for now.
         """
         known = {(t.name, t.shape): t for t in self._tracked}
@@ -118,9 +119,9 @@ class Probe:
         for t in unreadable:
             t.follow(t.matrix)
         self._tracked += unreadable
-        self._rows = own.rows
+        self._rows = RowShards(own.matrices, own.group) if own.group is not None else None
         for i, t in enumerate(self._tracked):
-            t.rows, t.place = own.rows, i
+            t.rows, t.place = self._rows, i
         return own
 
     def step(self):
@@ -314,7 +315,7 @@ class Probe:
         self._drain(wait=True)  # what is under way counts the matrices as they were
         known, names, model = set(map(id, self._tracked)), {m.name for m in own.matrices}, self._model()
         held = set(map(id, model.parameters())) if model is not None else set()
-        alone = own.ranks == 1 and own.rows is None  # ranks may swap them
+        alone = own.ranks == 1 and own.group is None  # ranks may swap them
         missing = [t for t in self._tracked if t.name not in names] if alone else []
         unreadable = [t for t in missing if id(t.matrix.parameter) in held]  # its data may have been taken away
         self._take(own, unreadable)
@@ -350,7 +351,7 @@ class Probe:
             if self._ended is not None:
                 full, topk = self._budget.plan(began - self._planned)
                 if self._rows:  # the first rank's clock counts
-                    full, topk = self._rows.agree((full, topk))
+                    full, topk = self._rows.broadcast_object((full, topk))
                 if not self._rows or self._rows.rank == 0:
                     self._say_coverage(self._budget)
             self._planned = began

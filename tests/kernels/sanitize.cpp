@@ -148,11 +148,10 @@ static void check() {
     for (bool transposed : {false, true}) {  // one step towards the leading values, alone and with helpers
         for (const auto& [m, n, b] : {std::array<int64_t, 3>{700, 130, 20}, {96, 96, 40}, {41, 41, 33}, {5, 3, 1}}) {
             Case c = make(m, n, DType::f32, transposed, 1, 3);
-            std::vector<float> V(b * n), V1(b * n), P1(b * n), V2(b * n), P2(b * n), squares(2 * b), residual(b);
+            std::vector<float> V(b * n), P(b * n), V1(b * n), P1(b * n), V2(b * n), P2(b * n), squares(2 * b), residual(b);
             for (int64_t i = 0; i < b; ++i) V[i * n + i] = 1;
-            const float* P = nullptr;
             SubspaceTask one{reinterpret_cast<float*>(c.data.data()), m, n, c.task.row_stride, c.task.col_stride,
-                             V.data(), P, V1.data(), P1.data(), squares.data(), residual.data(), false};
+                             V.data(), P.data(), V1.data(), P1.data(), squares.data(), residual.data(), false};
             advance_subspaces(&one, 1, b, 4, 1);
             SubspaceTask two[2] = {one, one};
             two[1].next_V = V2.data(), two[1].next_P = P2.data(), two[1].squares = squares.data() + b;
