@@ -67,6 +67,13 @@ def test_callbacks_by_the_name_of_their_first_release():
         sosd_fast.callbacks.Callback  # noqa: B018
 
 
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements-integrations.txt"])
+def test_pins_serve_as_constraints(file):
+    """A name and a version each: pip refuses constraints with extras."""
+    lines = [line.split("#")[0].split(";")[0].strip() for line in (ROOT / file).read_text().splitlines()]
+    assert not [line for line in lines if line and not re.fullmatch(r"[\w-]+==[\w.]+", line)]
+
+
 def test_public_names():
     import sosd_fast.track
 
