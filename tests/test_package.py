@@ -67,6 +67,13 @@ def test_callbacks_by_the_name_of_their_first_release():
         sosd_fast.callbacks.Callback  # noqa: B018
 
 
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements-integrations.txt"])
+def test_pins_serve_as_constraints(file):
+    """A name and a version each: pip refuses constraints with extras."""
+    lines = [line.split("#")[0].split(";")[0].strip() for line in (ROOT / file).read_text().splitlines()]
+    assert not [line for line in lines if line and not re.fullmatch(r"[\w-]+==[\w.]+", line)]
+
+
 def test_public_names():
     import sosd_fast.track
 
@@ -122,7 +129,8 @@ def test_the_way_of_one_matrix_is_as_described():
             wrong.append(f"{name} in {file}")
     paths = re.findall(r"`((?:\w+/)+[\w.]*)`", page)
     wrong += [path for path in paths if not (ROOT / path).exists()]
-    named = re.findall(r"`([A-Za-z_]\w+)(?:\(\))?`", page)
+    spans = [each for each in re.findall(r"`([A-Za-z_][\w.]+)(?:\(.*?\))?`", page) if not (ROOT / each).exists()]
+    named = {name for each in spans for name in each.split(".")}
     code = "".join(path.read_text() for room in ("kernels", "sosd_fast") for path in (ROOT / room).rglob("*.py"))
     wrong += [name for name in named if not re.search(rf"\b{name}\b", code)]
     assert not wrong
