@@ -1,6 +1,7 @@
 """Where a probe's records go: a run directory or memory, and the function that is called with each."""
 
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -111,6 +112,25 @@ class Recorder:
                 writer.run_dir, step, type(error).__name__, error, KEPT_RECORDS,
             )  # fmt: skip
             close_quietly(writer)
+
+
+def open_writer(
+    run_dir: str | os.PathLike[str] | None, settings: dict[str, object], names: list[str], step: int | None
+) -> RunWriter | None:
+    """Opens a run directory, cut off after a step, for matrices of these names; None for None.
+
+    Raises:
+        ValueError: a directory that cannot be written.
+    """
+    if run_dir is None:
+        return None
+    try:
+        return RunWriter(run_dir, {"settings": settings, "matrices": names}, step)
+    except OSError as error:
+        raise ValueError(
+            f"track: expected a directory that can be written, got run_dir={os.fspath(run_dir)!r} ({error.strerror}). "
+            "Choose another, or None to keep the records in memory."
+        ) from error
 
 
 def close_quietly(writer: RunWriter | None):
