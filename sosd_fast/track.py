@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from sosd_fast.distributed.sharded import share
 from sosd_fast.matrices import DEFAULT_SPLIT, find_matrices
+from sosd_fast.probe.followed import Found
 from sosd_fast.probe.probe import Probe, probes_of
 from sosd_fast.probe.settings import Settings
-from sosd_fast.probe.state import Found
 from sosd_fast.runs.records import Record
 
 METHODS = ("auto", "full", "topk", "exact")

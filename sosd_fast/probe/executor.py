@@ -7,7 +7,7 @@ that on the device alone.
 
 import contextlib
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -162,6 +162,9 @@ class StreamExecutor:
         """Lets the current stream wait, on the device, until all weights have been read."""
         if self._done is not None:
             torch.cuda.current_stream(self._device).wait_event(self._done)
+
+
+ExecutorOf = Callable[[torch.device], Executor]  # returns a new executor for the matrices on a device
 
 
 def executor_of(device: torch.device) -> Executor:

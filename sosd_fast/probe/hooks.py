@@ -32,8 +32,13 @@ _registered = False
 _forked = False  # whether this process came from one with live probes, and has not said so
 
 
-def add(probe: "Probe") -> int:
-    """Passes every optimizer step on to a probe from now on, and does not keep it alive; returns its key."""
+def new_key() -> int:
+    """Returns a key for `add` and `remove`."""
+    return next(_keys)
+
+
+def add(key: int, probe: "Probe"):
+    """Passes every optimizer step on to a probe from now on, and does not keep it alive."""
     global _registered
     with _registering:
         if not _registered:
@@ -42,9 +47,7 @@ def add(probe: "Probe") -> int:
             register_optimizer_step_pre_hook(disable(_before))
             register_optimizer_step_post_hook(disable(_after))
             _registered = True
-    key = next(_keys)
     _live[key] = weakref.ref(probe)
-    return key
 
 
 def remove(key: int):
@@ -87,8 +90,8 @@ def _say_forked():
 
 
 def _close_all():
-    for probe in live():
-        probe.end_with_process(EXIT_SECONDS)
+    for probe in live():  # no pending step is measured: other ranks may be gone
+        probe.detach(EXIT_SECONDS)
 
 
 def _detach_in_child():

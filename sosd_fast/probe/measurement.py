@@ -79,6 +79,7 @@ class Measurement:
 
     Attributes:
         place: of the matrix among those that the probe follows.
+        mine: whether this rank records the matrix.
         failure: why the values of one kind or of both could not be measured.
         lost: whether nothing could be measured; the values are NaN then.
         audit_error: |SD - SD_true|_2, where the spectrum was audited.
@@ -88,6 +89,7 @@ class Measurement:
     place: int
     name: str
     shape: tuple[int, int]
+    mine: bool = True
     full: FullValues | None = None
     leading: LeadingValues | None = None
     failure: Exception | None = None

@@ -1,27 +1,18 @@
 """Launches measurements of matrices, those that belong together at once, and reads their results."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 
-from sosd_fast.probe.executor import Executor, HostExecutor, Results, executor_of
+from sosd_fast.probe.executor import Executor, ExecutorOf, HostExecutor, Results, executor_of
+from sosd_fast.probe.followed import FollowedMatrices
 from sosd_fast.probe.full import FullGroup
 from sosd_fast.probe.leading import LeadingGroup
 from sosd_fast.probe.measurement import FullValues, Kind, LeadingValues, Measurement
-from sosd_fast.probe.planner import Plan
-from sosd_fast.probe.state import Matrices, MatrixState
+from sosd_fast.probe.planner import Cost, Plan
+from sosd_fast.probe.state import MatrixState
 
 _NAMES = {"auto": "gram32", "exact64": "exact"}  # of methods, in the records of matrices that cannot be measured
-
-
-class Cost(NamedTuple):
-    """What a measurement of some matrices took."""
-
-    kind: Kind
-    places: list[int]
-    seconds: float
-    device_seconds: float  # of these, on a device beside the host
 
 
 class PendingStep:
@@ -55,6 +46,16 @@ class PendingStep:
         """Whether `result` need not wait."""
         return all(results.ready() for _, results in self._groups)
 
+    @property
+    def seconds(self) -> dict[int, float]:
+        """The seconds that each matrix took, by its place, where it could be measured; there after `result`."""
+        return {
+            place: cost.seconds / len(cost.places)
+            for cost in self.costs
+            for place in cost.places
+            if place not in self._failures
+        }
+
     def result(self) -> list[Measurement]:
         """Returns what was found of each matrix, in the order of places; waits where it must."""
         found: dict[int, Measurement] = {}
@@ -78,7 +79,7 @@ class PendingStep:
         return [found[place] for place in sorted(found)]
 
     def _measurement(self, state: MatrixState) -> Measurement:
-        return Measurement(self._step, state.place, state.name, state.shape)
+        return Measurement(self._step, state.place, state.name, state.shape, state.mine)
 
     def _lost(self, state: MatrixState, error: Exception) -> Measurement:
         lost = self._measurement(state)
@@ -111,10 +112,10 @@ class Measurer:
 
     def __init__(
         self,
-        matrices: Matrices,
+        matrices: FollowedMatrices,
         every: int,
         k: int,
-        executor_of: Callable[[torch.device], Executor] = executor_of,
+        executor_of: ExecutorOf = executor_of,
     ):
         self._matrices, self._every, self._k = matrices, every, k
         self._executor_of = executor_of

@@ -2,7 +2,7 @@
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from sosd_fast.probe.measurement import Kind
@@ -22,6 +22,15 @@ class Plan(NamedTuple):
 
     full: list[int]  # all singular values
     leading: list[int]  # the k leading ones
+
+
+class Cost(NamedTuple):
+    """What a measurement of some matrices took."""
+
+    kind: Kind
+    places: list[int]
+    seconds: float
+    device_seconds: float  # of these, on a device beside the host
 
 
 class Planner:
@@ -50,7 +59,7 @@ class Planner:
         self._steps, self._full_shares, self._leading_shares = 0, 0.0, 0.0
 
     def follow(self, shapes: Sequence[tuple[int, int]], rows: "RowShards | None" = None):
-        """Plans for these matrices from now on, of which ranks may share the rows; with "auto" `start` must follow."""
+        """Plans for these matrices from now on, of which ranks may share the rows; `calibrate` must follow."""
         self._count, self._rows = len(shapes), rows
         self._budget = None
         self._required.clear()
@@ -58,14 +67,30 @@ class Planner:
         wanted = self._method in ("auto", "topk")
         self.leading = [i for i, shape in enumerate(shapes) if wanted and min(shape) >= 3 * self._k]
 
-    def start(self, full: list[float], leading: list[float | None]):
-        """Takes the seconds that each kind of measurement of each matrix costs, for "auto"; see `Budget`."""
-        self._budget = Budget(self._fraction, full, leading)
+    def calibrate(self, measure: Callable[[Plan], dict[int, float]], compiles: bool):
+        """Finds out whose leading values can be measured and, for "auto", what each measurement costs.
+
+        Args:
+            measure: measures at once; returns the seconds that each matrix took, of those that could be measured.
+            compiles: whether kernels are compiled at their first use, as on a GPU.
+        """
+        leading: dict[int, float] = {}
+        if self.leading:
+            found = measure(Plan([], self.leading))  # from random subspaces, which takes longer
+            self.leading = [i for i in self.leading if i in found]
+            leading = measure(Plan([], self.leading))
+        if self._method == "auto" and self._count:
+            if compiles:
+                measure(self.everything)
+            full = measure(self.everything)
+            dearest, places = max(full.values(), default=1.0), range(self._count)
+            seconds = [full.get(i, dearest) for i in places]
+            self._budget = Budget(self._fraction, seconds, [leading.get(i) for i in places])
 
     @property
-    def within_budget(self) -> bool:
-        """Whether plans depend on what measurements cost, so that `start` must be told."""
-        return self._method == "auto"
+    def everything(self) -> Plan:
+        """Every matrix in full."""
+        return Plan(list(range(self._count)), [])
 
     def plan(self, now: float, step: int) -> Plan | None:
         """Chooses what to measure at a step; None for nothing.
@@ -98,24 +123,25 @@ class Planner:
         return plan
 
     @property
-    def shares(self) -> tuple[float, float]:
-        """The share of the matrices measured at a step on average: in full, and by their leading values."""
-        steps = max(self._steps, 1)
-        return self._full_shares / steps, self._leading_shares / steps
+    def summary(self) -> str:
+        """The shares of the matrices that a step measures on average."""
+        full, leading = (100 * total / max(self._steps, 1) for total in (self._full_shares, self._leading_shares))
+        return f"measured each step: {full:.3g} % in full, {leading:.3g} % by leading values"
 
-    def require_full(self, place: int):
-        """Has a matrix measured in full at the next step."""
-        self._required.add(place)
+    def require_full(self, places: list[int]):
+        """Has matrices measured in full at the next step."""
+        self._required.update(places)
 
     def charge(self, seconds: float):
         """Takes what measurements cost out of the budget."""
         if self._budget:
             self._budget.charge(seconds)
 
-    def update_cost(self, kind: Kind, places: list[int], seconds: float):
-        """Corrects the costs by the seconds that a measurement of some matrices took together."""
+    def update_cost(self, cost: Cost):
+        """Corrects what is expected of measurements by what one took, and charges what it took of a device."""
         if self._budget:
-            self._budget.update_cost(kind, places, seconds)
+            self._budget.update_cost(cost.kind, cost.places, cost.seconds)
+            self._budget.charge(cost.device_seconds)
 
     def prioritize(self, places: list[int]):
         """Lets matrices that moved unusually far be measured in full before others."""

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from sosd_fast.probe.measurement import Measurement
+from sosd_fast.probe.settings import Settings
 from sosd_fast.runs.records import Record, RunWriter, load
 
 KEPT_RECORDS = 10_000  # in memory, where no run directory keeps them
@@ -36,8 +38,9 @@ class Recorder:
         self._untold: deque[Record] = deque()
         self._telling = threading.Lock()
 
-    def add(self, records: list[Record]):
-        """Keeps records of one step; `tell` passes them on."""
+    def add(self, measurements: list[Measurement]):
+        """Keeps the records of one step's measurements, those that are this rank's; `tell` passes them on."""
+        records = [found.record() for found in measurements if found.mine]
         if not records:
             return
         self.latest |= {r.name: r for r in records}
@@ -114,18 +117,18 @@ class Recorder:
             close_quietly(writer)
 
 
-def open_writer(
-    run_dir: str | os.PathLike[str] | None, settings: dict[str, object], names: list[str], step: int | None
-) -> RunWriter | None:
-    """Opens a run directory, cut off after a step, for matrices of these names; None for None.
+def open_writer(s: Settings, names: list[str], rank: int, ranks: int) -> RunWriter | None:
+    """Opens the run directory of a rank, cut off after the step of the settings; None where there is to be none.
 
     Raises:
         ValueError: a directory that cannot be written.
     """
-    if run_dir is None:
+    if s.run_dir is None:
         return None
+    run_dir = os.path.join(s.run_dir, f"rank-{rank:05d}") if ranks > 1 else s.run_dir
+    settings = {"method": s.method, "k": s.k, "budget": s.budget, "every": s.every}
     try:
-        return RunWriter(run_dir, {"settings": settings, "matrices": names}, step)
+        return RunWriter(run_dir, {"settings": settings, "matrices": names}, s.step)
     except OSError as error:
         raise ValueError(
             f"track: expected a directory that can be written, got run_dir={os.fspath(run_dir)!r} ({error.strerror}). "
