@@ -1,5 +1,8 @@
 """Audits: now and then a spectrum is compared with an SVD in float64."""
 
+# Most of torch has no complete types; S and W are the field's names.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false, reportConstantRedefinition=false
+
 import logging
 import math
 import random
@@ -118,5 +121,6 @@ def audit(state: MatrixState, found: Measurement) -> Audit | None:
     if not (S.isfinite().all() and S[0] > 0 and math.isfinite(bound)):
         return None
     spectrum = torch.from_numpy(found.full.spectrum)
-    error = float((spectrum / spectrum.sum() - S / S.sum()).norm())
+    difference = spectrum / spectrum.sum() - S / S.sum()
+    error = float(torch.linalg.vector_norm(difference))
     return Audit(found.step, found.name, error, bound)

@@ -118,10 +118,19 @@ class FollowedMatrices:
                 log.warning("sosd_fast: %s are no longer measured from step %d on.", ", ".join(gone), step)
         return new
 
+    def check_measurable(self, measurements: list[Measurement]):
+        """Raises a ValueError where none of the matrices of a process alone could be measured."""
+        error = measurements[0].failure
+        if error and self.share.ranks == 1 and all(found.lost for found in measurements):
+            raise ValueError(
+                f"track: expected at least one matrix that can be measured, got {measurements[0].name}, which raises "
+                f"{type(error).__name__}: {error}. Exclude such parameters, or track the model when they can be read."
+            ) from error
+
     @property
     def summary(self) -> str:
         """How many matrices are followed, how many parameters are left out, and why."""
-        reasons = [f"{count} {why}" for why, count in Counter(self.left_out.values()).items()]
+        reasons = [f"{why} ({count})" for why, count in Counter(self.left_out.values()).items()]
         return f"{len(self.states)} matrices" + (f", left out: {', '.join(reasons)}" if reasons else "")
 
     def refer(self, reference: str | Mapping[str, Any] | None):
@@ -178,13 +187,3 @@ class FollowedMatrices:
         state = MatrixState(matrix, self._method, self._keep_weights)
         state.refers_to_first = self._refer_to_first
         return state
-
-
-def check_measurable(measurements: list[Measurement]):
-    """Raises a ValueError where no matrix could be measured."""
-    error = measurements[0].failure
-    if error and all(found.lost for found in measurements):
-        raise ValueError(
-            f"track: expected at least one matrix that can be measured, got {measurements[0].name}, which raises "
-            f"{type(error).__name__}: {error}. Exclude such parameters, or track the model when they can be read."
-        ) from error

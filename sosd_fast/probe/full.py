@@ -1,5 +1,8 @@
 """All singular values of matrices that are measured together."""
 
+# Most of torch has no complete types; S and W are the field's names.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportConstantRedefinition=false
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -74,7 +77,7 @@ class FullGroup:
         if before is not None:
             sums, k_leading = before.sum(-1, keepdim=True), min(k, result.S.shape[1])
             variation = d.variation_l2
-            variation_topk = (d.sd[:, :k_leading] - before[:, :k_leading] / sums).norm(dim=-1)
+            variation_topk = torch.linalg.vector_norm(d.sd[:, :k_leading] - before[:, :k_leading] / sums, dim=-1)
             earlier = [t.W for t in states if t.W is not None]
             if len(earlier) == len(states):
                 moved = torch.stack([
@@ -109,7 +112,7 @@ class FullGroup:
         found = FullTensors._make(host)
         S = found.S.numpy().copy()  # the record's own: neither the probe's state nor pinned memory
         k = min(self.k, S.shape[1])
-        columns: list[list[float]] = [column.tolist() for column in found[1:10] if column is not None]
+        columns: list[list[float]] = [column.tolist() for column in found[1:10]]
         cosine, variation, variation_topk, bound = (_list(column) for column in found[10:])
 
         def values(j: int) -> FullValues:

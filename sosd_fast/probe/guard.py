@@ -47,6 +47,21 @@ class Guarded:
         self._lock = threading.RLock()  # another thread of the parent may have held it
         self._finalizer.detach()
 
+    def guard(self, action: Callable[[], None]):
+        """Runs an action, one thread at a time, as long as the object is alive; no error leaves it."""
+        if not self.alive:
+            return
+        with self._lock:
+            try:
+                if self.alive:
+                    action()
+            except Exception:
+                with contextlib.suppress(Exception):  # the log's handlers are the user's
+                    self._failed()
+                self._finalizer()
+        with contextlib.suppress(Exception):
+            self._afterwards()
+
     def _settle(self):
         """What is done before the object is detached."""
 
@@ -58,21 +73,10 @@ class Guarded:
 
 
 def guarded(method: Callable[Concatenate[Self, P], None]) -> Callable[Concatenate[Self, P], None]:
-    """Lets a method run one thread at a time, and only as long as the object is alive; no error leaves it."""
+    """Runs a method under the guard of its object."""
 
     @functools.wraps(method)
     def run(self: Self, *args: P.args, **kwargs: P.kwargs):
-        if not self.alive:
-            return
-        with self._lock:
-            try:
-                if self.alive:
-                    method(self, *args, **kwargs)
-            except Exception:
-                with contextlib.suppress(Exception):  # the log's handlers are the user's
-                    self._failed()
-                self._finalizer()
-        with contextlib.suppress(Exception):
-            self._afterwards()
+        self.guard(lambda: method(self, *args, **kwargs))
 
     return run

@@ -4,6 +4,9 @@ The hooks are registered once and stay: torch's registry must not change while a
 it steps, and a compiled step is compiled for the hooks that are there. They pass each step on to the probes that live.
 """
 
+# Most of torch has no complete types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 import atexit
 import itertools
 import logging

@@ -1,5 +1,8 @@
 """The k leading singular values of matrices that are measured together."""
 
+# Most of torch has no complete types; S and W are the field's names.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false, reportConstantRedefinition=false
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,7 +103,7 @@ def frobenius_norms(matrices: list[Tensor]) -> Tensor:
     # In float64 no square of float32 leaves the range. The host computes in float64 only where that is needed, for
     # it takes longer there.
     dtype = torch.float32 if on_host and matrices[0].dtype != torch.float64 else torch.float64
-    norms = torch.stack(torch._foreach_norm(matrices, 2, dtype)).double()
+    norms = torch.stack(torch._foreach_norm(matrices, 2, dtype)).double()  # pyright: ignore[reportPrivateUsage]
     if on_host or matrices[0].dtype == torch.float64:  # on a device float64 is always scaled: to look would wait for it
         for j, W in enumerate(matrices):
             if not on_host or not 1e-15 < float(norms[j]) < 1e18:

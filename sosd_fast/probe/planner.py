@@ -1,5 +1,8 @@
 """What to measure at a step: every matrix, or, within a budget, as many as a fraction of the time allows."""
 
+# What ranks agree on may be anything.
+# pyright: reportUnknownMemberType=false
+
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -128,10 +131,6 @@ class Planner:
         full, leading = (100 * total / max(self._steps, 1) for total in (self._full_shares, self._leading_shares))
         return f"measured each step: {full:.3g} % in full, {leading:.3g} % by leading values"
 
-    def require_full(self, places: list[int]):
-        """Has matrices measured in full at the next step."""
-        self._required.update(places)
-
     def charge(self, seconds: float):
         """Takes what measurements cost out of the budget."""
         if self._budget:
@@ -143,10 +142,16 @@ class Planner:
             self._budget.update_cost(cost.kind, cost.places, cost.seconds)
             self._budget.charge(cost.device_seconds)
 
-    def prioritize(self, places: list[int]):
-        """Lets matrices that moved unusually far be measured in full before others."""
+    def heed(self, lacking: list[int], moved: list[int]):
+        """Takes wishes into account.
+
+        Args:
+            lacking: matrices to be measured in full at the next step, whatever the budget.
+            moved: matrices to be measured in full before others.
+        """
+        self._required.update(lacking)
         if self._budget:
-            self._budget.prioritize(places)
+            self._budget.prioritize(moved)
 
     def _say_coverage(self, budget: "Budget", step: int):
         if not self._said_coverage and budget.coverage < _COVERED and step > _SETTLED:

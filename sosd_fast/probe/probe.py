@@ -1,5 +1,8 @@
 """Probe: measures a model's spectra after each optimizer step; `track` makes it."""
 
+# What ranks agree on may be anything.
+# pyright: reportUnknownMemberType=false
+
 import contextlib
 import logging
 import time
@@ -16,7 +19,7 @@ from sosd_fast.probe import hooks
 from sosd_fast.probe.account import Account
 from sosd_fast.probe.audit import Audit, Auditor
 from sosd_fast.probe.executor import ExecutorOf, executor_of
-from sosd_fast.probe.followed import FollowedMatrices, Found, check_measurable
+from sosd_fast.probe.followed import FollowedMatrices, Found
 from sosd_fast.probe.guard import Guarded, guarded
 from sosd_fast.probe.measurement import Measurement
 from sosd_fast.probe.measurer import Measurer, PendingStep
@@ -35,7 +38,7 @@ class Probe(Guarded):
 
     Attributes:
         step_count: training steps so far.
-        clock: returns seconds; what budgets and `overhead` are fractions of.
+        clock: returns the seconds that budgets and `overhead` are fractions of.
     """
 
     def __init__(
@@ -52,8 +55,7 @@ class Probe(Guarded):
         self._planner = Planner(settings.method, settings.k, settings.every, settings.budget)
         self._measurer = Measurer(self._matrices, settings.every, settings.k, executor_of)
         self._auditor = Auditor() if settings.audit and settings.method != "exact" else None
-        self._account = Account()
-        self._pending: deque[PendingStep] = deque()
+        self._account, self._pending = Account(), deque[PendingStep]()
         share = self._matrices.share
         writer = open_writer(settings, [t.name for t in self._matrices.states], share.rank, share.ranks)
         self._recorder = Recorder(writer, settings.on_record)
@@ -211,23 +213,19 @@ class Probe(Guarded):
         for cost in pending.costs:
             self._planner.update_cost(cost)
             self._account.add_device(cost.device_seconds)
-        lacking, moved = self._matrices.update(measurements)
-        self._planner.require_full(lacking)
-        self._planner.prioritize(moved)
+        self._planner.heed(*self._matrices.update(measurements))
         return measurements
 
     def _measure(self, plan: Plan) -> tuple[list[Measurement], dict[int, float]]:
         """Measures at once; returns what was found, and the seconds that each matrix took."""
-        measurements = self._keep(pending := self._measurer.launch(plan, self.step_count))
-        return measurements, pending.seconds
+        return self._keep(pending := self._measurer.launch(plan, self.step_count)), pending.seconds
 
     def _start(self, reference: Any, written: int | None):
-        """Measures the matrices as they are: the first spectra and, with "auto", what each measurement costs."""
+        """Measures the matrices as they are: the first spectra, and what the planner must know."""
         self._planner.follow(self._matrices.shapes, self._matrices.rows)
         if len(self._matrices):  # there may be more ranks than matrices
             measurements, _ = self._measure(self._planner.everything)
-            if self._matrices.share.ranks == 1:
-                check_measurable(measurements)
+            self._matrices.check_measurable(measurements)
             if written is None or written < self.step_count:
                 self._recorder.add(measurements)
             if self._recorder.writer and reference == "initial" and written is not None:

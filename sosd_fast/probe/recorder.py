@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sosd_fast.probe.measurement import Measurement
 from sosd_fast.probe.settings import Settings
-from sosd_fast.runs.records import Record, RunWriter, load
+from sosd_fast.runs.records import Record, RunWriter, load  # pyright: ignore[reportUnknownVariableType]
 
 KEPT_RECORDS = 10_000  # in memory, where no run directory keeps them
 MOST_FAILURES = 10  # of on_record in a row, before it is dropped
@@ -138,8 +138,9 @@ def open_writer(s: Settings, names: list[str], rank: int, ranks: int) -> RunWrit
 
 def close_quietly(writer: RunWriter | None):
     """Closes a writer; what the operating system says then, when nothing is left to be written, ends nothing."""
+    if writer is None:
+        return
     try:
-        if writer is not None:
-            writer.close()
+        writer.close()
     except Exception:
         log.exception("sosd_fast: the records in %s were written, but closing them failed.", writer.run_dir)

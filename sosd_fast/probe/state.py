@@ -1,5 +1,8 @@
 """What a probe remembers of a matrix between its measurements."""
 
+# Most of torch has no complete types; S and W are the field's names.
+# pyright: reportUnknownMemberType=false, reportConstantRedefinition=false
+
 import logging
 import math
 from collections.abc import Mapping
