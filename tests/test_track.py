@@ -365,8 +365,8 @@ def test_a_probe_says_what_it_does():
     probe = sosd_fast.track(net, method="topk", k=14, exclude=["4.weight"])
     train(net, [adamw(net)], 3)
     assert repr(probe).startswith(
-        "Probe(2 matrices, left out: has dtype torch.int64 (1), has fewer than two dimensions (2), is excluded (1); 3 steps, "
-        "measured each step: 50 % in full, 50 % by leading values, overhead "
+        "Probe(2 matrices, left out: has dtype torch.int64 (1), has fewer than two dimensions (2), is excluded (1); "
+        "3 steps, measured each step: 50 % in full, 50 % by leading values, overhead "
     )
     probe.close()
     assert repr(probe).endswith("closed)") and not probe.alive and 0 < probe.seconds

@@ -162,7 +162,7 @@ class FollowedMatrices:
             The places of the matrices that must be measured in full, for only the leading ones of their singular
             values are known, and of those whose singular distributions moved unusually far.
         """
-        lacking = [m.place for m in measurements if self.states[m.place].lacks_spectrum(m)]
+        lacking = [m.place for m in measurements if m.leading and self.states[m.place].lacks_spectrum(m)]
         return lacking, [m.place for m in measurements if self.states[m.place].update(m)]
 
     def state_dict(self) -> dict[str, dict[str, Any]]:

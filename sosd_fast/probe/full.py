@@ -112,7 +112,7 @@ class FullGroup:
         found = FullTensors._make(host)
         S = found.S.numpy().copy()  # the record's own: neither the probe's state nor pinned memory
         k = min(self.k, S.shape[1])
-        columns: list[list[float]] = [column.tolist() for column in found[1:10]]
+        rows = list(zip(*(column.tolist() for column in found[1:10]), strict=True))  # sd_error and the summaries
         cosine, variation, variation_topk, bound = (_list(column) for column in found[10:])
 
         def values(j: int) -> FullValues:
@@ -120,7 +120,7 @@ class FullGroup:
                 self.methods[j],
                 S[j],
                 tuple(S[j, :k].tolist()),
-                *(column[j] for column in columns),
+                *rows[j],
                 cosine=cosine[j] if cosine and self.compared[j] else None,
             )
             if self.consecutive[j] and variation and variation_topk:

@@ -64,7 +64,8 @@ class PendingStep:
                 if isinstance(values, Exception):
                     self.lose(group.kind, state, values)
                     continue
-                measurement = found.get(state.place) or found.setdefault(state.place, self._measurement(state))
+                if (measurement := found.get(state.place)) is None:
+                    measurement = found[state.place] = self._measurement(state)
                 if isinstance(values, FullValues):
                     measurement.full = values
                 else:

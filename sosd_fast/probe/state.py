@@ -117,17 +117,18 @@ class MatrixState:
         """
         if found.lost:
             return False
-        sound = math.isfinite(found.sigma_max)
+        sigma_max = found.sigma_max
+        sound = math.isfinite(sigma_max)
         if (leading := found.leading) is not None:
             self.lost.discard("leading")
             self.leading = Leading(found.step, leading.S, leading.rest)
         if found.full is not None:
             self.lost.discard("full")
             self.spectrum = torch.from_numpy(found.full.spectrum.copy())  # the record's may be changed by its owner
-            if sound:
+            if sound and self.reference is None:
                 self.refer()
-        if self.mine and (not sound or (found.sigma_max == 0 and found.step > 0)):  # zero at first is a usual start
-            what = "is zero" if found.sigma_max == 0 else "holds NaN or Inf"
+        if found.mine and (not sound or (sigma_max == 0 and found.step > 0)):  # zero at first is a usual start
+            what = "is zero" if sigma_max == 0 else "holds NaN or Inf"
             self.warn_once(what, f"at step {found.step}, so it has no singular distribution")
         moved = found.moved
         if moved is None or not math.isfinite(moved):
@@ -141,10 +142,9 @@ class MatrixState:
 
         To be asked before `update`.
         """
-        leading = found.leading
-        if leading is None or self.known or found.lost or "full" in self.lost:
+        if found.leading is None or found.lost or "full" in self.lost or self.known:
             return False
-        return math.isfinite(leading.sigma_max)
+        return math.isfinite(found.leading.sigma_max)
 
     def set_reference(self, spectrum: Any):
         """Sets the spectrum that cosines are taken to, (r,), or None."""
