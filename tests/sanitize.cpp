@@ -79,7 +79,7 @@ static std::vector<Case> batch() {
 int main() {
     std::printf("%s\n", kernels().isa);
     std::vector<Case> truth = batch();
-    solve(truth, Precision::one_sided, 1);
+    solve(truth, Precision::bidiagonal, 1);
     for (Precision p : {Precision::f32, Precision::f64, Precision::automatic}) {
         std::vector<Case> first = batch();
         solve(first, p, 1);
