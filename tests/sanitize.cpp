@@ -1,10 +1,11 @@
 // Shapes, strides, dtypes, threads and concurrent callers of svdvals, for builds with the sanitizers (make sanitize).
-// Truth: the one-sided method.
+// Truth: bidiagonalisation in float64.
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <optional>
 #include <random>
 #include <thread>
 #include <vector>
@@ -54,10 +55,14 @@ static Case make(int64_t m, int64_t n, DType dtype, bool transposed, int64_t ste
     return c;
 }
 
-static void solve(std::vector<Case>& cases, Precision p, int threads) {
+static const ErrorModel model;
+constexpr std::optional<Method> automatic;
+
+static void solve(std::vector<Case>& cases, std::optional<Method> method, int threads) {
     std::vector<SvdvalsTask> tasks;
     for (Case& c : cases) {
-        c.task.data = c.data.data(), c.task.S = c.S.data(), c.task.bound = c.bound.data(), c.task.precision = p;
+        c.task.data = c.data.data(), c.task.S = c.S.data(), c.task.bound = c.bound.data();
+        c.task.automatic = !method, c.task.method = method.value_or(Method::gram32), c.task.model = &model;
         tasks.push_back(c.task);
     }
     svdvals(tasks.data(), int64_t(tasks.size()), threads);
@@ -79,8 +84,8 @@ static std::vector<Case> batch() {
 int main() {
     std::printf("%s\n", kernels().isa);
     std::vector<Case> truth = batch();
-    solve(truth, Precision::one_sided, 1);
-    for (Precision p : {Precision::f32, Precision::f64, Precision::automatic}) {
+    solve(truth, Method::bidiag64, 1);
+    for (std::optional<Method> p : {std::optional(Method::gram32), std::optional(Method::gram64), automatic}) {
         std::vector<Case> first = batch();
         solve(first, p, 1);
         for (size_t i = 0; i < first.size(); ++i) {
@@ -111,18 +116,18 @@ int main() {
     {   // one matrix and helpers inside it
         std::vector<Case> one, two;
         one.push_back(make(500, 1100, DType::f32, false, 1, 7)), two = one;
-        solve(one, Precision::automatic, 1), solve(two, Precision::automatic, 4);
+        solve(one, automatic, 1), solve(two, automatic, 4);
         CHECK(one[0].S == two[0].S);
     }
     {   // an earlier spectrum, right or absurd, changes at most the precision
         std::vector<Case> cold, warm, absurd;
         cold.push_back(make(90, 200, DType::f32, false, 1, 7)), warm = absurd = cold;
-        solve(cold, Precision::automatic, 1);
+        solve(cold, automatic, 1);
         std::vector<double> wrong(90, 1e-3);
         wrong[0] = 1e3;
         warm[0].task.previous = cold[0].S.data(), absurd[0].task.previous = wrong.data();
-        solve(warm, Precision::automatic, 1), solve(absurd, Precision::automatic, 1);
-        CHECK(warm[0].S == cold[0].S && absurd[0].task.used != Precision::f32);
+        solve(warm, automatic, 1), solve(absurd, automatic, 1);
+        CHECK(warm[0].S == cold[0].S && absurd[0].task.method != Method::gram32);
         for (int k = 0; k < 90; ++k)
             CHECK(std::fabs(cold[0].S[k] - absurd[0].S[k]) <= cold[0].bound[k] + absurd[0].bound[k]);
     }
@@ -132,7 +137,7 @@ int main() {
         std::vector<Case> clean = three;
         const float nan = NAN;
         std::memcpy(three[1].data.data() + 4 * 777, &nan, 4);
-        solve(three, Precision::automatic, 2), solve(clean, Precision::automatic, 2);
+        solve(three, automatic, 2), solve(clean, automatic, 2);
         CHECK(!three[1].task.finite && std::isnan(three[1].S[0]) && std::isnan(three[1].bound[39]));
         CHECK(three[0].S == clean[0].S && three[2].S == clean[2].S && three[0].task.finite);
     }

@@ -120,7 +120,7 @@ dist.all_gather_object(told, (methods, bits))
 methods = {name: method for own, _ in told for name, method in own.items()}
 for name in expected:
     assert len({own[name] for _, own in told if name in own}) == 1, name  # the same on all ranks that know it
-assert methods["tall"] == "gram32" and methods["graded"] == "gram64" and methods["rank_one"] == "direct64", methods
+assert methods["tall"] == "gram32" and methods["graded"] == "gram64" and methods["rank_one"] == "bidiag64", methods
 
 # A function of whole matrices, shared out
 several = [distribute_tensor(noisy(37, 23, seed=s), mesh, placements) for s in range(5)]

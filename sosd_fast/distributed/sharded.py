@@ -19,14 +19,16 @@ from torch import Tensor, nn
 
 from sosd_fast import kernels
 from sosd_fast.matrices import Matrix
-from sosd_fast.spectra.svdvals import SD_TOLERANCE, Spectra, _bounds, _sufficient, spectra
+from sosd_fast.spectra.gram import PAIRS, Products, correct, singular_values
+from sosd_fast.spectra.precision import Method, choose, climb
+from sosd_fast.spectra.svdvals import Spectra, finished, spectra
 from sosd_fast.spectra.topk import State, iterate, stacked, topk_svdvals
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
-METHODS = ("gram32", "gram64", "direct64", "exact")
+METHODS = tuple(Method)
 CHUNK_BYTES = 64 * 2**20  # sent at a time
 
 # Models that the ranks of a group hold copies of, though nothing about them says so: what a Trainer passes to callbacks
@@ -200,7 +202,7 @@ class RowShards:
         self._dist.broadcast_object_list(values, group=self._group, group_src=0, device=self._device)
         return values[0]
 
-    def spectra(self, indices: Sequence[int], method: str = "auto", previous: Tensor | None = None) -> Spectra:
+    def spectra(self, indices: Sequence[int], method: str | Method = "auto", previous: Tensor | None = None) -> Spectra:
         """`sosd_fast.spectra.svdvals.spectra` of matrices of one shape and dtype, the same on every rank."""
         m, n = self.shapes[indices[0]]
         r, count = min(m, n), len(indices)
@@ -218,37 +220,37 @@ class RowShards:
                     for j, *values in zip(own, *spectra(matrices, method, before), strict=True):
                         keep(j, *values)
 
-        if m < n or method in ("exact", "direct64"):
+        if m < n or method in (Method.EXACT, Method.BIDIAG64):
             whole(range(count), method)
             return self._told(found, r)
-        double = self.matrices[indices[0]].parameter.dtype == torch.float64
-        lowest, on_host = "gram64" if double else "gram32", self._device.type == "cpu"
-        names = [lowest if on_host else "gram64"] * count
-        if previous is not None:
-            names = _sufficient(previous, m, lowest)
-        if method == "gram64":
-            names = ["gram64"] * count
-        scale, finite = self._scales([self.local(i) for i in indices])
-        todo = list(range(count))
-        while todo:
-            for name in sorted({names[j] for j in todo}):
-                at = [j for j in todo if names[j] == name]
-                if name == "direct64":
-                    whole(at, "direct64")
+        given, on_host = self.matrices[indices[0]].parameter.dtype, self._device.type == "cpu"
+        climbs = method == "auto" and on_host
+        methods = choose(previous, count, given, on_host=on_host) if method == "auto" else [Method(method)] * count
+        scale, finite = self._scales([self.local(i) for i in indices], given)
+
+        def compute(plan: dict[Method, list[int]]) -> list[float]:
+            nonlocal told
+            for name, at in plan.items():
+                found[at] = 0
+                if name is Method.BIDIAG64:
+                    whole(at, name)
                     continue
-                dtype = torch.float32 if name == "gram32" else torch.float64
+                dtype = name.dtype(given)
                 for chunk in self._chunks(at, dtype.itemsize * n * (n + 1) // 2):
-                    own, G = self._grams([indices[j] for j in chunk], scale[chunk], finite[chunk], dtype)
+                    own, G, known = self._grams([indices[j] for j in chunk], scale[chunk], finite[chunk], dtype)
                     if own:
-                        S = torch.linalg.eigvalsh(G).flip(-1).double().clamp(min=0).sqrt()
-                        bound, sd_error = _bounds(S, torch.finfo(dtype).eps, m, squared=True)
-                        for j, *values in zip([chunk[o] for o in own], S, bound, sd_error, strict=True):
-                            values = [torch.where(finite[j], v, torch.nan) for v in values]
-                            keep(j, values[0] / scale[j], values[1] / scale[j], values[2], name)
+                        mine = [chunk[o] for o in own]
+                        drift = correct(G, known, m)
+                        S, drift = singular_values(torch.linalg.eigvalsh(G), known, drift)
+                        of = finished(S, name, m, kernels.Backend.TORCH, dtype, drift, scale[mine], finite[mine])
+                        for j, *values in zip(mine, *of, strict=True):
+                            keep(j, *values, name)
             told = self._told(found, r)
-            todo = [j for j in todo if on_host and told.sd_error[j] > SD_TOLERANCE and names[j] != "direct64"]
-            names = [METHODS[METHODS.index(name) + 1] if j in todo else name for j, name in enumerate(names)]
-            found[todo] = 0
+            return told.sd_error.tolist() if climbs else [0.0] * count
+
+        told = None
+        climb(compute, methods)
+        assert told is not None
         return told
 
     def topk(self, indices: Sequence[int], k: int, states: Sequence[State | None]):
@@ -314,19 +316,21 @@ class RowShards:
         pieces = [part.split(sizes) for part, sizes in zip(parts, counts, strict=True)] if own else []
         return [torch.cat([pieces[p][j] for p in range(self.ranks)]).view(-1, n) for j in range(len(own))]
 
-    def _grams(self, indices, scale, finite, dtype) -> tuple[list[int], Tensor]:
-        """The Gram matrices (lower triangles) that this rank owns among those given, and their positions."""
+    def _grams(self, indices, scale, finite, dtype) -> tuple[list[int], Tensor, Products]:
+        """The Gram matrices (lower triangles) that this rank owns among those given, their positions and products."""
         n = self.shapes[indices[0]][1]
         if n not in self._triangles:
             self._triangles[n] = torch.tril_indices(n, n, device=self._device)
         triangle = tuple(self._triangles[n])
         size = n * (n + 1) // 2
         outgoing: list[list[Tensor]] = [[torch.empty(0, dtype=dtype, device=self._device)] for _ in range(self.ranks)]
+        exact = torch.zeros(len(indices), n + min(n - 1, PAIRS), dtype=torch.float64, device=self._device)
         with kernels.full_precision(self._device.type):
             for j, i in enumerate(indices):
                 if self._counts[self.rank][i]:
-                    A = torch.where(finite[j], self.local(i).to(dtype) * scale[j].to(dtype), 0.0)
+                    A = torch.where(finite[j], self.local(i).double() * scale[j], 0.0).to(dtype)
                     outgoing[self.owner[i]].append((A.mT @ A)[triangle])
+                    exact[j] = torch.cat(Products.of(A.mT))
         own = [j for j, i in enumerate(indices) if self.mine(i)]
         held = [[j for j in own if self._counts[p][indices[j]]] for p in range(self.ranks)]
         parts = self._exchange([torch.cat(part) for part in outgoing], [size * len(js) for js in held])
@@ -336,19 +340,15 @@ class RowShards:
                 packed[own.index(position)] += piece
         G = torch.zeros(len(own), n, n, dtype=dtype, device=self._device)
         G[:, triangle[0], triangle[1]] = packed
-        return own, G
+        return own, G, Products(*self.sum(exact)[own].split([n, exact.shape[1] - n], dim=1))
 
-    def _scales(self, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _scales(self, rows: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Powers of two that bring the matrices near 1, where they are not, and whether all entries are finite."""
         zero = torch.zeros((), dtype=torch.float64, device=self._device)
-        largest = torch.stack([torch.linalg.vector_norm(A, torch.inf).double() if A.numel() else zero for A in rows])
+        largest = torch.stack([kernels.largest_entry(A)[0, 0].double() if A.numel() else zero for A in rows])
         largest = largest.nan_to_num(torch.inf, torch.inf)
         self._dist.all_reduce(largest, self._dist.ReduceOp.MAX, group=self._group)
-        finite = torch.isfinite(largest)
-        tame = (largest > 2.0**-30) & (largest < 2.0**30)
-        # Beyond 2^-126 a float32 power has no inverse.
-        exponent = torch.frexp(torch.where(finite & (largest > 0), largest, 1.0)).exponent.clamp(-126, 126)
-        return torch.where(tame, 1.0, torch.ldexp(torch.ones_like(largest), -exponent)), finite
+        return kernels.scale_of(largest, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 class _RowOperator:
@@ -356,7 +356,7 @@ class _RowOperator:
 
     def __init__(self, rows: list[Tensor], shards: RowShards):
         self.rows, self.shards = rows, shards
-        self.scale, self.finite = shards._scales(rows)
+        self.scale, self.finite = shards._scales(rows, rows[0].dtype)
         self.plain = bool((self.finite & (self.scale == 1)).all())
         self.like = rows[0]
 

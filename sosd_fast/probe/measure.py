@@ -176,7 +176,7 @@ def measure_full(group: list[Tracked], step: int, every: int, k: int) -> Launche
     # what the precision is chosen by must be on the host
     known = before if device.type == "cpu" or rows else _stack([t.spectrum for t in group], "cpu")
     if rows:
-        result = rows.spectra([t.place for t in group], "direct64" if strict else method, known)
+        result = rows.spectra([t.place for t in group], "bidiag64" if strict else method, known)
     else:
         result = spectra([W.double() for W in matrices] if strict else matrices, "exact" if strict else method, known)
     compared = [t.reference is not None for t in group]
@@ -381,7 +381,7 @@ def audit(t: Tracked, step: int, bound: float) -> Audit | None:
     An error beyond the bound makes the matrix be measured more strictly from then on.
     """
     if t.rows:
-        S = t.rows.spectra([t.place], "direct64").S[0]
+        S = t.rows.spectra([t.place], "bidiag64").S[0]
     else:
         W = t.tensor().double()
         if not W.isfinite().all():  # LAPACK raises
