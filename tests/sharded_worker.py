@@ -94,6 +94,8 @@ for at in groups.values():
         elif names[i] == "zero":
             assert (result.S[j] == 0).all()
         else:
+            # the same error model as of one process, on the same spectrum
+            assert result.methods[j] == spectra([matrices[j]]).methods[0], names[i]
             for found in (result, again):
                 assert sd_distance(found.S[j], ref.S[j]) <= min(1e-6, float(found.sd_error[j])), names[i]
                 assert ((found.S[j] - ref.S[j]).abs() <= found.bound[j] * 1.01 + 1e-30).all(), names[i]

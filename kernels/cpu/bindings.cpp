@@ -88,7 +88,7 @@ Method to_method(const char* function, const std::string& name) {
 
 // The constants of an `ErrorModel` of sosd_fast/spectra/precision.py, by name.
 ErrorModel to_model(const py::object& given) {
-    ErrorModel m;
+    ErrorModel m{};
     const std::pair<const char*, double*> fields[] = {
         {"value_root", &m.value_root},         {"value_base", &m.value_base},
         {"value_linear", &m.value_linear},     {"value_inner", &m.value_inner},

@@ -12,9 +12,8 @@ enum class Method { gram32, gram64, bidiag64 };
 
 // The constants of sosd_fast/spectra/precision.py, which says what they mean and hands them over.
 struct ErrorModel {
-    double value_root = 2, value_base = 32, value_linear = 1 / 12.0, value_inner = 1 / 8.0, spread = 6, spread_least = 0.2,
-           spread_float64 = 8, drift_float64 = 128 / 3.0, direct_root = 0.25, direct_inner = 0.125, safety = 3, common = 4,
-           common_root = 0.4, tolerance = 1e-6;
+    double value_root, value_base, value_linear, value_inner, spread, spread_least, spread_float64, drift_float64,
+        direct_root, direct_inner, safety, common, common_root, tolerance;
 };
 
 // One matrix W: element (i, j) is data[i * row_stride + j * col_stride], i < m, j < n; W is only read.

@@ -21,7 +21,7 @@ from sosd_fast import kernels
 from sosd_fast.matrices import Matrix
 from sosd_fast.spectra.gram import PAIRS, Products, correct, singular_values
 from sosd_fast.spectra.precision import Method, choose, climb
-from sosd_fast.spectra.svdvals import Spectra, finished, spectra
+from sosd_fast.spectra.svdvals import Spectra, finished, library_eigenvalues, spectra
 from sosd_fast.spectra.topk import State, iterate, stacked, topk_svdvals
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ class RowShards:
                     if own:
                         mine = [chunk[o] for o in own]
                         drift = correct(G, known, m)
-                        S, drift = singular_values(torch.linalg.eigvalsh(G), known, drift)
+                        S, drift = singular_values(library_eigenvalues(G), known, drift)
                         of = finished(S, name, m, kernels.Backend.TORCH, dtype, drift, scale[mine], finite[mine])
                         for j, *values in zip(mine, *of, strict=True):
                             keep(j, *values, name)
