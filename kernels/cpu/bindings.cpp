@@ -92,7 +92,8 @@ ErrorModel to_model(const py::object& given) {
     const std::pair<const char*, double*> fields[] = {
         {"value_root", &m.value_root},         {"value_base", &m.value_base},
         {"value_linear", &m.value_linear},     {"value_inner", &m.value_inner},
-        {"spread", &m.spread},                 {"spread_least", &m.spread_least},
+        {"value_float64", &m.value_float64},   {"spread", &m.spread},
+        {"spread_least", &m.spread_least},
         {"spread_float64", &m.spread_float64}, {"drift_float64", &m.drift_float64},
         {"direct_root", &m.direct_root},       {"direct_inner", &m.direct_inner},
         {"safety", &m.safety},                 {"common", &m.common},

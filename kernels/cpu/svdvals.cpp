@@ -114,8 +114,9 @@ void solve(SvdvalsTask& t, Arena& arena, const Parallel& parallel) {
             // sqrt(K): one rounding per merged row block; 22 eps measured at 16 x 20000, entries in [0, 1]
             std::fill_n(t.bound, r, (model.value_base + 8 * std::sqrt(rd) + inner) * eps * s1);
         } else {
-            const double units = model.value_base + std::max(model.value_root * std::sqrt(rd), model.value_linear * rd) +
-                                 model.value_inner * inner;
+            const double once = model.value_base + std::max(model.value_root * std::sqrt(rd), model.value_linear * rd) +
+                                model.value_inner * inner;
+            const double units = once * (t.method == Method::gram64 ? model.value_float64 : 1);
             for (int64_t i = 0; i < r; ++i) t.bound[i] = root_error(t.S[i], units * eps * s1 * s1);
         }
         constexpr double least = std::numeric_limits<double>::denorm_min();  // the rounding of values that small

@@ -59,6 +59,7 @@ class ErrorModel(NamedTuple):
     value_base: float = 32.0
     value_linear: float = 1 / 12  # of r, instead of the root where larger: equal terms drift in the reduction
     value_inner: float = 1 / 8  # of sqrt(K)
+    value_float64: float = 4.0  # times as much in float64: bisection errs by up to 108 units where values repeat
     spread: float = 6.0  # over sqrt(r): root mean square error of a small eigenvalue of a Gram matrix
     spread_least: float = 0.2  # degenerate spectra, whose errors do not shrink with r
     spread_float64: float = 8.0  # times as much in float64, as trained matrices need
@@ -130,7 +131,8 @@ def value_bound(S: Tensor, method: Method, inner: int, backend: Backend, *, dtyp
     if not method.squares:
         return ((model.value_base + 8 * math.sqrt(r) + math.sqrt(inner)) * u * top).expand_as(S)
     units = model.value_base + max(model.value_root * math.sqrt(r), model.value_linear * r)
-    return _roots(S, (units + model.value_inner * math.sqrt(inner)) * u * top.square())
+    units = (units + model.value_inner * math.sqrt(inner)) * (model.value_float64 if dtype == torch.float64 else 1)
+    return _roots(S, units * u * top.square())
 
 
 def _roots(S: Tensor, dl: Tensor) -> Tensor:
