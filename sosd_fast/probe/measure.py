@@ -214,7 +214,7 @@ def measure_full(group: list[Tracked], step: int, every: int, k: int) -> Launche
             t.spectrum = torch.from_numpy(S[j].copy())
             values = {f: columns[f][j] for f in (*_SUMMARIES, "sd_error")}
             values["cosine"] = columns["cosine"][j] if compared[j] else None
-            values |= {"method": result.methods[j], "topk": tuple(S[j, :k].tolist())}
+            values |= {"method": str(result.methods[j]), "topk": tuple(S[j, :k].tolist())}
             values |= {"spectrum": S[j], "residual": None}
             if consecutive[j]:
                 values |= {"interval": every, "sd_variation": columns["variation"][j]}
