@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from sosd_fast.kernels import Backend, power_of_two
 
@@ -45,7 +46,7 @@ class Method(StrEnum):
         return torch.float32 if self is Method.GRAM32 else torch.float64
 
     @classmethod
-    def _missing_(cls, value):  # the name in records of version 0.1.0
+    def _missing_(cls, value: object) -> "Method | None":  # the name in records of version 0.1.0
         return cls.BIDIAG64 if value == "direct64" else None
 
 
@@ -97,8 +98,8 @@ def predicted_sd_error(
         (B,) float64; NaN for a spectrum of zeros, which has no distribution, or that is not finite.
     """
     r, u, model = S.shape[-1], torch.finfo(dtype).eps / 2, _SD
-    S = S / power_of_two(S[:, :1])
-    squares, total = S.square(), S.sum(-1)
+    x = S / power_of_two(S[:, :1])
+    squares, total = x.square(), x.sum(-1)
     mean = squares.mean(-1, keepdim=True)
     if method.squares:
         units = max(model.spread / math.sqrt(r), model.spread_least)
@@ -106,19 +107,19 @@ def predicted_sd_error(
         if dtype == torch.float64:
             apart = torch.hypot(apart * model.spread_float64, model.drift_float64 * u * mean)
         dl = apart if drift is None else torch.hypot(apart, drift[:, None] * mean)
-        ds, lost = _roots(S, dl), squares < 4 * dl
+        ds, lost = _roots(x, dl), squares < 4 * dl
     else:
         units = 1 + model.direct_root * math.sqrt(r) + model.direct_inner * math.sqrt(inner)
-        ds = (units * u * S[:, :1]).expand_as(S)
-        lost = S < 4 * ds
+        ds = (units * u * x[:, :1]).expand_as(x)
+        lost = x < 4 * ds
     # Values at the noise floor err upwards only, so their errors add up in the sum instead of averaging out.
-    return (ds.norm(dim=-1) + S.norm(dim=-1) / total * (ds * lost).sum(-1)) / total
+    return (vector_norm(ds, dim=-1) + vector_norm(x, dim=-1) / total * (ds * lost).sum(-1)) / total
 
 
 def sd_error(S: Tensor, method: Method, inner: int, *, dtype: torch.dtype, drift: Tensor | None = None) -> Tensor:
     """The bound on |SD - SD_true|_2 that records carry, (B,); arguments as of `predicted_sd_error`."""
     x = S / power_of_two(S[:, :1])
-    sd_norm = x.norm(dim=-1) / x.sum(-1)
+    sd_norm = vector_norm(x, dim=-1) / x.sum(-1)
     u = torch.finfo(dtype).eps / 2
     common = (_SD.common + _SD.common_root * math.sqrt(S.shape[-1])) * u * sd_norm
     return _SD.safety * predicted_sd_error(S, method, inner, dtype=dtype, drift=drift) + common
@@ -160,9 +161,10 @@ def choose(previous: Tensor | None, count: int, dtype: torch.dtype, *, on_host: 
     chosen = [lowest if on_host else Method.GRAM64] * count
     if previous is None:
         return chosen
-    known = (previous[:, 0] > 0).tolist()
+    previous = previous.cpu()
+    known = [bool(positive) for positive in previous[:, 0] > 0]
     errors = {
-        method: sd_error(previous, method, 0, dtype=method.dtype(dtype)).tolist()
+        method: [float(e) for e in sd_error(previous, method, 0, dtype=method.dtype(dtype))]
         for method in LADDER[LADDER.index(lowest) : -1]
     }
     for i in range(count):
@@ -184,7 +186,8 @@ def climb(
     Returns:
         The methods that the results are from.
     """
-    methods, todo = list(methods), list(range(len(methods)))
+    methods = list(methods)
+    todo: list[int] = [*range(len(methods))]
     while todo:
         errors = compute({m: [i for i in todo if methods[i] == m] for m in sorted({methods[i] for i in todo})})
         todo = [i for i in todo if errors[i] > SD_TOLERANCE and methods[i] in LADDER[:-1]]
