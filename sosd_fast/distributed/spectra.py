@@ -19,14 +19,16 @@ from sosd_fast import kernels
 from sosd_fast.distributed.exchange import Exchange
 from sosd_fast.distributed.layout import assign, cost, local_rows, row_range, shape_of
 from sosd_fast.matrices import Matrix
+from sosd_fast.spectra import gram
+from sosd_fast.spectra.precision import Method, choose, climb
 from sosd_fast.spectra.products import Products, State, cold_state, stacked
-from sosd_fast.spectra.svdvals import SD_TOLERANCE, Spectra, _bounds, _sufficient, spectra
+from sosd_fast.spectra.svdvals import Spectra, finished, library_eigenvalues, spectra
 from sosd_fast.spectra.topk import iterate, subspace_step, topk_svdvals
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-METHODS = ("gram32", "gram64", "direct64", "exact")
+METHODS = tuple(Method)
 CHUNK_BYTES = 64 * 2**20  # sent at a time
 
 
@@ -60,7 +62,7 @@ class RowShards(Exchange):
         """This rank's rows of a matrix."""
         return local_rows(self.matrices[i], self.rank, self.ranks)
 
-    def spectra(self, indices: Sequence[int], method: str = "auto", previous: Tensor | None = None) -> Spectra:
+    def spectra(self, indices: Sequence[int], method: str | Method = "auto", previous: Tensor | None = None) -> Spectra:
         """`sosd_fast.spectra.svdvals.spectra` of matrices of one shape and dtype, the same on every rank."""
         m, n = self.shapes[indices[0]]
         r, count = min(m, n), len(indices)
@@ -76,42 +78,46 @@ class RowShards(Exchange):
                 if own:
                     before = None if previous is None else previous[own]
                     nan = found.new_full((r,), torch.nan)
-                    missing = nan, nan, nan[0], "gram32" if method == "auto" else method
+                    missing = nan, nan, nan[0], Method.GRAM32 if method == "auto" else Method(method)
                     for j, values in zip(own, self._survivors(spectra, missing, matrices, method, before), strict=True):
                         keep(j, *values)
 
-        if m < n or method in ("exact", "direct64"):
+        if m < n or method in (Method.EXACT, Method.BIDIAG64):
             whole(range(count), method)
             return self._told(found, r)
-        double = self.matrices[indices[0]].parameter.dtype == torch.float64
-        lowest, on_host = "gram64" if double else "gram32", self._device.type == "cpu"
-        names = [lowest if on_host else "gram64"] * count
-        if previous is not None:
-            names = _sufficient(previous, m, lowest)
-        if method == "gram64":
-            names = ["gram64"] * count
-        scale, finite = self._scales([self.local(i) for i in indices])
-        todo = list(range(count))
-        while todo:
-            for name in sorted({names[j] for j in todo}):
-                at = [j for j in todo if names[j] == name]
-                if name == "direct64":
-                    whole(at, "direct64")
+        given, on_host = self.matrices[indices[0]].parameter.dtype, self._device.type == "cpu"
+        climbs = method == "auto" and on_host
+        methods = choose(previous, count, given, on_host=on_host) if method == "auto" else [Method(method)] * count
+        scale, finite = self._scales([self.local(i) for i in indices], given)
+
+        def of_grams(G: Tensor, exact: Tensor, scale: Tensor, finite: Tensor, name: Method) -> tuple[Tensor, ...]:
+            dtype, known = name.dtype(given), gram.Products(*exact.split([n, exact.shape[1] - n], dim=1))
+            drift = gram.correct(G, known, m)
+            S, drift = gram.singular_values(library_eigenvalues(G), known, drift)
+            return finished(S, name, m, kernels.Backend.TORCH, dtype, drift, scale, finite)
+
+        def compute(plan: dict[Method, list[int]]) -> list[float]:
+            nonlocal told
+            for name, at in plan.items():
+                found[at] = 0
+                if name is Method.BIDIAG64:
+                    whole(at, name)
                     continue
-                dtype = torch.float32 if name == "gram32" else torch.float64
+                dtype = name.dtype(given)
                 for chunk in self._chunks(at, dtype.itemsize * n * (n + 1) // 2):
-                    own, G = self._grams([indices[j] for j in chunk], scale[chunk], finite[chunk], dtype)
+                    own, G, exact = self._grams([indices[j] for j in chunk], scale[chunk], finite[chunk], dtype)
                     if own:
-                        values = self._survivors(lambda G: (torch.linalg.eigvalsh(G),), (G[0, 0] * torch.nan,), G)
-                        S = torch.stack([S for (S,) in values]).flip(-1).double().clamp(min=0).sqrt()
-                        bound, sd_error = _bounds(S, torch.finfo(dtype).eps, m, squared=True)
-                        for j, *values in zip([chunk[o] for o in own], S, bound, sd_error, strict=True):
-                            values = [torch.where(finite[j], v, torch.nan) for v in values]
-                            keep(j, values[0] / scale[j], values[1] / scale[j], values[2], name)
+                        mine = [chunk[o] for o in own]
+                        missing = exact[0, :r] * torch.nan, exact[0, :r] * torch.nan, exact[0, 0] * torch.nan
+                        of = self._survivors(of_grams, missing, G, exact, scale[mine], finite[mine], name)
+                        for j, values in zip(mine, of, strict=True):
+                            keep(j, *values, name)
             told = self._told(found, r)
-            todo = [j for j in todo if on_host and told.sd_error[j] > SD_TOLERANCE and names[j] != "direct64"]
-            names = [METHODS[METHODS.index(name) + 1] if j in todo else name for j, name in enumerate(names)]
-            found[todo] = 0
+            return told.sd_error.tolist() if climbs else [0.0] * count
+
+        told = None
+        climb(compute, methods)
+        assert told is not None
         return told
 
     def topk(self, indices: Sequence[int], k: int, states: Sequence[State | None]):
@@ -209,19 +215,21 @@ class RowShards(Exchange):
         pieces = [part.split(sizes) for part, sizes in zip(parts, counts, strict=True)] if own else []
         return [torch.cat([pieces[p][j] for p in range(self.ranks)]).view(-1, n) for j in range(len(own))]
 
-    def _grams(self, indices, scale, finite, dtype) -> tuple[list[int], Tensor]:
-        """The Gram matrices (lower triangles) that this rank owns among those given, and their positions."""
+    def _grams(self, indices, scale, finite, dtype) -> tuple[list[int], Tensor, Tensor]:
+        """The positions of the Gram matrices that this rank owns, their lower triangles, and their exact products."""
         n = self.shapes[indices[0]][1]
         if n not in self._triangles:
             self._triangles[n] = torch.tril_indices(n, n, device=self._device)
         triangle = tuple(self._triangles[n])
         size = n * (n + 1) // 2
         outgoing: list[list[Tensor]] = [[torch.empty(0, dtype=dtype, device=self._device)] for _ in range(self.ranks)]
+        exact = torch.zeros(len(indices), n + min(n - 1, gram.PAIRS), dtype=torch.float64, device=self._device)
         with kernels.full_precision(self._device.type):
             for j, i in enumerate(indices):
                 if self._counts[self.rank][i]:
-                    A = torch.where(finite[j], self.local(i).to(dtype) * scale[j].to(dtype), 0.0)
+                    A = torch.where(finite[j], self.local(i).double() * scale[j], 0.0).to(dtype)
                     outgoing[self.owner[i]].append((A.mT @ A)[triangle])
+                    exact[j] = torch.cat(gram.Products.of(A.mT))
         own = [j for j, i in enumerate(indices) if self.mine(i)]
         held = [[j for j in own if self._counts[p][indices[j]]] for p in range(self.ranks)]
         parts = self.all_to_all([torch.cat(part) for part in outgoing], [size * len(js) for js in held])
@@ -231,7 +239,7 @@ class RowShards(Exchange):
                 packed[own.index(position)] += piece
         G = torch.zeros(len(own), n, n, dtype=dtype, device=self._device)
         G[:, triangle[0], triangle[1]] = packed
-        return own, G
+        return own, G, self.sum(exact)[own]
 
     def _largest(self, rows: list[Tensor]) -> Tensor:
         """The largest entry of each matrix (B,), float64; Inf where one is not finite."""
@@ -239,14 +247,9 @@ class RowShards(Exchange):
         largest = torch.stack([torch.linalg.vector_norm(A, torch.inf).double() if A.numel() else zero for A in rows])
         return self.maximum(largest.nan_to_num(torch.inf, torch.inf))
 
-    def _scales(self, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _scales(self, rows: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Powers of two that bring the matrices near 1, where they are not, and whether all entries are finite."""
-        largest = self._largest(rows)
-        finite = torch.isfinite(largest)
-        tame = (largest > 2.0**-30) & (largest < 2.0**30)
-        dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32  # in which the inverse is normal
-        power = kernels.power_of_two(torch.where(finite & (largest > 0), largest, 1.0).to(dtype)).double()
-        return torch.where(tame, 1.0, 1 / power), finite
+        return kernels.scale_of(self._largest(rows), torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def _leading(matrices: list[Tensor], k: int, state: State | None):

@@ -15,6 +15,7 @@ import torch
 from sosd_fast.probe.measurement import Measurement
 from sosd_fast.probe.recorder import KEPT_RECORDS
 from sosd_fast.probe.state import MatrixState
+from sosd_fast.spectra.precision import Method
 
 log = logging.getLogger("sosd_fast")
 
@@ -111,7 +112,7 @@ def audit(state: MatrixState, found: Measurement) -> Audit | None:
     """Compares a spectrum just measured with an SVD in float64; None for a matrix without a distribution."""
     assert found.full is not None
     if state.rows:
-        S = state.rows.spectra([state.place], "direct64").S[0]
+        S = state.rows.spectra([state.place], Method.BIDIAG64).S[0]
     else:
         W = state.tensor().double()
         if not W.isfinite().all():  # LAPACK raises

@@ -14,6 +14,7 @@ from sosd_fast.kernels.distribution import singular_distribution
 from sosd_fast.probe.measurement import FullValues, Kind, of_each
 from sosd_fast.probe.state import MatrixState
 from sosd_fast.spectra.bounds import theory_bound
+from sosd_fast.spectra.precision import Method
 from sosd_fast.spectra.svdvals import spectra
 
 
@@ -63,7 +64,7 @@ class FullGroup:
         # The precision is chosen by spectra on the host: to read them from a device would wait for it.
         known = before if device.type == "cpu" or rows else _stack([t.spectrum for t in states], device="cpu")
         if rows:
-            result = rows.spectra([t.place for t in states], "direct64" if strict else method, known)
+            result = rows.spectra([t.place for t in states], Method.BIDIAG64 if strict else method, known)
         else:
             weights = [W.double() for W in matrices] if strict else matrices
             result = spectra(weights, "exact" if strict else method, known)
@@ -117,7 +118,7 @@ class FullGroup:
 
         def values(j: int) -> FullValues:
             full = FullValues(
-                self.methods[j],
+                str(self.methods[j]),
                 S[j],
                 tuple(S[j, :k].tolist()),
                 *rows[j],
