@@ -243,8 +243,8 @@ class RowShards:
                         drift = correct(G, known, m)
                         S, drift = singular_values(library_eigenvalues(G), known, drift)
                         of = finished(S, name, m, kernels.Backend.TORCH, dtype, drift, scale[mine], finite[mine])
-                        for j, *values in zip(mine, *of, strict=True):
-                            keep(j, *values, name)
+                        for j, S, bound, sd_error in zip(mine, *of, strict=True):
+                            keep(j, S, bound, sd_error, name)
             told = self._told(found, r)
             return told.sd_error.tolist() if climbs else [0.0] * count
 
