@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.linalg import vector_norm
 
 from sosd_fast.kernels import Backend, power_of_two
 
@@ -113,13 +112,13 @@ def predicted_sd_error(
         ds = (units * u * x[:, :1]).expand_as(x)
         lost = x < 4 * ds
     # Values at the noise floor err upwards only, so their errors add up in the sum instead of averaging out.
-    return (vector_norm(ds, dim=-1) + vector_norm(x, dim=-1) / total * (ds * lost).sum(-1)) / total
+    return (_norm(ds) + _norm(x) / total * (ds * lost).sum(-1)) / total
 
 
 def sd_error(S: Tensor, method: Method, inner: int, *, dtype: torch.dtype, drift: Tensor | None = None) -> Tensor:
     """The bound on |SD - SD_true|_2 that records carry, (B,); arguments as of `predicted_sd_error`."""
     x = S / power_of_two(S[:, :1])
-    sd_norm = vector_norm(x, dim=-1) / x.sum(-1)
+    sd_norm = _norm(x) / x.sum(-1)
     u = torch.finfo(dtype).eps / 2
     common = (_SD.common + _SD.common_root * math.sqrt(S.shape[-1])) * u * sd_norm
     return _SD.safety * predicted_sd_error(S, method, inner, dtype=dtype, drift=drift) + common
@@ -134,6 +133,10 @@ def value_bound(S: Tensor, method: Method, inner: int, backend: Backend, *, dtyp
     units = model.value_base + max(model.value_root * math.sqrt(r), model.value_linear * r)
     units = (units + model.value_inner * math.sqrt(inner)) * (model.value_float64 if dtype == torch.float64 else 1)
     return _roots(S, units * u * top.square())
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.square().sum(-1).sqrt()
 
 
 def _roots(S: Tensor, dl: Tensor) -> Tensor:
