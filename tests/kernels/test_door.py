@@ -12,9 +12,11 @@ import sosd_fast
 from sosd_fast import kernels
 from sosd_fast.kernels.distribution import singular_distribution
 from sosd_fast.kernels.subspace import advance_subspaces
+from sosd_fast.spectra.precision import MODELS
 from sosd_fast.spectra.svdvals import spectra
 
 pytestmark = pytest.mark.skipif(kernels._C is None, reason="the C++ extension is not built")
+CPP = MODELS[kernels.Backend.CPP]
 
 
 class Wrapper(torch.Tensor):
@@ -82,10 +84,10 @@ REFUSED = {
 def test_what_cannot_be_read_is_refused(kind):
     W, out = REFUSED[kind](), torch.empty(1, 6, dtype=torch.float64)
     with pytest.raises(ValueError, match="expected a plain tensor on the CPU, got matrices"):
-        kernels._C.svdvals([W], 2, None, out, out.clone(), 1)
+        kernels._C.svdvals([W], "auto", None, out, out.clone(), 1, CPP)
     basis, values = torch.randn(1, 2, 6), torch.empty(1, 2)
     with pytest.raises(ValueError, match="expected a plain tensor on the CPU, got matrices"):
-        kernels._C.advance_subspaces([W], 4.0, basis, None, basis.clone(), basis.clone(), values, values.clone(), 1)
+        kernels._C.advance_subspaces([W], 4.0, basis, basis, basis.clone(), basis.clone(), values, values.clone(), 1)
     spectra, statistics = torch.rand(6, 9), torch.empty(6, 12, dtype=torch.float64)
     with pytest.raises(ValueError, match="expected a plain tensor|in float32 or float64"):
         kernels._C.singular_distribution(W, None, None, spectra, statistics)
@@ -124,17 +126,18 @@ def test_matrices_of_one_call_are_of_one_shape_and_dtype():
     out = torch.empty(2, 6, dtype=torch.float64)
     for other in (torch.randn(9, 6), torch.randn(6, 9).double(), torch.randn(6)):
         with pytest.raises(ValueError, match="expected matrices of one shape and dtype"):
-            kernels._C.svdvals([torch.randn(6, 9), other], 2, None, out, out.clone(), 1)
+            kernels._C.svdvals([torch.randn(6, 9), other], "auto", None, out, out.clone(), 1, CPP)
 
 
 def outputs(**changes):
     given = {
         "matrices": [torch.randn(6, 9)] * 2,
-        "precision": 2,
+        "method": "auto",
         "previous": None,
         "S": torch.empty(2, 6, dtype=torch.float64),
         "bound": torch.empty(2, 6, dtype=torch.float64),
         "threads": 1,
+        "model": CPP,
     }
     return given | changes
 
@@ -195,7 +198,7 @@ def test_the_public_functions_say_what_to_do():
     with pytest.raises(ValueError, match="Its memory was freed or resized; gather it first"):
         spectra([freed()])
     with pytest.raises(ValueError, match="gather it first"):
-        advance_subspaces([freed(9, 6)], torch.randn(1, 2, 6), None, 4.0)
+        advance_subspaces([freed(9, 6)], torch.randn(1, 2, 6), torch.zeros(1, 2, 6), 4.0)
     with pytest.raises(ValueError, match="gather it first"):
         singular_distribution(freed())
 
