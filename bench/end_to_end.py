@@ -45,7 +45,7 @@ class Loop:
         """Tracks the model, at rest until `steps` names the tracker."""
         self.clocks[name] = Stopwatch()
         probe = sosd_fast.track(self.model, optimizers=[], method=METHODS[name], budget=budget, audit=False)
-        probe._clock = self.clocks[name]
+        probe.clock = self.clocks[name]
         self.probes[name] = probe
 
     def steps(self, name: str, count: int, forbid: bool = False) -> float:
@@ -60,17 +60,15 @@ class Loop:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                     loss = self.model(tokens, targets) / len(self.micro)
                 loss.backward()
-            if probe:  # what the hooks do before and after an optimizer's step
+            if probe:  # what the hooks do before an optimizer's step
                 with forbidding(forbid):
-                    probe._guarded(probe._hold)
+                    probe.before_step(self.optimizers[0])
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
             if probe:
                 with forbidding(forbid):
-                    probe._guarded(probe._count)
-        if probe:
-            probe._guarded(probe._hold)
+                    probe.step(hold=False)
         self.synchronize()
         seconds = time.perf_counter() - began
         if probe:
@@ -118,7 +116,7 @@ def measure(args) -> tuple[dict, dict, dict]:
     if loop.device.type == "cuda":
         for name in args.trackers:
             loop.steps(name, 2, forbid=True)
-        gate["no synchronisation in the tracker's step"] = all(p._finalizer.alive for p in loop.probes.values())
+        gate["no synchronisation in the tracker's step"] = all(p.alive for p in loop.probes.values())
     before = [p.detach().clone() for p in loop.model.parameters()]
     for probe in loop.probes.values():
         probe.step()
@@ -126,19 +124,20 @@ def measure(args) -> tuple[dict, dict, dict]:
     if "full" in loop.probes:
         probe = loop.probes["full"]
         probe.flush()
-        seen = {t.shape: t for t in probe._tracked if max(t.shape) <= 4096}  # one of each shape
+        matrices = {m.name: m.tensor() for m in probe.matrices}
+        seen = {W.shape: (name, W) for name, W in matrices.items() if max(W.shape) <= 4096}  # one of each shape
         worst, errors = 0.0, Errors()
-        for t in seen.values():
-            S = true_svdvals(t.matrix.tensor())
-            record = probe.latest()[t.name]
+        for name, W in seen.values():
+            S = true_svdvals(W)
+            record = probe.latest()[name]
             if record.spectrum is not None:
-                errors.add([record], {t.name: S}, {}, warm=False)
+                errors.add([record], {name: S}, {}, warm=False)
                 worst = max(worst, errors.sd)
         gate[f"SD error <= {ERROR_GATE:g} and within its bound ({worst:.0e})"] = (
             0 < worst <= ERROR_GATE and errors.bound_ratio <= 1
         )
     own = {name: 100 * probe.overhead for name, probe in loop.probes.items()}
-    gate["every tracker still measures"] = all(p._finalizer.alive for p in loop.probes.values())
+    gate["every tracker still measures"] = all(p.alive for p in loop.probes.values())
     if loop.device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
     return seconds, gate, own

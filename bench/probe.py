@@ -40,7 +40,7 @@ def train(steps, optimizer, probes, each=lambda *_: None):
     made = {name: make(model) for name, make in probes.items()}
     clocks = {name: Stopwatch() for name in made}
     for name, probe in made.items():
-        probe._clock = clocks[name]
+        probe.clock = clocks[name]
     training = 0.0
     for step in range(1, steps + 1):
         began = time.perf_counter()
@@ -67,8 +67,8 @@ def budget(args):
 
     def note(step, name, probe):
         if step == min(skip, steps // 2):
-            at_skip[name] = probe._own_seconds, probe._clock()
-        own[name] = probe._own_seconds, probe._clock()
+            at_skip[name] = probe.seconds, probe.clock()
+        own[name] = probe.seconds, probe.clock()
 
     def maker(fraction):
         return lambda model: sosd_fast.track(model, optimizers=[], budget=fraction)
@@ -94,12 +94,12 @@ def bounds(args):
         def check(step, name, probe, truth=truth, variations=variations):
             if name != "fast" or step <= 20 or step % 20 < 18:
                 return
-            for t in probe._tracked:
-                S = true_svdvals(t.matrix.tensor())
-                before, truth[t.name] = truth.get(t.name), (step, S / S.sum())
-                r = probe.latest()[t.name]
+            for m in probe.matrices:
+                S = true_svdvals(m.tensor())
+                before, truth[m.name] = truth.get(m.name), (step, S / S.sum())
+                r = probe.latest()[m.name]
                 if before and before[0] == step - 1 and r.step == step and r.sd_variation is not None:
-                    variations.append(abs(r.sd_variation / float((truth[t.name][1] - before[1]).norm()) - 1))
+                    variations.append(abs(r.sd_variation / float((truth[m.name][1] - before[1]).norm()) - 1))
 
         probes = {
             "fast": lambda model: sosd_fast.track(model, optimizers=[], budget=args.budget),
@@ -115,7 +115,7 @@ def bounds(args):
             "sd_error_max": max(a.error for a in audits),
             "variation_checks": len(variations),
             "variation_error_max": max(variations),
-            "overhead": probe._own_seconds / (training + probe._own_seconds),
+            "overhead": probe.seconds / (training + probe.seconds),
         }
         r = results[optimizer]
         rows.append([

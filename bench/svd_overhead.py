@@ -51,14 +51,14 @@ class Errors:
     def truth(self, probe, step):
         """SVDs of all matrices now, and those of the step before where there are some."""
         now = {}
-        for t in probe._tracked:
-            W = t.matrix.tensor()
+        for m in probe.matrices:
+            W = m.tensor()
             if W.is_cuda:  # by the Gram matrix, whose small values are good to 1e-8 of the largest
                 W = W.double()
                 G = W @ W.mT if W.shape[0] <= W.shape[1] else W.mT @ W
-                now[t.name] = torch.linalg.eigvalsh(G).flip(-1).clamp(min=0).sqrt().cpu()
+                now[m.name] = torch.linalg.eigvalsh(G).flip(-1).clamp(min=0).sqrt().cpu()
             else:
-                now[t.name] = true_svdvals(W)
+                now[m.name] = true_svdvals(W)
         before = self._before.get(step - 1, {})
         self._before = {step: now}
         return now, before
@@ -104,7 +104,7 @@ def train(args):
         )
         if name != "off":  # stepped by hand, so that the tracker's part can be timed from outside
             probes[name] = sosd_fast.track(models[name], optimizers=[], method=METHODS[name], budget=args.budget)
-            probes[name]._clock = clocks[name]
+            probes[name].clock = clocks[name]
     seconds = {name: [] for name in names}
     own = {name: [] for name in METHODS}
     errors = {name: Errors() for name in METHODS}

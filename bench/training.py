@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.harness import ROOT, finish, interleaved, parser, show
-from sosd_fast.distributed.sharded import Share, assign, cost, shape_of
+from sosd_fast.distributed.layout import RankAssignment, assign, cost, shape_of
 from sosd_fast.matrices import find_matrices
+from sosd_fast.probe.followed import Found
 from sosd_fast.probe.probe import Probe
+from sosd_fast.probe.settings import Settings
 from training.model import PRESETS, Transformer, flops_per_token
 from training.optimizers import build_optimizers
 from training.presets import RUNS
@@ -124,10 +127,8 @@ def tracker_shares(name: str, ranks: int, repeats: int) -> dict:
     def measured(wanted):
         own = [m for m, at in zip(matrices, owner, strict=True) if at in wanted]
         parameters = [m.parameter for m in matrices]
-        own = Share(own, parameters, None, 0, 1)
-        return Probe(
-            lambda: own, [], "full", 32, 0.01, 1, "initial", None, None, None, audit=False, theory_bound=False
-        ).step
+        own = RankAssignment(own, parameters, None, 0, 1)
+        return Probe(weakref.ref(model), lambda: Found(own), [], Settings(method="full", audit=False)).step
 
     variants = {"alone": measured(range(ranks))} | {f"rank {r}": measured([r]) for r in range(ranks)}
     times = interleaved(variants, repeats, warmup=1)

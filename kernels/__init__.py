@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import sys
+from enum import StrEnum
 
 import torch
 from torch import Tensor
@@ -27,31 +28,51 @@ if torch.version.cuda is not None or "triton" in sys.modules:
 interpreted = False  # tests set it: CPU tensors then take the Triton kernels, in Triton's interpreter
 
 
-def on_triton(tensor: Tensor) -> bool:
-    """Whether the Triton kernels take this tensor; warns once where a CUDA tensor has to do without them."""
-    if tensor.device.type == "cpu":
-        return interpreted
-    if tensor.is_cuda and triton is None:
-        warn_no_triton()
-    return tensor.is_cuda and triton is not None
+class Backend(StrEnum):
+    """What runs an operation."""
+
+    CPP = "cpp"
+    TRITON = "triton"
+    TORCH = "torch"
+
+
+_IN_CPP = {"svdvals", "topk_svdvals", "singular_distribution"}
+_IN_TRITON = {"svdvals", "syrk", "tridiagonal", "sturm", "eigh", "singular_distribution", "newton_schulz"}
+
+
+def backend_of(op: str, tensor: Tensor) -> Backend:
+    """Tells what runs an operation on a tensor, and warns once of what is missing.
+
+    Args:
+        op: the name of a function of `sosd_fast` or `sosd_fast.kernels`.
+        tensor: it is called with.
+    """
+    if tensor.is_cuda and op in _IN_TRITON:
+        if triton is not None:
+            return Backend.TRITON
+        warn_missing("Triton")
+    elif tensor.device.type == "cpu":
+        if interpreted and op in _IN_TRITON:
+            return Backend.TRITON
+        if op in _IN_CPP:
+            if _C is not None:
+                return Backend.CPP
+            warn_missing("extension")
+    return Backend.TORCH
+
+
+_MISSING = {
+    "Triton": "sosd_fast: Triton is not installed, so CUDA tensors take slower torch operations. Install it with "
+    "`pip install triton`; `python -m sosd_fast doctor` shows the paths.",
+    "extension": "sosd_fast._C is not built, so CPU tensors take slower torch operations. Install a C++17 compiler and "
+    "run `pip install -e .` again; `python -m sosd_fast doctor` shows the paths.",
+}
 
 
 @functools.cache
-def warn_no_triton():
-    """Warns, once a process, that the GPU kernels are missing."""
-    log.warning(
-        "sosd_fast: Triton is not installed, so CUDA tensors take slower torch operations. "
-        "Install it with `pip install triton`; `python -m sosd_fast doctor` shows the paths.",
-    )
-
-
-@functools.cache
-def warn_no_extension():
-    """Warns, once a process, that the C++ kernels are missing."""
-    log.warning(
-        "sosd_fast._C is not built, so CPU tensors take the slower torch path. "
-        "Install a C++17 compiler and run `pip install -e .` again; `python -m sosd_fast doctor` shows the paths.",
-    )
+def warn_missing(what: str):
+    """Warns, once a process, that kernels are missing: "Triton" or "extension"."""
+    log.warning(_MISSING[what])
 
 
 def largest_entry(X: Tensor) -> Tensor:
@@ -72,3 +93,19 @@ def power_of_two(x: Tensor) -> Tensor:
     if x.dtype == torch.float32:
         return (x.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(2.0**-100, 2.0**126)
     return (x.view(torch.int64) & 0x7FF0000000000000).view(torch.float64).clamp(2.0**-900, 2.0**1022)
+
+
+def scale_of(largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Powers of two to multiply matrices by, so that squares of their entries stay in the range of a dtype.
+
+    Args:
+        largest: (B,), the largest |x| of each matrix.
+        dtype: float32 or float64, that the squares are taken in.
+
+    Returns:
+        scale (B,) float64, 1 where all is well, and finite (B,), whether the matrix is: NaN or Inf also get 1.
+    """
+    finite = torch.isfinite(largest)
+    power = power_of_two(torch.where(finite & (largest > 0), largest, 1.0).to(dtype)).double()
+    tame = (power > 2.0**-30) & (power < 2.0**30)
+    return torch.where(tame, 1.0, 1 / power), finite

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sosd_fast import kernels
-from sosd_fast.kernels import tl, triton
+from sosd_fast.kernels import Backend, tl, triton
 
 BLOCK = 1024  # values at once; longer spectra take several turns
 
@@ -180,17 +180,15 @@ def singular_distribution(S: Tensor, previous: Tensor | None = None, reference: 
     for name, other in (("previous", previous), ("reference", reference)):
         if other is not None:
             _check(name, other, S)
-    triton_takes_it = kernels.on_triton(S)
-    if not triton_takes_it and (S.device.type != "cpu" or kernels._C is None):
-        if S.device.type == "cpu":
-            kernels.warn_no_extension()
+    backend = kernels.backend_of("singular_distribution", S)
+    if backend is Backend.TORCH:
         return singular_distribution_ref(S, previous, reference)
 
     rows = S.detach().reshape(-1, S.shape[-1])
     others = [t if t is None else t.detach().reshape(rows.shape) for t in (previous, reference)]
     sd = torch.empty_like(S, memory_format=torch.contiguous_format, requires_grad=False)
     statistics = torch.empty(rows.shape[0], len(Distribution._fields) - 1, dtype=torch.float64, device=S.device)
-    if triton_takes_it:
+    if backend is Backend.TRITON:
         _launch(rows, *others, sd=sd, statistics=statistics)
     else:
         spectra = (t if t is None else t.to(S.dtype).contiguous() for t in (rows, *others))

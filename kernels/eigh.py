@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sosd_fast import kernels
-from sosd_fast.kernels import tl, triton
+from sosd_fast.kernels import Backend, tl, triton
 
 LARGEST = 512  # rows; a program holds a few numbers of each
 SWEEPS = 15  # at most, where NaN or rounding keeps the test from holding
@@ -222,7 +222,7 @@ def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
             f"eigh: expected square float32 or float64 matrices (..., n, n), got A={got}. Convert it with .float()."
         )
     n = A.shape[-1]
-    if not A.numel() or n > LARGEST or not kernels.on_triton(A):
+    if not A.numel() or n > LARGEST or kernels.backend_of("eigh", A) is not Backend.TRITON:
         return eigh_ref(A)
     work = A.detach().reshape(-1, n, n).contiguous()
     B, columns = work.shape[0], triton.cdiv(n, BLOCK) * BLOCK

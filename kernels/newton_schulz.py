@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sosd_fast import kernels
+from sosd_fast.kernels import Backend
 from sosd_fast.kernels.syrk import syrk
 
 HALF = (torch.bfloat16, torch.float16)
@@ -94,7 +95,7 @@ def newton_schulz(
     triples = tuple(triples[min(i, len(triples) - 1)] for i in range(steps))
     short, long = sorted(G.shape[-2:])
     symmetric = False
-    if G.dtype in HALF and G.is_cuda and kernels.on_triton(G) and G.numel():
+    if G.dtype in HALF and G.is_cuda and kernels.backend_of("newton_schulz", G) is Backend.TRITON and G.numel():
         shape = (G.shape[:-2].numel(), short, long)
         form, symmetric = fastest_form(shape, G.dtype, G.device, steps, None if method == "auto" else method)
     elif method == "auto":

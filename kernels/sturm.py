@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sosd_fast import kernels
-from sosd_fast.kernels import tl, triton
+from sosd_fast.kernels import Backend, tl, triton
 
 BLOCK = 128  # eigenvalues to a program of one warp: four chains of products to a thread
 SCALE_BLOCK = 512
@@ -156,7 +156,7 @@ def sturm(d: Tensor, e: Tensor) -> Tensor:
             f"sturm: expected e one shorter than d {tuple(d.shape)}, of its dtype and device, got "
             f"e={tuple(e.shape)} {e.dtype} on {e.device}. Pass the off-diagonal."
         )
-    if not d.numel() or not kernels.on_triton(d):
+    if not d.numel() or kernels.backend_of("sturm", d) is not Backend.TRITON:
         return sturm_ref(d, e)
     *batch, r = d.shape
     d = d.detach().reshape(-1, r)

@@ -19,26 +19,28 @@ from sosd_fast import kernels
 
 
 class Advance(NamedTuple):
-    """What `advance_subspaces` returns."""
+    """What `advance_subspaces` returns; where `done` is false, nothing else of that matrix is to be used."""
 
     squares: Tensor  # (B, b) Ritz values of W^T W, descending up to rounding
     residual: Tensor  # (B, b) |W^T u - s v|_2 of the directions V that came in
     V: Tensor  # (B, b, n) the next directions
     P: Tensor  # (B, b, n) their change
+    done: list[bool]
 
 
-def advance_subspaces(matrices: list[Tensor], V: Tensor, P: Tensor | None, pace: float) -> Advance | None:
+def advance_subspaces(matrices: list[Tensor], V: Tensor, P: Tensor, pace: float) -> Advance | None:
     """Takes one step with each of a list of matrices of one shape, which are read in place.
 
     Args:
         matrices: B tensors (m, n), m >= n, float32 on the CPU, of any strides. Not modified.
-        V: (B, b, n) orthonormal rows, b < n.
-        P: (B, b, n) the last change of V, or None.
+        V: (B, b, n) rows, b < n.
+        P: (B, b, n) the last change of V, zeros at first.
         pace: weight of the residual against P.
 
     Returns:
-        `Advance`; or None where the C++ kernel is missing or does not apply: another device or dtype, b = n, and
-        matrices that hold NaN or Inf, are zero or of low rank, or lie beyond 2**30 or below 2**-30.
+        `Advance`; the kernel declines matrices that hold NaN or Inf, are zero or of low rank, or lie beyond 2**30 or
+        below 2**-30, and those whose V is not orthonormal. None where the kernel is missing or does not apply: another
+        device or dtype, b = n.
 
     Accuracy:
         Float32 throughout: squares err by about sqrt(n) * eps * S[0]**2 beyond what the subspace misses.
@@ -49,14 +51,8 @@ def advance_subspaces(matrices: list[Tensor], V: Tensor, P: Tensor | None, pace:
         return None
     matrices = [A if 1 in A.stride() else A.contiguous() for A in matrices]
     V = V.contiguous()
-    result = Advance(*(V.new_empty(V.shape[:2]) for _ in range(2)), *(V.new_empty(V.shape) for _ in range(2)))
-    ordinary = kernels._C.advance_subspaces(
-        matrices,
-        pace,
-        V,
-        None if P is None else P.contiguous(),
-        *(result[i] for i in (2, 3, 0, 1)),
-        torch.get_num_threads(),
-    )
-    # a residual can overflow where the subspace does not: W far beyond W V
-    return result if ordinary and all(x.isfinite().all() for x in (result.squares, result.residual)) else None
+    squares, residual = V.new_empty(V.shape[:2]), V.new_empty(V.shape[:2])
+    next_V, next_P = torch.empty_like(V), torch.empty_like(V)
+    threads = torch.get_num_threads()
+    done = kernels._C.advance_subspaces(matrices, pace, V, P.contiguous(), next_V, next_P, squares, residual, threads)
+    return Advance(squares, residual, next_V, next_P, done)

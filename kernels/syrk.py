@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sosd_fast import kernels
-from sosd_fast.kernels import tl, triton
+from sosd_fast.kernels import Backend, tl, triton
 
 # Shipped configurations, by input dtype.
 CONFIGS = {
@@ -153,7 +153,7 @@ def syrk(
             "Its sides are the rows of A."
         )
     out_dtype = out_dtype or (torch.float64 if A.dtype == torch.float64 else torch.float32)
-    if A.dtype == torch.float64 or not A.numel() or not kernels.on_triton(A):
+    if A.dtype == torch.float64 or not A.numel() or kernels.backend_of("syrk", A) is not Backend.TRITON:
         return syrk_ref(A, B, C, alpha=alpha, beta=beta, shift=shift, scale=scale, out_dtype=out_dtype)
     A, B = (t.detach().reshape(-1, m, k) for t in (A, A if B is None else B))
     C = None if C is None else C.detach().reshape(-1, m, m)

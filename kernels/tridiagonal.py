@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sosd_fast import kernels
-from sosd_fast.kernels import tl, triton
+from sosd_fast.kernels import Backend, tl, triton
 
 PANEL = 16
 ALIGNED = 16  # elements: passes over rows begin at a multiple
@@ -265,7 +265,7 @@ def tridiagonal(A: Tensor, *, overwrite: bool = False, programs: int | None = No
             f"tridiagonal: expected square float32 or float64 matrices (..., r, r), got A={got}. Pass a Gram matrix."
         )
     *batch, r = A.shape[:-1]
-    if not A.numel() or not kernels.on_triton(A):
+    if not A.numel() or kernels.backend_of("tridiagonal", A) is not Backend.TRITON:
         return tridiagonal_ref(A)
     work = A.detach().reshape(-1, r, r)
     work = work.contiguous() if overwrite else work.clone(memory_format=torch.contiguous_format)

@@ -129,19 +129,20 @@ def doctor() -> list[str]:
     lines += [f"{name:<11} {version or 'missing'}" for name, version in has.items()]
     cuda = torch.cuda.is_available()
     compiled = kernels._C is not None
-    host, on_cuda = "C++" if compiled else "torch", "torch" if cuda else "-"
-    kernel = "Triton" if cuda and kernels.triton else on_cuda
-    both = ", Triton" if kernel == "Triton" else ""
     lines += [
         f"CUDA GPU    {torch.cuda.get_device_name() if cuda else 'none'}",
         f"extension   {'built' if compiled else 'not built: install a C++17 compiler, then pip install -e .'}",
         "",
         f"{'operation':<22} {'CPU tensors':<14} CUDA tensors",
-        f"{'svdvals':<22} {f'C++ ({kernels._C.isa()})' if compiled else 'torch':<14} {kernel}",
-        f"{'topk_svdvals':<22} {host:<14} {'CuPy arrays: CuPy, ' if has['cupy'] else ''}{on_cuda}{both}",
-        f"{'singular_distribution':<22} {host:<14} {kernel}",
-        f"{'newton_schulz':<22} {'torch':<14} {kernel}",
     ]
+    words = {"cpp": f"C++ ({kernels._C.isa()})" if compiled else "", "triton": "Triton", "torch": "torch"}
+    for op in ("svdvals", "topk_svdvals", "singular_distribution", "newton_schulz"):
+        host = words[kernels.backend_of(op, torch.empty(0, device="cpu"))]
+        on_cuda = words[kernels.backend_of(op, torch.empty(0, device="cuda"))] if cuda else "-"
+        if op == "topk_svdvals":  # torch's products, our eigensolver
+            on_cuda += ", Triton" if cuda and kernels.triton else ""
+            on_cuda = "CuPy arrays: CuPy, " * bool(has["cupy"]) + on_cuda
+        lines.append(f"{op:<22} {host:<14} {on_cuda}")
     return lines
 
 

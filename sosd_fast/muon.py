@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sosd_fast.distributed.sharded import is_sharded, on_whole
+from sosd_fast.distributed.exchange import apply_to_whole
+from sosd_fast.distributed.layout import is_sharded
 from sosd_fast.kernels.newton_schulz import newton_schulz
 
 
@@ -133,7 +134,7 @@ class Muon(torch.optim.Optimizer):
 
         updates = [u.bfloat16() if u.is_cuda else u for u in updates]
         if is_sharded(params[0]):
-            updates = on_whole(updates, params[0], orthogonalise)
+            updates = apply_to_whole(updates, params[0], orthogonalise)
         else:
             updates = list(orthogonalise(torch.stack(updates)).unbind(0))
         ratio = 0.2 * math.sqrt(max(m, n)) if group["adjust_lr_fn"] == "match_rms_adamw" else math.sqrt(max(1, m / n))

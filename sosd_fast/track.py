@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sosd_fast.distributed.sharded import share
+from sosd_fast.distributed.layout import share
 from sosd_fast.matrices import DEFAULT_SPLIT, find_matrices
+from sosd_fast.probe.followed import Found
 from sosd_fast.probe.probe import Probe, probes_of
+from sosd_fast.probe.settings import Settings
 from sosd_fast.runs.records import Record
 
 METHODS = ("auto", "full", "topk", "exact")
@@ -21,6 +23,7 @@ log = logging.getLogger("sosd_fast")
 def track(
     model: nn.Module,
     optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    *,
     method: str = "auto",
     k: int = 32,
     budget: float = 0.01,
@@ -120,15 +123,16 @@ def track(
         raise ValueError(
             f"track: expected weights, got model={type(model).__name__} on the meta device. Track it later."
         )
-    this, said = weakref.ref(model), {}
+    this = weakref.ref(model)
+    said: dict[str, str] = {}
 
-    def find():
+    def find() -> Found | None:
         model = this()
         if model is None:
             return None
-        left_out: dict[str, str] = {}
-        found = share(model, find_matrices(model, include, exclude, split, left_out))
-        new = {name: why for name, why in left_out.items() if name not in said}
+        unreadable: dict[str, str] = {}
+        found = share(model, find_matrices(model, include, exclude, split, unreadable))
+        new = {name: why for name, why in unreadable.items() if name not in said}
         if new:
             said.update(new)
             log.warning(
@@ -136,10 +140,31 @@ def track(
                 "silently.",
                 ", ".join(f"{name} {why}" for name, why in new.items()),
             )
-        return found
+        return Found(found, _left_out(model, found.parameters, unreadable))
 
-    probe = Probe(
-        this, find, optimizers, method, k, budget, every, reference, run_dir, on_record, step, audit, theory_bound
-    )  # fmt: skip
+    settings = Settings(
+        method=method,
+        k=k,
+        budget=budget,
+        every=every,
+        reference=reference,
+        run_dir=run_dir,
+        on_record=on_record,
+        step=step,
+        audit=audit,
+        theory_bound=theory_bound,
+    )
+    probe = Probe(this, find, optimizers, settings)
     probes_of.setdefault(model, []).append(probe)  # lives as long as the model does
     return probe
+
+
+def _left_out(model: nn.Module, measured: Sequence[Tensor], unreadable: Mapping[str, str]) -> dict[str, str]:
+    """Says why each parameter that is not measured is left out."""
+    ids, left_out = set(map(id, measured)), dict(unreadable)
+    for name, parameter in model.named_parameters():
+        name = name.replace("_orig_mod.", "").replace("parametrizations.", "").removeprefix("module.")
+        if id(parameter) not in ids and name not in left_out:
+            is_matrix = parameter.ndim >= 2 and parameter.numel() > 0
+            left_out[name] = "is excluded" if is_matrix else "has fewer than two dimensions"
+    return left_out

@@ -2,6 +2,8 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -11,6 +13,8 @@
 
 namespace py = pybind11;
 using sosd_fast::DType;
+using sosd_fast::ErrorModel;
+using sosd_fast::Method;
 using sosd_fast::Tensor;
 
 namespace {
@@ -73,11 +77,48 @@ void any_distribution(const py::object& S, const py::object& previous, const py:
         singular_distribution<double>(spectra, before, fixed, out, summary);
 }
 
+constexpr std::array<std::pair<const char*, Method>, 3> kMethods{
+    {{"gram32", Method::gram32}, {"gram64", Method::gram64}, {"bidiag64", Method::bidiag64}}};
+
+Method to_method(const char* function, const std::string& name) {
+    for (const auto& [known, method] : kMethods)
+        if (name == known) return method;
+    refuse(std::string(function) + ": expected method auto, gram32, gram64 or bidiag64, got " + name + ".");
+}
+
+// The constants of an `ErrorModel` of sosd_fast/spectra/precision.py, by name.
+ErrorModel to_model(const py::object& given) {
+    ErrorModel m{};
+    const std::pair<const char*, double*> fields[] = {
+        {"value_root", &m.value_root},         {"value_base", &m.value_base},
+        {"value_linear", &m.value_linear},     {"value_inner", &m.value_inner},
+        {"value_float64", &m.value_float64},   {"spread", &m.spread},
+        {"spread_least", &m.spread_least},
+        {"spread_float64", &m.spread_float64}, {"drift_float64", &m.drift_float64},
+        {"direct_root", &m.direct_root},       {"direct_inner", &m.direct_inner},
+        {"safety", &m.safety},                 {"common", &m.common},
+        {"common_root", &m.common_root},       {"tolerance", &m.tolerance}};
+    for (const auto& [name, to] : fields) *to = given.attr(name).cast<double>();
+    return m;
+}
+
+// For tests: the bound that decides, on any (r,) float64 spectrum whose squares stay in range.
+double sd_error(const py::object& S, const std::string& method, int64_t inner, double drift, const py::object& model) {
+    const Tensor values(S, "S");
+    if (values.dims() != 1 || values.size[0] < 1) refuse("sd_error: expected S of shape (r,).");
+    values.expect("S", DType::f64, values.size);
+    return sosd_fast::sd_error(values.as<double>(), values.size[0], inner, to_method("sd_error", method), drift,
+                               to_model(model));
+}
+
 // matrices: B tensors (m, n) of one dtype, any strides. S, bound and previous: (B, min(m, n)) float64, contiguous; S and
-// bound are written. Returns (precision used, predicted SD error) of each.
-std::vector<std::pair<int, double>> svdvals(const py::sequence& matrices, int precision, const py::object& previous,
-                                            const py::object& S, const py::object& bound, int threads) {
-    if (precision < 0 || precision > 3) refuse("svdvals: expected precision in 0..3, got " + std::to_string(precision));
+// bound are written. Returns (the method that stood, sd_error) of each.
+std::vector<std::pair<const char*, double>> svdvals(const py::sequence& matrices, const std::string& method,
+                                                    const py::object& previous, const py::object& S,
+                                                    const py::object& bound, int threads, const py::object& model) {
+    const bool automatic = method == "auto";
+    const Method asked = automatic ? Method::gram32 : to_method("svdvals", method);
+    const ErrorModel constants = to_model(model);
     const std::vector<Tensor> opened = open_matrices("svdvals", matrices);
     if (opened.empty()) return {};
     const int64_t m = opened[0].size[0], n = opened[0].size[1], r = std::min(m, n), count = int64_t(opened.size());
@@ -93,7 +134,9 @@ std::vector<std::pair<int, double>> svdvals(const py::sequence& matrices, int pr
         t.data = W.data;
         t.dtype = W.dtype;
         t.m = m, t.n = n, t.row_stride = W.stride[0], t.col_stride = W.stride[1];
-        t.precision = static_cast<sosd_fast::Precision>(precision);
+        t.automatic = automatic;
+        t.method = asked;
+        t.model = &constants;
         t.S = values.as<double>() + i * r;
         t.bound = bounds.as<double>() + i * r;
         t.previous = before.empty() ? nullptr : before[0].as<double>() + i * r;
@@ -102,29 +145,28 @@ std::vector<std::pair<int, double>> svdvals(const py::sequence& matrices, int pr
         py::gil_scoped_release release;
         sosd_fast::svdvals(tasks.data(), count, threads);
     }
-    std::vector<std::pair<int, double>> used;
-    for (const auto& t : tasks) used.emplace_back(static_cast<int>(t.used), t.predicted_sd_error);
-    return used;
+    std::vector<std::pair<const char*, double>> found;
+    for (const auto& t : tasks) found.emplace_back(kMethods[size_t(t.method)].first, t.sd_error);
+    return found;
 }
 
 // matrices: B float32 tensors (m, n), m >= n, one of the strides 1. V, P, next_V and next_P are (B, b, n), squares and
-// residual (B, b), all float32 and contiguous; b < n; P may be None. Returns whether every matrix is ordinary, see
-// SubspaceTask; where not, the outputs are not to be used.
-bool advance_subspaces(const py::sequence& matrices, float pace, const py::object& V, const py::object& P,
-                       const py::object& next_V, const py::object& next_P, const py::object& squares,
-                       const py::object& residual, int threads) {
+// residual (B, b), all float32 and contiguous; b < n. Returns of each matrix whether it is ordinary, see SubspaceTask;
+// where it is not, its outputs are not to be used.
+std::vector<bool> advance_subspaces(const py::sequence& matrices, float pace, const py::object& V, const py::object& P,
+                                    const py::object& next_V, const py::object& next_P, const py::object& squares,
+                                    const py::object& residual, int threads) {
     const std::vector<Tensor> opened = open_matrices("advance_subspaces", matrices);
-    if (opened.empty()) return true;
+    if (opened.empty()) return {};
     const int64_t count = int64_t(opened.size()), m = opened[0].size[0], n = opened[0].size[1];
-    const Tensor basis(V, "V"), to_V(next_V, "next_V"), to_P(next_P, "next_P"), values(squares, "squares"),
+    const Tensor basis(V, "V"), change(P, "P"), to_V(next_V, "next_V"), to_P(next_P, "next_P"), values(squares, "squares"),
         residuals(residual, "residual");
-    const std::vector<Tensor> change = open_optional(P, "P");
     if (opened[0].dtype != DType::f32 || m < n || basis.dims() != 3 || basis.size[1] < 1 || basis.size[1] >= n)
         refuse("advance_subspaces: expected upright float32 matrices and b < n directions, got shapes " +
                sosd_fast::to_string(opened[0].size) + " and " + sosd_fast::to_string(basis.size) + ".");
     const int64_t b = basis.size[1];
-    for (const auto* t : {&basis, &to_V, &to_P}) t->expect("V, next_V and next_P", DType::f32, {count, b, n});
-    for (const Tensor& t : change) t.expect("P", DType::f32, {count, b, n});
+    for (const auto* t : {&basis, &change, &to_V, &to_P})
+        t->expect("V, P, next_V and next_P", DType::f32, {count, b, n});
     for (const auto* t : {&values, &residuals}) t->expect("squares and residual", DType::f32, {count, b});
     std::vector<sosd_fast::SubspaceTask> tasks;
     for (int64_t i = 0; i < count; ++i) {
@@ -133,14 +175,15 @@ bool advance_subspaces(const py::sequence& matrices, float pace, const py::objec
             refuse("advance_subspaces: expected a stride of 1, got strides " + sosd_fast::to_string(W.stride) + ".");
         const int64_t at = i * b * n;
         tasks.push_back({W.as<float>(), m, n, W.stride[0], W.stride[1], basis.as<float>() + at,
-                         change.empty() ? nullptr : change[0].as<float>() + at, to_V.as<float>() + at,
-                         to_P.as<float>() + at, values.as<float>() + i * b, residuals.as<float>() + i * b, false});
+                         change.as<float>() + at, to_V.as<float>() + at, to_P.as<float>() + at, values.as<float>() + i * b, residuals.as<float>() + i * b, false});
     }
     {
         py::gil_scoped_release release;
         sosd_fast::advance_subspaces(tasks.data(), count, b, pace, threads);
     }
-    return std::all_of(tasks.begin(), tasks.end(), [](const auto& t) { return t.ordinary; });
+    std::vector<bool> ordinary;
+    for (const auto& t : tasks) ordinary.push_back(t.ordinary);
+    return ordinary;
 }
 
 }  // namespace
@@ -148,8 +191,9 @@ bool advance_subspaces(const py::sequence& matrices, float pace, const py::objec
 PYBIND11_MODULE(_C, m) {
     m.doc() = "C++ kernels of sosd_fast for CPU tensors; call them through sosd_fast.kernels.";
     m.def("isa", [] { return sosd_fast::kernels().isa; });
-    m.def("svdvals", &svdvals, py::arg("matrices"), py::arg("precision"), py::arg("previous"), py::arg("S"),
-          py::arg("bound"), py::arg("threads"));
+    m.def("svdvals", &svdvals, py::arg("matrices"), py::arg("method"), py::arg("previous"), py::arg("S"),
+          py::arg("bound"), py::arg("threads"), py::arg("model"));
+    m.def("sd_error", &sd_error, py::arg("S"), py::arg("method"), py::arg("inner"), py::arg("drift"), py::arg("model"));
     m.def("advance_subspaces", &advance_subspaces, py::arg("matrices"), py::arg("pace"), py::arg("V"), py::arg("P"),
           py::arg("next_V"), py::arg("next_P"), py::arg("squares"), py::arg("residual"), py::arg("threads"));
     m.def("singular_distribution", &any_distribution, py::arg("S"), py::arg("previous"), py::arg("reference"),

@@ -7,15 +7,15 @@
 namespace sosd_fast {
 
 // W upright, m >= n; V and P hold b directions as rows. With Z = W^T W V, R = Z - V (V^T Z), rho the Rayleigh quotients:
-//     D = R / |R|, or with P  D = (pace R / rho + P) / |.| less its part along V;  p = min(b, n - b) of them,
+//     D = (pace R / rho + P) / |.| less its part along V;  p = min(b, n - b) of them,
 // and Rayleigh-Ritz of W^T W on [V, D] gives the next V, and P, its part along D.
 struct SubspaceTask {
     const float* data;
     int64_t m, n, row_stride, col_stride;  // one of the strides is 1
-    const float *V, *P;                    // (b, n); P may be null
+    const float *V, *P;                    // (b, n)
     float *next_V, *next_P;                // out: (b, n)
     float *squares, *residual;             // out: b Ritz values of W^T W, nearly descending; |W^T u - s v| of V, or s
-    bool ordinary;                         // out; false: not finite, far from 1, or dependent directions: no result
+    bool ordinary;  // out; false: not finite, far from 1, V not orthonormal, or dependent directions: no result
 };
 
 namespace SOSD_ISA {
@@ -159,7 +159,7 @@ struct Alone {
 };
 
 // Leading b Ritz pairs: H c = value M c, M and H of order q, rows `stride` apart, both destroyed. rows of C are the
-// coefficients. The shift and its removal are those of topk.py; false: dependent directions, which need its slower way.
+// coefficients. The shift is divided out to first order; false: dependent directions, which need topk.py's slower way.
 inline bool rayleigh_ritz(float* M, float* H, int64_t q, int64_t stride, int64_t b, float* squares, float* C, Arena& arena,
                           const Parallel& alone) {
     const ArenaScope scope(arena);
@@ -237,6 +237,10 @@ inline void advance_subspace(SubspaceTask& t, int64_t b, float pace, Arena& aren
     else
         dot_rows(Rows{Y, m, b}, W, m, Z, n, parallel);
     for (int64_t i = 0; i < q * stride; ++i) M[i] = H[i] = 0;
+    dot_rows(V, V, n, M, stride, parallel);
+    for (int64_t i = 0; i < b; ++i)
+        for (int64_t k = 0; k < b; ++k) t.ordinary &= __builtin_fabsf(M[i * stride + k] - (i == k)) < 0.01f;
+    if (!t.ordinary) return;
     dot_rows(Zs, V, n, H, stride, parallel);
     float rounding = 0;  // of the quotients
     for (int64_t i = 0; i < b; ++i)
@@ -257,18 +261,15 @@ inline void advance_subspace(SubspaceTask& t, int64_t b, float pace, Arena& aren
     for (int64_t i = 0; i < p; ++i) {
         const float rho = H[i * stride + i] > 0 ? H[i * stride + i] : 1;
         float* d = D + i * n;
-        for (int64_t k = 0; k < n; ++k) d[k] = t.P ? pace / rho * R[i * n + k] + t.P[i * n + k] : R[i * n + k];
+        for (int64_t k = 0; k < n; ++k) d[k] = pace / rho * R[i * n + k] + t.P[i * n + k];
         const float squares = dot(d, d, n), scale = squares > 0 ? 1 / __builtin_sqrtf(squares) : 1;
         for (int64_t k = 0; k < n; ++k) d[k] *= scale;
     }
-    if (t.P) {
-        dot_rows(Ds, V, n, X, stride, parallel);
-        for (int64_t i = 0; i < p; ++i)
-            for (int64_t k = 0; k < b; ++k) X[i * stride + k] = -X[i * stride + k];
-        sum_rows(Rows{X, stride, p}, V, n, D, n, true, parallel);
-    }
+    dot_rows(Ds, V, n, X, stride, parallel);
+    for (int64_t i = 0; i < p; ++i)
+        for (int64_t k = 0; k < b; ++k) X[i * stride + k] = -X[i * stride + k];
+    sum_rows(Rows{X, stride, p}, V, n, D, n, true, parallel);
     mul(Ds, WD);
-    dot_rows(V, V, n, M, stride, parallel);
     dot_rows(Ds, V, n, M + b * stride, stride, parallel);
     dot_rows(Ds, Ds, n, M + b * stride + b, stride, parallel);
     dot_rows(Ds, Zs, n, H + b * stride, stride, parallel);
@@ -280,9 +281,13 @@ inline void advance_subspace(SubspaceTask& t, int64_t b, float pace, Arena& aren
         }
     t.ordinary = rayleigh_ritz(M, H, q, stride, b, t.squares, C, arena, Alone().parallel);
     if (!t.ordinary) return;
-    // W does not see these directions, so their residual says nothing of the value that is found now.
-    for (int64_t i = 0; i < b; ++i)
+    for (int64_t i = 0; i < b; ++i) {
+        // W does not see these directions, so their residual says nothing of the value that is found now.
         if (t.residual[i] < 0) t.residual[i] = __builtin_sqrtf(t.squares[i] > 0 ? t.squares[i] : 0);
+        // It can overflow where the subspace does not: W far beyond W V.
+        t.ordinary &= __builtin_fabsf(t.squares[i]) < __builtin_inff() && t.residual[i] < __builtin_inff();
+    }
+    if (!t.ordinary) return;
     sum_rows(Rows{C + b, stride, b}, Ds, n, t.next_P, n, false, parallel);
     for (int64_t i = 0; i < b * n; ++i) t.next_V[i] = t.next_P[i];
     sum_rows(Rows{C, stride, b}, V, n, t.next_V, n, true, parallel);

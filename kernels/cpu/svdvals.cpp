@@ -36,37 +36,21 @@ const Kernels& kernels() {
 
 namespace {
 
-constexpr double eps_of(Precision p) { return p == Precision::f32 ? 0x1p-24 : 0x1p-53; }
+constexpr double eps_of(Method method) { return method == Method::gram32 ? 0x1p-24 : 0x1p-53; }
 
-// ||error of S / sum(S)||_2 to be expected of a Gram matrix. Its small eigenvalues, the ones that matter, err by
-// 6 / sqrt(r) eps max(S[0]^2, 4 mean(S^2)) in root mean square or less in fp32 (13 spectra, r = 4 .. 768, and flat ones).
-// Weights in bf16 and f16 err by up to 2.7 times as much as f32 ones in fp32 (r = 256 .. 768), whose products are exact.
-// In fp64 they were seen to err by 3 eps S[0]^2 on trained 256 x 256 matrices, 8 times as much, and its diagonal may drift
-// by 2/3 kChain eps mean(S^2), which nothing measures; `shift` is what the fp32 Gram matrix was seen to drift by.
-double predicted_error(const double* S, int64_t r, Precision precision, DType dtype, double shift) {
-    const bool half = dtype == DType::bf16 || dtype == DType::f16, twice = precision == Precision::f64;
-    const double mean = std::inner_product(S, S + r, S, 0.0) / double(r), eps = eps_of(precision);
-    const double units = std::max(6 / std::sqrt(double(r)), 0.15) * (twice ? 8 : half ? 3 : 1);
-    const double drift = twice ? 2 * kChain / 3.0 * eps * mean : shift;
-    const double dl = std::hypot(units * eps * std::max(S[0] * S[0], 4 * mean), drift);
-    double sum = 0, squares = 0, ds_squares = 0, ds_upwards = 0;
-    for (int64_t i = 0; i < r; ++i) {
-        const double s2 = S[i] * S[i];
-        const double up = dl / (std::sqrt(s2 + dl) + S[i]);
-        const double down = std::min(s2, dl) / (S[i] + std::sqrt(std::max(s2 - dl, 0.0)) + 1e-300);
-        const double ds = std::max(up, down);
-        sum += S[i];
-        squares += s2;
-        ds_squares += ds * ds;
-        if (s2 < 4 * dl) ds_upwards += ds;
-    }
-    return (std::sqrt(ds_squares) + std::sqrt(squares) / sum * ds_upwards) / sum;
+// How far s may be off where s^2 may be off by dl.
+double root_error(double s, double dl) {
+    const double s2 = s * s;
+    const double up = dl > 0 ? dl / (std::sqrt(s2 + dl) + s) : 0;
+    const double down = s2 > 0 ? std::min(s2, dl) / (s + std::sqrt(std::max(s2 - dl, 0.0))) : 0;
+    return std::max(up, down);
 }
 
-constexpr double kAllowedSdError = 3e-7;
+Method next(Method method) { return method == Method::gram32 ? Method::gram64 : Method::bidiag64; }
+
 constexpr double kDriftLeft = 0.5;  // of what `correct_gram` takes out; less was seen
 
-// Eigenvalues of W W^T; returns how far rounding moved them together.
+// Eigenvalues of W W^T; returns how far rounding moved them together, relative to their mean.
 template <class T>
 double gram_values(const Stages<T>& stages, const Source& w, double* ascending, Arena& arena, const Parallel& parallel) {
     const ArenaScope scope(arena);
@@ -76,8 +60,8 @@ double gram_values(const Stages<T>& stages, const Source& w, double* ascending, 
     stages.tridiagonal(G, r, d, e, arena);
     stages.sturm(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, ascending, arena, parallel);
     for (int64_t i = 0; i < r; ++i) ascending[i] /= 1 + sums.drift;
-    const double shift = std::accumulate(ascending, ascending + r, -sums.trace) / double(r);
-    return std::hypot(shift, kDriftLeft * sums.drift * sums.trace / double(r));
+    const double shift = std::accumulate(ascending, ascending + r, -sums.trace) / sums.trace;
+    return std::hypot(shift, kDriftLeft * sums.drift);
 }
 
 void solve(SvdvalsTask& t, Arena& arena, const Parallel& parallel) {
@@ -88,15 +72,13 @@ void solve(SvdvalsTask& t, Arena& arena, const Parallel& parallel) {
     const Kernels& k = kernels();
     const double largest = k.max_abs(w);
     t.finite = std::isfinite(largest);
-    t.predicted_sd_error = 0;
-    t.used = t.precision;
-    if (t.precision == Precision::automatic)  // what comes in double is expected in double
-        t.used = t.dtype == DType::f64 ? Precision::f64 : Precision::f32;
+    if (t.automatic)  // what comes in double is expected in double
+        t.method = t.dtype == DType::f64 ? Method::gram64 : Method::gram32;
     if (!t.finite || largest == 0) {
         const double value = t.finite ? 0 : std::numeric_limits<double>::quiet_NaN();
         std::fill_n(t.S, r, value);
         if (t.bound) std::fill_n(t.bound, r, value);
-        if (!t.finite) t.predicted_sd_error = value;
+        t.sd_error = std::numeric_limits<double>::quiet_NaN();
         return;
     }
     const int limit = t.dtype == DType::f64 ? 1000 : 120;
@@ -104,43 +86,38 @@ void solve(SvdvalsTask& t, Arena& arena, const Parallel& parallel) {
     w.scale = std::ldexp(1.0, exponent);
 
     std::vector<double> ascending(r);
-    if (t.precision == Precision::automatic && t.previous && t.previous[0] > 0) {
+    const ErrorModel& model = *t.model;
+    if (t.automatic && t.previous && t.previous[0] > 0) {
         const double unit = std::ldexp(1.0, -std::ilogb(t.previous[0]));  // whose squares stay in range
         std::vector<double> previous(t.previous, t.previous + r);
         for (double& value : previous) value *= unit;
-        while (t.used != Precision::bidiagonal && predicted_error(previous.data(), r, t.used, t.dtype, 0) >= kAllowedSdError)
-            t.used = t.used == Precision::f32 ? Precision::f64 : Precision::bidiagonal;
+        while (t.method != Method::bidiag64 && sd_error(previous.data(), r, K, t.method, 0, model) > model.tolerance)
+            t.method = next(t.method);
     }
-    double shift = 0;
-    for (;;) {
-        if (t.used == Precision::bidiagonal) {
+    for (;; t.method = next(t.method)) {
+        double drift = 0;
+        if (t.method == Method::bidiag64)
             k.svdvals_bidiagonal(w, ascending.data(), arena, parallel);
-            for (int64_t i = 0; i < r; ++i) t.S[i] = ascending[r - 1 - i];
-            t.predicted_sd_error = eps_of(t.used) * std::sqrt(double(r));
-            break;
-        }
-        if (t.used == Precision::f32)
-            shift = gram_values(k.f32, w, ascending.data(), arena, parallel);
         else
-            gram_values(k.f64, w, ascending.data(), arena, parallel);
-        for (int64_t i = 0; i < r; ++i) t.S[i] = std::sqrt(ascending[r - 1 - i]);
-        t.predicted_sd_error = t.S[0] > 0 ? predicted_error(t.S, r, t.used, t.dtype, shift) : 0;
-        if (t.precision != Precision::automatic || t.predicted_sd_error < kAllowedSdError) break;
-        t.used = t.used == Precision::f32 ? Precision::f64 : Precision::bidiagonal;
+            drift = t.method == Method::gram32 ? gram_values(k.f32, w, ascending.data(), arena, parallel)
+                                               : gram_values(k.f64, w, ascending.data(), arena, parallel);
+        for (int64_t i = 0; i < r; ++i) {
+            const double value = ascending[r - 1 - i];
+            t.S[i] = t.method == Method::bidiag64 ? value : std::sqrt(value);
+        }
+        t.sd_error = sd_error(t.S, r, K, t.method, drift, model);
+        if (!t.automatic || t.method == Method::bidiag64 || !(t.sd_error > model.tolerance)) break;
     }
     if (t.bound) {
-        const double s1 = t.S[0], eps = eps_of(t.used);
-        if (t.used == Precision::bidiagonal) {
+        const double s1 = t.S[0], eps = eps_of(t.method), rd = double(r), inner = std::sqrt(double(K));
+        if (t.method == Method::bidiag64) {
             // sqrt(K): one rounding per merged row block; 22 eps measured at 16 x 20000, entries in [0, 1]
-            std::fill_n(t.bound, r, (8 * std::sqrt(double(r)) + std::sqrt(double(K))) * eps * s1);
+            std::fill_n(t.bound, r, (model.value_base + 8 * std::sqrt(rd) + inner) * eps * s1);
         } else {
-            const double dl = gram_error_coefficient(r, K) * eps * s1 * s1;
-            for (int64_t i = 0; i < r; ++i) {
-                const double s2 = t.S[i] * t.S[i];
-                const double up = dl / (std::sqrt(s2 + dl) + t.S[i]);
-                const double down = s2 > 0 ? std::min(s2, dl) / (t.S[i] + std::sqrt(std::max(s2 - dl, 0.0))) : 0;
-                t.bound[i] = std::max(up, down);
-            }
+            const double once = model.value_base + std::max(model.value_root * std::sqrt(rd), model.value_linear * rd) +
+                                model.value_inner * inner;
+            const double units = once * (t.method == Method::gram64 ? model.value_float64 : 1);
+            for (int64_t i = 0; i < r; ++i) t.bound[i] = root_error(t.S[i], units * eps * s1 * s1);
         }
         constexpr double least = std::numeric_limits<double>::denorm_min();  // the rounding of values that small
         for (int64_t i = 0; i < r; ++i) t.bound[i] = std::ldexp(t.bound[i], -exponent) + least;
@@ -155,11 +132,24 @@ double cost(const SvdvalsTask& t) {
 
 }  // namespace
 
-// Measured maxima over 13 spectra in fp32: 11 at r = 4, 18 at 16, 24 at 64, 26 at 256, 38 at 768 x 3072 (LOG.md,
-// gram-error). Constant matrices, whose sums drift in the reduction too: 18 at 256, 41 at 1536, 103 at 2048; a chain of
-// r / 8 equal terms drifts by r / 12 at most.
-double gram_error_coefficient(int64_t r, int64_t K) {
-    return 32 + std::max(2 * std::sqrt(double(r)), double(r) / 12) + std::sqrt(double(K)) / 8;
+double sd_error(const double* S, int64_t r, int64_t K, Method method, double drift, const ErrorModel& model) {
+    const double eps = eps_of(method), rd = double(r), root = std::sqrt(rd);
+    double sum = 0, squares = 0;
+    for (int64_t i = 0; i < r; ++i) sum += S[i], squares += S[i] * S[i];
+    const double mean = squares / rd, sd_norm = std::sqrt(squares) / sum;
+    double dl = std::max(model.spread / root, model.spread_least) * eps * std::max(S[0] * S[0], 4 * mean);
+    if (method == Method::gram64) dl = std::hypot(dl * model.spread_float64, model.drift_float64 * eps * mean);
+    dl = std::hypot(dl, drift * mean);
+    const double direct = (1 + model.direct_root * root + model.direct_inner * std::sqrt(double(K))) * eps * S[0];
+    double ds_squares = 0, lost = 0;
+    for (int64_t i = 0; i < r; ++i) {
+        const bool gram = method != Method::bidiag64;
+        const double ds = gram ? root_error(S[i], dl) : direct;
+        ds_squares += ds * ds;
+        if (gram ? S[i] * S[i] < 4 * dl : S[i] < 4 * direct) lost += ds;
+    }
+    const double predicted = (std::sqrt(ds_squares) + sd_norm * lost) / sum;
+    return model.safety * predicted + (model.common + model.common_root * root) * eps * sd_norm;
 }
 
 void svdvals(SvdvalsTask* tasks, int64_t count, int n_threads) {

@@ -7,7 +7,14 @@
 
 namespace sosd_fast {
 
-enum class Precision : int { f32 = 0, f64 = 1, automatic = 2, bidiagonal = 3 };
+// From the cheapest to the most accurate: the Gram matrix in float32 and in float64, and none, in float64.
+enum class Method { gram32, gram64, bidiag64 };
+
+// The constants of sosd_fast/spectra/precision.py, which says what they mean and hands them over.
+struct ErrorModel {
+    double value_root, value_base, value_linear, value_inner, value_float64, spread, spread_least, spread_float64,
+        drift_float64, direct_root, direct_inner, safety, common, common_root, tolerance;
+};
 
 // One matrix W: element (i, j) is data[i * row_stride + j * col_stride], i < m, j < n; W is only read.
 struct SvdvalsTask {
@@ -16,22 +23,23 @@ struct SvdvalsTask {
     int64_t m = 0, n = 0, row_stride = 0, col_stride = 0;
     double* S = nullptr;      // out: min(m, n) values, descending
     double* bound = nullptr;  // out, may be null: |S[i] - sigma_i| <= bound[i]
-    Precision precision = Precision::automatic;
-    const double* previous = nullptr;  // a recent spectrum of W, descending, or null: it tells the precision to start with
-    // out: the method that produced S (f32 and f64: by the Gram matrix), and its predicted ||error of S / sum(S)||_2.
-    Precision used = Precision::f32;
-    double predicted_sd_error = 0;
+    bool automatic = true;         // the cheapest method whose sd_error meets the tolerance; false: `method`
+    Method method = Method::gram32;  // out, where automatic: the method that produced S
+    const double* previous = nullptr;  // a recent spectrum of W, descending, or null: it tells the method to start with
+    const ErrorModel* model = nullptr;
+    double sd_error = 0;  // out: ||error of S / sum(S)||_2 is at most this; NaN where there is no distribution
     bool finite = true;  // false: W holds NaN or infinity, S and bound are NaN
 };
 
-// Fills S, bound, used, predicted_sd_error, finite of every task. Results do not depend on n_threads, bit for bit.
+// Fills S, bound, method, sd_error, finite of every task. Results do not depend on n_threads, bit for bit.
 // Threads live for one call only: nothing survives into a fork, and several callers do not meet.
 void svdvals(SvdvalsTask* tasks, int64_t count, int n_threads);
 
 // Fills the results of every task.
 void advance_subspaces(SubspaceTask* tasks, int64_t count, int64_t b, float pace, int n_threads);
 
-// The error bound for the values of a Gram matrix in precision f32 or f64 (delta lambda = c(r, K) eps S[0]^2).
-double gram_error_coefficient(int64_t r, int64_t K);
+// The bound on ||error of S / sum(S)||_2 of r values, descending, by the error model: `sd_error` of precision.py. K is
+// the long side; drift is by how much the eigenvalues moved together, relative to their mean.
+double sd_error(const double* S, int64_t r, int64_t K, Method method, double drift, const ErrorModel& model);
 
 }  // namespace sosd_fast

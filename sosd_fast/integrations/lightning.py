@@ -41,17 +41,17 @@ class LightningCallback(AttachedProbe, Callback):
 
         step = trainer.global_step if self._step is None else self._step
         self._told = trainer.global_step
-        self._step = self.attach(pl_module, step, trainer.world_size, trainer.is_global_zero, hear)._step
+        self._step = self.attach(pl_module, step, trainer.world_size, trainer.is_global_zero, hear).step_count
 
     def on_train_batch_end(self, trainer: Any, pl_module, outputs: Any, batch, batch_idx):  # noqa: ARG002
-        if self.probe is None or (trainer.global_step == self._told and self.probe._step == self._step):
+        if self.probe is None or (trainer.global_step == self._told and self.probe.step_count == self._step):
             return  # gradients are being accumulated
-        if self._step != self.probe._step and self._logs(trainer, self.probe._step):
+        if self._step != self.probe.step_count and self._logs(trainer, self.probe.step_count):
             loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
             loss = None if loss is None else float(loss) * trainer.accumulate_grad_batches
             rate = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else None
-            self.write(self.probe._step, loss=loss, lr=rate)
-        self._step, before, self._told = self.probe._step, self._told, trainer.global_step
+            self.write(self.probe.step_count, loss=loss, lr=rate)
+        self._step, before, self._told = self.probe.step_count, self._told, trainer.global_step
         every = trainer.log_every_n_steps
         # All processes must come here together, also where the probe of one has stopped: the Trainer's steps count.
         if trainer.world_size == 1 or (every and self._told // every > before // every):
@@ -78,7 +78,7 @@ class LightningCallback(AttachedProbe, Callback):
 
     def on_validation_end(self, trainer, pl_module):  # noqa: ARG002
         if self.probe is not None and "val_loss" in trainer.callback_metrics:
-            self.write(self.probe._step, val_loss=float(trainer.callback_metrics["val_loss"]))
+            self.write(self.probe.step_count, val_loss=float(trainer.callback_metrics["val_loss"]))
 
     def on_fit_end(self, trainer, pl_module):  # noqa: ARG002
         self.detach()

@@ -1,116 +1,172 @@
 """Where measurements run: at once on the host, or beside training on a stream of their own on a CUDA device.
 
-On a device results go to pinned memory and are fetched when they are there; nothing in a step waits for it. What reads
-weights must be done before the next optimizer step changes them, which `hold` sees to, on the device alone.
+On a device the results go to pinned memory, and the probe takes them from there in a later step: nothing in a step
+waits for them. A measurement must have read the weights before the next optimizer step changes them. `hold` sees to
+that on the device alone.
 """
 
 import contextlib
 import time
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-class Fetched(NamedTuple):
-    """Results on the host."""
+class Results(Protocol):
+    """Tensors that were computed on a device and are on their way to the host.
 
-    tensors: dict[str, Tensor]
-    seconds: float
+    Attributes:
+        late: whether a later step takes the results, when the weights may have changed.
+    """
+
+    late: bool
 
     def ready(self) -> bool:
         """Whether `get` need not wait."""
-        return True
+        ...
 
-    def get(self) -> dict[str, Tensor]:
-        """Returns the results."""
-        return self.tensors
+    def get(self) -> Sequence[Tensor | None]:
+        """Returns the tensors on the host, in the order in which `fetch` took them; waits where it must."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """How long the measurement took; asked for after `get`."""
+        ...
 
     @property
     def device_seconds(self) -> float:
-        """What they took on a device."""
-        return 0.0
+        """How long the measurement took on a device beside the host; 0 where the host did the work."""
+        ...
 
 
-class Host:
+class Executor(Protocol):
+    """Runs measurements of the matrices on one device."""
+
+    def measuring(self, weights: list[Tensor]) -> AbstractContextManager[None]:
+        """Surrounds the operations that read weights, which are as the current stream leaves them."""
+        ...
+
+    def fetch(self, tensors: Sequence[Tensor | None]) -> Results:
+        """Sends tensors to the host, None for None; called inside `measuring`."""
+        ...
+
+    def hold(self) -> None:
+        """Lets what is queued from here on wait until the measurements have read all weights."""
+        ...
+
+
+class HostResults:
+    """Results that are on the host."""
+
+    late = False
+    device_seconds = 0.0
+
+    def __init__(self, tensors: Sequence[Tensor | None], seconds: float):
+        self._tensors, self.seconds = tensors, seconds
+
+    def ready(self) -> bool:
+        """Always true."""
+        return True
+
+    def get(self) -> Sequence[Tensor | None]:
+        """Returns the tensors."""
+        return self._tensors
+
+
+class HostExecutor:
     """Measures at once."""
 
+    def __init__(self):
+        self._began = 0.0
+
     @contextlib.contextmanager
-    def measuring(self, weights: list[Tensor]):  # noqa: ARG002
-        """Surrounds what reads weights."""
+    def measuring(self, weights: list[Tensor]) -> Generator[None]:  # noqa: ARG002
+        """Surrounds the operations that read weights."""
         self._began = time.perf_counter()
         yield
 
-    def fetch(self, tensors: dict[str, Tensor]) -> Fetched:
-        """Returns the results, copied to the host where they are not."""
-        return Fetched({name: t.cpu() for name, t in tensors.items()}, time.perf_counter() - self._began)
+    def fetch(self, tensors: Sequence[Tensor | None]) -> HostResults:
+        """Copies tensors to the host where they are not there."""
+        return HostResults([None if t is None else t.cpu() for t in tensors], time.perf_counter() - self._began)
 
-    def hold(self):
-        """Nothing is under way."""
+    def hold(self) -> None:
+        """Does nothing: no measurement is under way."""
 
 
-class OnDevice:
-    """Results on their way from a device."""
+class StreamResults:
+    """Results on their way from a CUDA device."""
 
-    def __init__(self, tensors: dict[str, Tensor], began: torch.cuda.Event, done: torch.cuda.Event):
+    late = True
+
+    def __init__(self, tensors: Sequence[Tensor | None], began: torch.cuda.Event, done: torch.cuda.Event):
         self._tensors, self._began, self._done = tensors, began, done
 
     def ready(self) -> bool:
-        """Whether `get` need not wait."""
+        """Whether the copies to the host are done."""
         return self._done.query()
 
-    def get(self) -> dict[str, Tensor]:
-        """Returns the results, once they are there."""
+    def get(self) -> Sequence[Tensor | None]:
+        """Returns the tensors, and waits for their copies."""
         self._done.synchronize()
         return self._tensors
 
     @property
     def seconds(self) -> float:
-        """What they took, once they are there; other streams' work beside them included."""
+        """How long the measurement took on the device, the work of other streams beside it included."""
         return 1e-3 * self._began.elapsed_time(self._done)
 
     device_seconds = seconds
 
 
-class Side:
-    """Measures on a stream of its own."""
+class StreamExecutor:
+    """Measures on a CUDA stream of its own."""
 
     def __init__(self, device: torch.device):
         self._device, self._stream = device, torch.cuda.Stream(device)
-        self._done = None
+        self._began: torch.cuda.Event | None = None
+        self._done: torch.cuda.Event | None = None
 
     @contextlib.contextmanager
-    def measuring(self, weights: list[Tensor]):
-        """Surrounds what reads weights, which are as the current stream leaves them."""
+    def measuring(self, weights: list[Tensor]) -> Generator[None]:
+        """Surrounds the operations that read weights, which are as the current stream leaves them."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         for W in weights:
-            W.record_stream(self._stream)  # were they freed now, their memory would be waited for
+            W.record_stream(self._stream)  # without it, freeing a weight would hand its memory on while it is read
         with torch.cuda.stream(self._stream):
             self._began = torch.cuda.Event(enable_timing=True)
             self._began.record()
             try:
                 yield
-            except Exception:  # what was queued before still reads weights
+            except Exception:  # operations that were queued before the error still read weights
                 self._done = torch.cuda.Event()
                 self._done.record()
                 raise
 
-    def fetch(self, tensors: dict[str, Tensor]) -> OnDevice:
-        """Queues the copies to the host; called inside `measuring`."""
-        host = {
-            name: torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True).copy_(t, non_blocking=True)
-            for name, t in tensors.items()
-        }
+    def fetch(self, tensors: Sequence[Tensor | None]) -> StreamResults:
+        """Queues the copies to the host."""
+        host = [
+            None if t is None
+            else torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True).copy_(t, non_blocking=True)
+            for t in tensors
+        ]  # fmt: skip
+        assert self._began is not None
         self._done = torch.cuda.Event(enable_timing=True)
         self._done.record()
-        return OnDevice(host, self._began, self._done)
+        return StreamResults(host, self._began, self._done)
 
-    def hold(self):
+    def hold(self) -> None:
         """Lets the current stream wait, on the device, until all weights have been read."""
         if self._done is not None:
             torch.cuda.current_stream(self._device).wait_event(self._done)
 
 
-def lane(device: torch.device) -> Host | Side:
-    """Returns where tensors of a device are measured."""
-    return Side(device) if device.type == "cuda" else Host()
+ExecutorOf = Callable[[torch.device], Executor]  # returns a new executor for the matrices on a device
+
+
+def executor_of(device: torch.device) -> Executor:
+    """Returns a new executor for the matrices on a device."""
+    return StreamExecutor(device) if device.type == "cuda" else HostExecutor()

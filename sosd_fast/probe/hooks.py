@@ -4,15 +4,19 @@ The hooks are registered once and stay: torch's registry must not change while a
 it steps, and a compiled step is compiled for the hooks that are there. They pass each step on to the probes that live.
 """
 
+# Most of torch has no complete types.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+
 import atexit
 import itertools
 import logging
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 if TYPE_CHECKING:
@@ -28,21 +32,25 @@ _live: "dict[int, weakref.ref[Probe]]" = {}
 _keys = itertools.count()
 _registering = threading.Lock()
 _registered = False
-_forked = False  # from a process with live probes, of which this one has not spoken
+_forked = False  # whether this process came from one with live probes, and has not said so
 
 
-def add(probe: "Probe") -> int:
-    """Passes every optimizer step on to a probe from now on, and does not keep it alive; returns its key."""
+def new_key() -> int:
+    """Returns a key for `add` and `remove`."""
+    return next(_keys)
+
+
+def add(key: int, probe: "Probe"):
+    """Passes every optimizer step on to a probe from now on, and does not keep it alive."""
     global _registered
     with _registering:
         if not _registered:
             # Dynamo does not trace into a disabled function, nor guards what that function reads.
-            register_optimizer_step_pre_hook(torch.compiler.disable(_before))
-            register_optimizer_step_post_hook(torch.compiler.disable(_after))
+            disable: Any = torch.compiler.disable
+            register_optimizer_step_pre_hook(disable(_before))
+            register_optimizer_step_post_hook(disable(_after))
             _registered = True
-    key = next(_keys)
     _live[key] = weakref.ref(probe)
-    return key
 
 
 def remove(key: int):
@@ -55,16 +63,16 @@ def live() -> "list[Probe]":
     return [probe for probe in (this() for this in tuple(_live.values())) if probe is not None]
 
 
-def _before(optimizer, args, kwargs):  # noqa: ARG001
+def _before(optimizer: Optimizer, args: Any, kwargs: Any):  # noqa: ARG001
     if _live and not _capturing():
         for probe in live():
-            probe._guarded(lambda probe=probe: probe._before(optimizer))
+            probe.before_step(optimizer)
 
 
-def _after(optimizer, args, kwargs):  # noqa: ARG001
+def _after(optimizer: Optimizer, args: Any, kwargs: Any):  # noqa: ARG001
     if _live and not _capturing():
         for probe in live():
-            probe._guarded(lambda probe=probe: probe._after(optimizer))
+            probe.after_step(optimizer)
     elif _forked:
         _say_forked()
 
@@ -84,16 +92,9 @@ def _say_forked():
     )
 
 
-@atexit.register
 def _close_all():
-    """Keeps what is still under way on a GPU when the process ends."""
-    for probe in live():  # no step that is pending is measured: other ranks may be gone
-        if probe._lock.acquire(timeout=EXIT_SECONDS):
-            try:
-                probe._guarded(lambda probe=probe: probe._drain(wait=True))
-                probe._stop()
-            finally:
-                probe._lock.release()
+    for probe in live():  # no pending step is measured: other ranks may be gone
+        probe.detach(EXIT_SECONDS)
 
 
 def _detach_in_child():
@@ -101,8 +102,9 @@ def _detach_in_child():
     _registering = threading.Lock()  # another thread of the parent may have held it
     probes, _forked = live(), bool(_live)
     for probe in probes:
-        probe._leave()
+        probe.leave_to_parent()
     _live.clear()
 
 
+atexit.register(_close_all)
 os.register_at_fork(after_in_child=_detach_in_child)

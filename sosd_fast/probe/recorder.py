@@ -1,12 +1,15 @@
 """Where a probe's records go: a run directory or memory, and the function that is called with each."""
 
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from sosd_fast.runs.records import Record, RunWriter, load
+from sosd_fast.probe.measurement import Measurement
+from sosd_fast.probe.settings import Settings
+from sosd_fast.runs.records import Record, RunWriter, load  # pyright: ignore[reportUnknownVariableType]
 
 KEPT_RECORDS = 10_000  # in memory, where no run directory keeps them
 MOST_FAILURES = 10  # of on_record in a row, before it is dropped
@@ -35,8 +38,9 @@ class Recorder:
         self._untold: deque[Record] = deque()
         self._telling = threading.Lock()
 
-    def add(self, records: list[Record]):
-        """Keeps records of one step; `tell` passes them on."""
+    def add(self, measurements: list[Measurement]):
+        """Keeps the records of one step's measurements, those that are this rank's; `tell` passes them on."""
+        records = [found.record() for found in measurements if found.mine]
         if not records:
             return
         self.latest |= {r.name: r for r in records}
@@ -113,10 +117,30 @@ class Recorder:
             close_quietly(writer)
 
 
+def open_writer(s: Settings, names: list[str], rank: int, ranks: int) -> RunWriter | None:
+    """Opens the run directory of a rank, cut off after the step of the settings; None where there is to be none.
+
+    Raises:
+        ValueError: a directory that cannot be written.
+    """
+    if s.run_dir is None:
+        return None
+    run_dir = os.path.join(s.run_dir, f"rank-{rank:05d}") if ranks > 1 else s.run_dir
+    settings = {"method": s.method, "k": s.k, "budget": s.budget, "every": s.every}
+    try:
+        return RunWriter(run_dir, {"settings": settings, "matrices": names}, s.step)
+    except OSError as error:
+        raise ValueError(
+            f"track: expected a directory that can be written, got run_dir={os.fspath(run_dir)!r} ({error.strerror}). "
+            "Choose another, or None to keep the records in memory."
+        ) from error
+
+
 def close_quietly(writer: RunWriter | None):
     """Closes a writer; what the operating system says then, when nothing is left to be written, ends nothing."""
+    if writer is None:
+        return
     try:
-        if writer is not None:
-            writer.close()
+        writer.close()
     except Exception:
         log.exception("sosd_fast: the records in %s were written, but closing them failed.", writer.run_dir)

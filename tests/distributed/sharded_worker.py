@@ -2,6 +2,7 @@
 
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -11,8 +12,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from sosd_fast import newton_schulz
-from sosd_fast.distributed import sharded
+from sosd_fast import kernels, newton_schulz
+from sosd_fast.distributed import layout
+from sosd_fast.distributed import spectra as module
+from sosd_fast.distributed.exchange import apply_to_whole
+from sosd_fast.distributed.spectra import RowShards
 from sosd_fast.matrices import find_matrices
 from sosd_fast.spectra.svdvals import spectra
 from sosd_fast.spectra.topk import topk_svdvals
@@ -67,10 +71,11 @@ if dist.get_rank() == 0:
     torch.save(whole.state_dict(), f"{sys.argv[2]}/whole.pt")
 
 expected = {m.name: m.tensor() for m in find_matrices(whole)}
-share = sharded.share(model, find_matrices(model))
+share = layout.share(model, find_matrices(model))
+shards = RowShards(share.matrices, share.group)
 names = [m.name for m in share.matrices]
 everyone = [None] * ranks
-dist.all_gather_object(everyone, (names, [names[i] for i in range(len(names)) if share.rows.mine(i)]))
+dist.all_gather_object(everyone, (names, [names[i] for i in range(len(names)) if shards.mine(i)]))
 assert sorted(name for _, own in everyone for name in own) == sorted(expected)  # each has one owner
 assert (share.rank, share.ranks) == (dist.get_rank(), ranks)
 if hybrid:
@@ -78,15 +83,15 @@ if hybrid:
 
 groups = {}
 for i in range(len(names)):
-    groups.setdefault((share.rows.shapes[i], share.matrices[i].parameter.dtype), []).append(i)
+    groups.setdefault((shards.shapes[i], share.matrices[i].parameter.dtype), []).append(i)
 methods, bits = {}, {}
 for at in groups.values():
     matrices = [expected[names[i]] for i in at]
-    assert tuple(matrices[0].shape) == share.rows.shapes[at[0]]
+    assert tuple(matrices[0].shape) == shards.shapes[at[0]]
     before = [m.parameter.to_local().clone() for m in share.matrices]
-    result = share.rows.spectra(at)
+    result = shards.spectra(at)
     ref = spectra([W.double() if W.isfinite().all() else W for W in matrices], "exact")
-    again = share.rows.spectra(at, previous=result.S)
+    again = shards.spectra(at, previous=result.S)
     for j, i in enumerate(at):
         methods[names[i]] = result.methods[j]
         if names[i] == "nan":
@@ -94,6 +99,8 @@ for at in groups.values():
         elif names[i] == "zero":
             assert (result.S[j] == 0).all()
         else:
+            # the same error model as of one process, on the same spectrum
+            assert result.methods[j] == spectra([matrices[j]]).methods[0], names[i]
             for found in (result, again):
                 assert sd_distance(found.S[j], ref.S[j]) <= min(1e-6, float(found.sd_error[j])), names[i]
                 assert ((found.S[j] - ref.S[j]).abs() <= found.bound[j] * 1.01 + 1e-30).all(), names[i]
@@ -105,7 +112,7 @@ for at in groups.values():
     states = [None] * len(at)
     state = None
     for step in range(4):  # cold, then warm
-        S, residual, norms, states = share.rows.topk(at, k, states)
+        S, residual, norms, states = shards.topk(at, k, states)
         one = topk_svdvals(matrices, k, state=state)
         state = one.state
         for j, i in enumerate(at):
@@ -120,11 +127,11 @@ dist.all_gather_object(told, (methods, bits))
 methods = {name: method for own, _ in told for name, method in own.items()}
 for name in expected:
     assert len({own[name] for _, own in told if name in own}) == 1, name  # the same on all ranks that know it
-assert methods["tall"] == "gram32" and methods["graded"] == "gram64" and methods["rank_one"] == "direct64", methods
+assert methods["tall"] == "gram32" and methods["graded"] == "gram64" and methods["rank_one"] == "bidiag64", methods
 
 # A function of whole matrices, shared out
 several = [distribute_tensor(noisy(37, 23, seed=s), mesh, placements) for s in range(5)]
-done = sharded.on_whole([t.to_local() for t in several], several[0], newton_schulz)
+done = apply_to_whole([t.to_local() for t in several], several[0], newton_schulz)
 for s, (rows, before) in enumerate(zip(done, several, strict=True)):
     X = DTensor.from_local(rows, mesh, placements, shape=before.shape, stride=before.stride()).full_tensor()
     torch.testing.assert_close(X, newton_schulz(noisy(37, 23, seed=s)), rtol=0, atol=1e-5)
@@ -135,28 +142,101 @@ if not hybrid:
     net = fully_shard(nn.Sequential(nn.Linear(6, 9, bias=False)), mesh=mesh)
     with torch.no_grad():
         net(torch.ones(2, 6))
-    assert not sharded.is_sharded(net[0].weight)
-    assert sharded.share(net, find_matrices(net)).rows is not None and sharded.is_sharded(net[0].weight)
+    assert not layout.is_sharded(net[0].weight)
+    assert layout.share(net, find_matrices(net)).group is not None and layout.is_sharded(net[0].weight)
+
+# What is beyond the range of squares and of sums of products, and float64 that is so
+extremes = nn.Module()
+for name, W in {
+    "huge": noisy(45, 30) * 2.7e37,  # the largest value is 3.3e38, near the end of the range
+    "huge_wide": noisy(30, 45) * 2.7e37,
+    "huge64": noisy(45, 30).double() * 1e300,
+    "tiny64": noisy(45, 30).double() * 1e-300,
+    "subnormal": noisy(45, 30) * 1e-39,
+}.items():
+    extremes.register_parameter(name, nn.Parameter(distribute_tensor(W, mesh, placements)))
+    setattr(whole, name, nn.Parameter(W))
+found = find_matrices(extremes)
+held = layout.share(extremes, found)
+shards = RowShards(held.matrices, held.group)
+for i, m in enumerate(held.matrices):
+    W = dict(whole.named_parameters())[m.name].detach()
+    scale = float(W.abs().max())
+    S_ref = torch.linalg.svdvals(W.double() / scale)
+    states = [None]
+    for _ in range(3):
+        S, residual, norms, states = shards.topk([i], 3, states)
+        assert residual.isfinite().all(), m.name
+    assert ((S[0].double() / scale - S_ref[:3]).abs() <= 1e-4 * S_ref[0]).all(), (m.name, S[0].double() / scale, S_ref)
+    assert abs(norms[0] / scale - S_ref.norm()) <= 1e-5 * S_ref.norm(), m.name
+    spectrum = shards.spectra([i])
+    assert ((spectrum.S[0] / scale - S_ref).abs() <= spectrum.bound[0] / scale + 1e-12).all(), m.name
 
 # More ranks than matrices
 lone = nn.Module()
 lone.weight = nn.Parameter(distribute_tensor(noisy(9, 5), mesh, placements))
-few = sharded.share(lone, find_matrices(lone))
+few = layout.share(lone, find_matrices(lone))
+few_shards = RowShards(few.matrices, few.group)
 if few.matrices:
-    S = few.rows.spectra([0]).S[0]
+    S = few_shards.spectra([0]).S[0]
     assert sd_distance(S, torch.linalg.svdvals(noisy(9, 5).double())) < 1e-6
 count = [None] * ranks
-dist.all_gather_object(count, sum(few.rows.mine(i) for i in range(len(few.matrices))))
+dist.all_gather_object(count, sum(few_shards.mine(i) for i in range(len(few.matrices))))
 assert sum(count) == 1
+
+# An owner that fails answers NaN for that matrix, and nobody waits for it
+failing = nn.Module()
+for name, (*shape, seed) in {"a": (30, 20, 0), "b": (30, 20, 1), "wide": (20, 30, 0), "wide2": (20, 30, 1)}.items():
+    failing.register_parameter(name, nn.Parameter(distribute_tensor(noisy(*shape, seed=seed), mesh, placements)))
+held = layout.share(failing, find_matrices(failing))
+shards = RowShards(held.matrices, held.group)
+warnings = []
+kernels.log.addFilter(lambda record: warnings.append(record.getMessage()))
+names = [m.name for m in held.matrices]
+
+
+def fails_for(function, bad):
+    """A function of a batch that raises where the batch holds a matrix of this trace."""
+
+    def broken(batch, *arguments, **options):
+        if any(torch.allclose(A.diagonal().sum(), bad.to(A.dtype)) for A in batch):
+            raise torch.linalg.LinAlgError("did not converge")
+        return function(batch, *arguments, **options)
+
+    return broken
+
+
+for shape, pair in {(30, 20): ("a", "b"), (20, 30): ("wide", "wide2")}.items():
+    at = [i for i, name in enumerate(names) if name in pair]
+    if not at:  # the other replica's
+        continue
+    W = getattr(failing, names[at[0]]).full_tensor().detach()
+    good = shards.spectra(at).S
+    top = shards.topk(at, 3, [None] * len(at))[0]
+    bad, bad_gram = W.diagonal().sum(), (W.mT @ W).tril().diagonal().sum()
+    with (
+        mock.patch.object(module, "spectra", fails_for(module.spectra, bad)),
+        mock.patch.object(module, "topk_svdvals", fails_for(module.topk_svdvals, bad)),
+        mock.patch.object(torch.linalg, "eigvalsh", fails_for(torch.linalg.eigvalsh, bad_gram)),
+    ):
+        result = shards.spectra(at)
+        S, _, _, states = shards.topk(at, 3, [None] * len(at))
+    assert result.S[0].isnan().all() and result.sd_error[0].isnan() and torch.equal(result.S[1:], good[1:])
+    if shape[0] < shape[1]:  # the others have no owner
+        assert S[0].isnan().all() and states[0] is None and torch.equal(S[1:], top[1:])
+told = [None] * ranks
+dist.all_gather_object(told, warnings)
+assert any(told) and all(len(own) <= 1 for own in told), told
+assert all("recorded as NaN: _LinAlgError('did not converge')" in text for own in told for text in own), told
 
 # What cannot be measured is named
 odd = nn.Module()
 odd.weight = nn.Parameter(distribute_tensor(noisy(8, 8), mesh, [Replicate(), Shard(1)] if hybrid else [Shard(1)]))
 try:
-    sharded.share(odd, find_matrices(odd))
+    layout.share(odd, find_matrices(odd))
     raise AssertionError("columns were taken for rows")
 except ValueError as error:
     assert "expected every parameter sharded by rows over one mesh, got weight" in str(error)
 
-print(SimpleNamespace(rank=dist.get_rank(), sent=share.rows.sent_bytes), "all as in one process", flush=True)
+print(SimpleNamespace(rank=dist.get_rank(), sent=shards.sent_bytes), "all as in one process", flush=True)
 dist.destroy_process_group()

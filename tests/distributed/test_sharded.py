@@ -7,7 +7,7 @@ from torch import nn
 from torchrun import torchrun
 
 from sosd_fast.checkpoints.analyze import analyze
-from sosd_fast.distributed.sharded import assign, cost, held, shape_of
+from sosd_fast.distributed.layout import assign, cost, row_range, shape_of
 from sosd_fast.matrices import Matrix
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
@@ -39,7 +39,7 @@ def test_every_row_is_held_once(ranks):
         Matrix("columns", parameter, part=(1, 2, 3)),
         *(Matrix("expert", stack, index=(e,)) for e in range(4)),
     ):
-        ranges = [held(m, rank, ranks) for rank in range(ranks)]
+        ranges = [row_range(m, rank, ranks) for rank in range(ranks)]
         rows = [row for first, end in ranges for row in range(first, end)]
         assert rows == list(range(shape_of(m)[0]))
 

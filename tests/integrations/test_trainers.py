@@ -76,6 +76,7 @@ def test_hugging_face_trainer(tmp_path, make):
     ours = {line["step"]: line for line in run.log if "loss" in line}
     assert {s: line["loss"] for s, line in logged.items()} == {s: line["loss"] for s, line in ours.items()}
     assert [line["step"] for line in run.log if "val_loss" in line] == [3, 6] and "lr" in run.log[0]
+    assert not callback.probe.alive
     for name in ("records.jsonl", "log.jsonl"):
         JsonLines(run_dir / name).close()  # it would raise where the callback still held the file
 
@@ -156,7 +157,7 @@ def test_lightning_resume(tmp_path):
     fit(Module(llama), tmp_path, [again], 6, ckpt_path=str(tmp_path / "step=3.ckpt"))
     run = sosd_fast.load(tmp_path / "run")
     steps = [r.step for r in run.records if r.name == "model.lm_head.weight"]
-    assert steps == list(range(7)) and again.probe._step == 6
+    assert steps == list(range(7)) and again.probe.step_count == 6
 
 
 def test_lightning_accumulation_counts_optimizer_steps(tmp_path):

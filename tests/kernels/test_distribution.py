@@ -180,7 +180,7 @@ def test_bad_input(arguments, message):
 
 def test_a_missing_extension_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(kernels, "_C", None)
-    kernels.warn_no_extension.cache_clear()
+    kernels.warn_missing.cache_clear()
     singular_distribution(spectra(3))
     singular_distribution(spectra(3))
     assert sum("sosd_fast._C is not built" in message for message in caplog.messages) == 1

@@ -162,7 +162,7 @@ def test_outputs_of_another_size_are_refused(changes):
 
 def test_outputs_of_the_other_kernels():
     V, values = torch.linalg.qr(torch.randn(6, 2)).Q.mT[None].contiguous(), torch.empty(1, 2)
-    good = [[torch.randn(9, 6)], 4.0, V, None, V.clone(), V.clone(), values, values.clone(), 1]
+    good = [[torch.randn(9, 6)], 4.0, V, torch.zeros_like(V), V.clone(), V.clone(), values, values.clone(), 1]
     kernels._C.advance_subspaces(*good)
     for place, bad in (
         (2, V[:, :, :5]),

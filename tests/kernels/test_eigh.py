@@ -30,14 +30,14 @@ SPECTRA = {
 }
 
 
-def assert_solves(values, vectors, A):
+def assert_solves(values, vectors, A, orthogonality=16):
     """Residual, orthogonality and values in units of eps, and the order."""
     n, eps = A.shape[-1], EPS[A.dtype]
     V, S, A64 = vectors.double().cpu(), values.double().cpu(), A.double().cpu()
     norm = torch.linalg.matrix_norm(A64, 2)[..., None].clamp(min=1e-300)
     assert values.shape == A.shape[:-1] and vectors.shape == A.shape and values.dtype == vectors.dtype == A.dtype
     assert ((V @ A64 - S[..., None] * V).norm(dim=-1) <= 4 * n * eps * norm).all()
-    assert ((V @ V.mT - torch.eye(n)).abs() <= 16 * eps).all()
+    assert ((V @ V.mT - torch.eye(n)).abs() <= orthogonality * eps).all()
     assert ((S - torch.linalg.eigvalsh(A64).flip(-1)).abs() <= (4 + n) * eps * norm).all()
     assert (values[..., :-1] >= values[..., 1:]).all()
 
@@ -94,7 +94,8 @@ def test_batches_strides_and_nan(device, value):
 
 def test_the_reference():
     A = torch.stack([symmetric(range(9), torch.float64, seed) for seed in range(2)])
-    assert_solves(*eigh_ref(A), A)
+    # LAPACK promises a modest multiple of n eps (its tests take 60): 12 to 18 at n = 9, depending on the CPU
+    assert_solves(*eigh_ref(A), A, orthogonality=4 * 9)
     assert torch.equal(library("eigvalsh", A), torch.linalg.eigvalsh(A))
 
 

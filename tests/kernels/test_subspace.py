@@ -11,6 +11,7 @@ import torch
 
 from sosd_fast import kernels
 from sosd_fast.kernels.subspace import advance_subspaces
+from sosd_fast.spectra import topk
 from sosd_fast.spectra.topk import topk_svdvals
 from sosd_fast.testing import matrix
 
@@ -61,9 +62,9 @@ def test_one_step(shape):
     m, n, k = shape
     W, V = matrix("gaussian", m, n), orthonormal(k, n)[None]
     P = 0.1 * torch.randn(1, k, n, generator=torch.Generator().manual_seed(1))
-    for previous in (None, P):
+    for previous in (0 * P, P):
         results = [advance_subspaces([A], V, previous, 4.0) for A in views(W)]
-        assert None not in results, "the kernel was not used"
+        assert all(result.done == [True] for result in results), "the kernel was not used"
         for result in results:
             torch.testing.assert_close(result.squares, results[0].squares, rtol=SHIFT, atol=SHIFT)
         result = results[0]
@@ -84,34 +85,63 @@ def test_a_list_of_matrices_on_any_number_of_threads():
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found.append(advance_subspaces(W, V, None, 4.0))
+            found.append(advance_subspaces(W, V, torch.zeros_like(V), 4.0))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(found[0][:4], other[:4], strict=True))
     for i in range(5):
-        alone = advance_subspaces([W[i]], V[:1], None, 4.0)
+        alone = advance_subspaces([W[i]], V[:1], torch.zeros_like(V[:1]), 4.0)
         assert torch.equal(alone.V[0], found[0].V[i])
 
 
+def start(b, n, count=1):
+    V = orthonormal(b, n).expand(count, b, n)
+    return V, torch.zeros_like(V)
+
+
 @pytest.mark.parametrize(
-    "W",
-    [
-        torch.full((30, 20), math.nan),
-        torch.zeros(30, 20),
-        torch.ones(30, 20),
-        1e-20 * torch.ones(30, 20),
-        torch.ones(30, 20, dtype=torch.float64),
-        torch.ones(30, 20, dtype=torch.bfloat16),
-    ],
-    ids=["nan", "zero", "rank one", "tiny", "float64", "bfloat16"],
+    "odd",
+    [torch.full((30, 20), math.nan), torch.zeros(30, 20), torch.ones(30, 20), 1e-20 * torch.ones(30, 20)],
+    ids=["nan", "zero", "rank one", "tiny"],
 )
-def test_what_it_leaves_to_the_reference(W):
-    assert advance_subspaces([W], orthonormal(6, 20)[None], None, 4.0) is None
+def test_it_declines_single_matrices(odd):
+    W = [matrix("gaussian", 30, 20, seed=i) for i in range(3)]
+    whole = advance_subspaces(W, *start(6, 20, 3), 4.0)
+    part = advance_subspaces([W[0], odd, W[2]], *start(6, 20, 3), 4.0)
+    assert whole.done == [True] * 3 and part.done == [True, False, True]
+    for i in (0, 2):
+        assert all(torch.equal(a[i], b[i]) for a, b in zip(whole[:4], part[:4], strict=True))
+
+
+@pytest.mark.parametrize("fault", [math.nan, 2.0, "twice"])
+def test_it_declines_directions_that_are_not_orthonormal(fault):
+    V, P = start(6, 20, 2)
+    V = V.clone()
+    V[1, 0] = V[1, 1] if fault == "twice" else V[1, 0] * fault
+    assert advance_subspaces([matrix("gaussian", 30, 20)] * 2, V, P, 4.0).done == [True, False]
+
+
+def test_only_what_it_declines_is_done_again(monkeypatch):
+    asked = []
+    step = topk.subspace_step
+    monkeypatch.setattr(topk, "subspace_step", lambda p, V, P: asked.append(len(V)) or step(p, V, P))
+    W = [matrix("gaussian", 60, 40, seed=i) for i in range(3)]
+    state = topk_svdvals(W, 4).state
+    assert not asked
+    found = topk_svdvals([W[0], torch.ones(60, 40), W[2]], 4, state=state)
+    assert asked and set(asked) == {1}
+    torch.testing.assert_close(found.S[1, 0], torch.tensor(2400.0).sqrt(), rtol=1e-5, atol=0)
+    assert found.state.V.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes_are_left_to_torch(dtype):
+    assert advance_subspaces([torch.ones(30, 20, dtype=dtype)], *start(6, 20), 4.0) is None
 
 
 def test_no_room():
-    assert advance_subspaces([matrix("gaussian", 9, 6)], orthonormal(6, 6)[None], None, 4.0) is None
+    assert advance_subspaces([matrix("gaussian", 9, 6)], *start(6, 6), 4.0) is None
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set")

@@ -1,15 +1,21 @@
 """Audits against float64, and the bounds that a record carries besides."""
 
 import dataclasses
-import math
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
 import sosd_fast
-from sosd_fast.probe import measure
-from sosd_fast.probe.measure import Auditor, Tracked
+from sosd_fast.distributed.layout import share
+from sosd_fast.matrices import find_matrices
+from sosd_fast.probe import full
+from sosd_fast.probe.audit import Auditor, audit
+from sosd_fast.probe.followed import FollowedMatrices, Found
+from sosd_fast.probe.measurer import Measurer
+from sosd_fast.probe.planner import Plan
+from sosd_fast.probe.state import MatrixState
 from sosd_fast.testing import matrix
 
 
@@ -47,27 +53,27 @@ def test_audits_can_be_turned_off():
 
 
 def test_the_order_is_random_fair_and_resumable():
-    tracked = [Tracked(m) for m in sosd_fast.matrices.find_matrices(model())]
+    states = [MatrixState(m) for m in find_matrices(model())]
     auditor, chosen = Auditor(), []
     for _ in range(2000):
-        if (i := auditor.choose([0, 1, 2, 3], tracked)) is not None:
+        if (i := auditor.choose([0, 1, 2, 3], states)) is not None:
             chosen.append(i)
     assert len(chosen) == 20 and all(sorted(chosen[i : i + 4]) == [0, 1, 2, 3] for i in range(0, 20, 4))
     assert len({tuple(chosen[i : i + 4]) for i in range(0, 20, 4)}) > 1
     other = Auditor()
     other.load_state_dict(auditor.state_dict())
-    again = [a.choose([0, 2], tracked) for a in (auditor, other) for _ in range(300)]
+    again = [a.choose([0, 2], states) for a in (auditor, other) for _ in range(300)]
     assert again[:300] == again[300:] and set(again) <= {None, 0, 2}
 
 
 def test_an_error_beyond_its_bound_is_told_and_answered(caplog, monkeypatch):
-    real = measure.spectra
+    real = full.spectra
 
     def wrong(matrices, method, previous):
         result = real(matrices, method, previous)
         return result._replace(S=result.S * (1 + 1e-4 * torch.rand_like(result.S))) if method == "auto" else result
 
-    monkeypatch.setattr(measure, "spectra", wrong)
+    monkeypatch.setattr(full, "spectra", wrong)
     net = model()
     probe = sosd_fast.track(net, method="full")
     train(net, 410)
@@ -85,9 +91,9 @@ def test_an_error_beyond_its_bound_is_told_and_answered(caplog, monkeypatch):
 def test_what_cannot_be_audited_is_left_out():
     net = nn.Linear(16, 16, bias=False)
     nn.init.zeros_(net.weight)
-    t = Tracked(sosd_fast.matrices.find_matrices(net)[0])
-    measure.measure_full([t], 0, 1, 4)
-    assert measure.audit(t, 0, math.nan) is None
+    matrices = FollowedMatrices(weakref.ref(net), lambda: Found(share(net, find_matrices(net))))
+    (measurement,) = Measurer(matrices, every=1, k=4).launch(Plan([0], []), step=0).result()
+    assert audit(matrices.states[0], measurement) is None
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, sosd_fast.Muon])

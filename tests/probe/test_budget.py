@@ -1,6 +1,7 @@
 import numpy as np
+import pytest
 
-from sosd_fast.probe.planner import Budget
+from sosd_fast.probe.planner import Budget, Cost, Plan, Planner
 
 
 def simulate(fraction, full, topk, steps=400, step_seconds=1.0):
@@ -10,7 +11,7 @@ def simulate(fraction, full, topk, steps=400, step_seconds=1.0):
     for _ in range(steps):
         chosen_full, chosen_topk = budget.plan(step_seconds + cost)
         cost = sum(full[i] for i in chosen_full) + sum(topk[i] for i in chosen_topk)
-        budget.spent(cost)
+        budget.charge(cost)
         spent += cost
         history.append((chosen_full, chosen_topk))
     return spent / (steps * step_seconds + spent), history
@@ -56,5 +57,69 @@ def test_coverage():
 def test_costs_follow_measurements():
     budget = Budget(0.01, [1.0, 1.0], [None, None])
     for _ in range(100):
-        budget.learn("full", [0], 3.0)
+        budget.update_cost("full", [0], 3.0)
     assert abs(budget.full[0] - 3.0) < 1e-3 and budget.full[1] == 1.0
+
+
+def planner(method, **options):
+    """A planner of three matrices, the second of them too small for 4 leading values; and of its measurements."""
+    measured = []
+
+    def measure(plan):
+        measured.append(plan)
+        return dict.fromkeys(plan.full, 0.3) | dict.fromkeys(plan.leading, 0.1)
+
+    made = Planner(method, k=4, **options)
+    made.follow([(12, 20), (11, 30), (40, 12)])
+    made.calibrate(measure, compiles=False)
+    return made, measured
+
+
+@pytest.mark.parametrize(
+    ("method", "plan"), [("full", ([0, 1, 2], [])), ("exact", ([0, 1, 2], [])), ("topk", ([1], [0, 2]))]
+)
+def test_methods_that_do_not_look_at_the_clock(method, plan):
+    made, measured = planner(method, every=2)
+    assert [made.plan(0.0, step) for step in range(1, 5)] == [None, plan, None, plan]
+    assert measured == ([Plan([], [0, 2])] * 2 if method == "topk" else [])
+    made.heed(lacking=[2], moved=[0])
+    assert made.plan(0.0, 6) == (sorted({*plan[0], 2}), plan[1]) and made.plan(0.0, 8) == plan
+    made.update_cost(Cost("full", [0], 1.0, 1.0))
+
+
+def test_within_a_budget_the_first_step_measures_everything():
+    made, measured = planner("auto", budget=0.5)
+    assert measured == [Plan([], [0, 2])] * 2 + [Plan([0, 1, 2], [])]
+    assert made.plan(100.0, 7) == ([0, 1, 2], [0, 2]), "how long a step takes is not known yet"
+    assert made.plan(110.0, 8) == ([0, 1, 2], []), "five seconds pay for 0.9"
+    made.charge(10.0)
+    for step in range(9, 60):
+        made.plan(110.0, step)
+    made.heed(lacking=[1], moved=[])
+    assert made.plan(110.0, 60) == ([1], []), "whatever the budget"
+
+
+def test_other_matrices_are_planned_anew():
+    made, _ = planner("auto", budget=0.5)
+    made.plan(0.0, 1)
+    made.heed(lacking=[2], moved=[])
+    made.follow([(12, 20)])
+    made.update_cost(Cost("full", [5], 1.0, 0.0))  # of a matrix that was added, and whose cost is not known yet
+    made.calibrate(lambda plan: dict.fromkeys([*plan.full, *plan.leading], 0.1), compiles=False)
+    assert made.plan(100.0, 2) == ([0], [])
+
+
+def test_matrices_without_leading_values_are_not_asked_for_them_again():
+    made = Planner("topk", k=4)
+    made.follow([(12, 20), (40, 12)])
+    made.calibrate(lambda _: {1: 0.1}, compiles=False)
+    assert made.plan(0.0, 1) == ([0], [1])
+
+
+def test_small_budgets_are_told_once(caplog):
+    made, _ = planner("auto", budget=0.01)
+    for step in range(1, 60):
+        made.plan(10.0 * step, step)
+    assert caplog.messages == [
+        "sosd_fast: budget=0.01 covers 20 % of the matrices each step; they take turns. budget=0.05 would cover all."
+    ]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import sosd_fast
+from sosd_fast.probe.audit import Auditor
 from sosd_fast.probe.hooks import live
 
 
@@ -161,7 +162,7 @@ def test_handlers_of_the_log_may_raise(tmp_path):
 
     net, handler = model(), Broken()
     probe = sosd_fast.track(net, method="full")
-    probe._clock = lambda: 1 / 0
+    probe.clock = lambda: 1 / 0
     logging.getLogger("sosd_fast").addHandler(handler)
     try:
         train(net, 2)
@@ -232,10 +233,10 @@ def test_float64(method):
 
 
 @pytest.mark.parametrize("method", ["full", "topk", "exact"])
-def test_a_matrix_with_nan_stops_neither_the_others_nor_their_audits(method, caplog):
+def test_a_matrix_with_nan_stops_neither_the_others_nor_their_audits(method, caplog, monkeypatch):
     net = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(3)))
+    monkeypatch.setattr(Auditor, "SHARE", 20.0)  # one audit a step
     probe = sosd_fast.track(net, method=method, k=4, optimizers=[])
-    probe._auditor and setattr(probe._auditor, "SHARE", 20.0)  # one audit a step
     with torch.no_grad():
         net[1].weight[3, 4] = math.nan
     for _ in range(12):
@@ -270,7 +271,7 @@ def test_a_matrix_that_cannot_be_measured(method, caplog):
     """Its data are taken away and given back, as offloading does."""
     net = nn.Sequential(*(nn.Linear(40, 40, bias=False) for _ in range(3)))
     probe = sosd_fast.track(net, method=method, k=4, optimizers=[], budget=1.0)
-    probe._clock = itertools.count().__next__  # seconds, of which each measurement takes a small part
+    probe.clock = itertools.count().__next__  # seconds, of which each measurement takes a small part
     data = net[1].weight.data
     probe.step()
     net[1].weight.data = torch.zeros(0)
@@ -296,11 +297,13 @@ def test_what_raises_in_a_group_is_measured_alone(method, caplog):
     net = nn.Sequential(*(nn.Linear(40, 40, bias=False) for _ in range(3)))
     probe = sosd_fast.track(net, method=method, k=4, optimizers=[])
     probe.step()
-    broken = probe._tracked[1]
-    if method == "topk":  # a state that fits nothing, which the group is given with the others' states
-        broken.state = broken.state._replace(V=torch.zeros(3, 3), P=torch.zeros(3, 3))
+    state = probe.state_dict()  # of one matrix it is made to fit nothing, and the group is given it with the others'
+    broken = state["matrices"]["1.weight"]
+    if method == "topk":
+        broken["state"] = (torch.zeros(3, 3), torch.zeros(3, 3))
     else:
-        broken.S = torch.zeros(7, dtype=torch.float64)
+        broken["S"] = torch.zeros(7, dtype=torch.float64)
+    probe.load_state_dict(state)
     probe.step()
     assert sum("1.weight cannot" in m for m in caplog.messages) == 1
     others = [r for r in probe.records() if r.step == 2 and r.name != "1.weight"]
@@ -319,7 +322,7 @@ def test_what_raises_in_a_group_is_measured_alone(method, caplog):
 def test_data_of_another_form(form, method, caplog):
     net = nn.Sequential(*(nn.Linear(40, 40, bias=False) for _ in range(3)))
     probe = sosd_fast.track(net, method=method, k=4, optimizers=[], budget=1.0)
-    probe._clock = itertools.count().__next__  # seconds, of which each measurement takes a small part
+    probe.clock = itertools.count().__next__  # seconds, of which each measurement takes a small part
     probe.step()
     old = net[1].weight.data
     new = torch.randn(form) if isinstance(form, tuple) else (100 * old).to(form)
@@ -408,11 +411,14 @@ probe = sosd_fast.track(net, method="full", run_dir=run_dir)
 log = segments.JsonLines(os.path.join(run_dir, "log.jsonl"))
 train(net, 3)
 held, done = threading.Event(), threading.Event()
-def holds():
-    with probe._lock:
-        held.set()
-        done.wait()
-threading.Thread(target=holds, daemon=True).start()
+def holds():  # inside the probe's lock
+    probe.clock = time.perf_counter
+    held.set()
+    done.wait()
+    return time.perf_counter()
+probe.clock = holds
+thread = threading.Thread(target=probe.step)
+thread.start()
 held.wait()
 def child():
     twin = model()
@@ -426,12 +432,13 @@ def child():
         assert own.latest()["0.weight"].step == 1
 forked(child)
 done.set()
+thread.join()
 """,
         tmp_path,
     )
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     assert done.stdout.count("was forked from one that measures its model") == 1, done.stdout
-    assert [r.step for r in sosd_fast.load(tmp_path).records if r.name == "0.weight"] == [0, 1, 2, 3]
+    assert [r.step for r in sosd_fast.load(tmp_path).records if r.name == "0.weight"] == [0, 1, 2, 3, 4]
     assert (tmp_path / "log.jsonl").read_text() == ""
 
 

@@ -263,3 +263,18 @@ def test_kinds_of_optimizers(options):
     probe = sosd_fast.track(net, method="full")
     train(net, torch.optim.AdamW(net.parameters(), **options), torch.randn(3, 6), 3)
     assert steps(probe) == [0, 1, 2, 3] and all(r.sd_variation > 0 for r in probe.latest().values())
+
+
+@pytest.mark.parametrize("method", ["full", "auto", "topk"])
+def test_a_model_that_gains_a_matrix(method):
+    net = nn.Sequential(nn.Linear(16, 24, bias=False))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    probe = sosd_fast.track(net, method=method, k=4, budget=1.0)
+    train(net, optimizer, torch.randn(5, 16), 3)
+    net.append(nn.Linear(24, 16, bias=False))
+    optimizer.add_param_group({"params": net[1].parameters()})
+    train(net, optimizer, torch.randn(5, 16), 3)
+    probe.flush()
+    assert probe.alive and {name: r.step >= 4 for name, r in probe.latest().items()} == dict.fromkeys(
+        ("0.weight", "1.weight"), True
+    )

@@ -10,7 +10,8 @@ import sosd_fast
 from sosd_fast import kernels
 from sosd_fast.kernels.eigh import eigh, library
 from sosd_fast.kernels.newton_schulz import fastest_form, newton_schulz_ref
-from sosd_fast.spectra.svdvals import SD_TOLERANCE, spectra
+from sosd_fast.spectra.precision import SD_TOLERANCE
+from sosd_fast.spectra.svdvals import spectra
 from sosd_fast.testing import assert_svdvals_close, matrix, sd_distance
 
 native = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -107,10 +108,10 @@ def test_a_missing_triton_is_said_once(monkeypatch, caplog):
         device, is_cuda = torch.device("cuda"), True
 
     monkeypatch.setattr(kernels, "triton", None)
-    kernels.warn_no_triton.cache_clear()
-    assert not kernels.on_triton(Cuda) and not kernels.on_triton(Cuda)
+    kernels.warn_missing.cache_clear()
+    assert {kernels.backend_of(op, Cuda) for op in ("svdvals", "syrk", "svdvals")} == {kernels.Backend.TORCH}
     assert sum("pip install triton" in message for message in caplog.messages) == 1
-    kernels.warn_no_triton.cache_clear()
+    kernels.warn_missing.cache_clear()
 
 
 @native

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sosd_fast
-from sosd_fast.spectra.svdvals import SD_TOLERANCE, spectra
+from sosd_fast.spectra.precision import SD_TOLERANCE
+from sosd_fast.spectra.svdvals import spectra
 from sosd_fast.testing import SPECTRA, assert_svdvals_close, matrix, sd_distance
 
 SHAPES = [
@@ -100,14 +101,14 @@ def test_the_bound_on_the_distribution_over_many_matrices(r, dtype):
 
 def test_the_safety_test_chooses_the_precision(path):
     chosen = {name: spectra([matrix(name, 96, 384)]).methods[0] for name in ("gaussian", "log4", "rank_one")}
-    assert chosen == {"gaussian": "gram32", "log4": "gram64", "rank_one": "direct64"}
+    assert chosen == {"gaussian": "gram32", "log4": "gram64", "rank_one": "bidiag64"}
     assert sd_distance(spectra([matrix("log4", 96, 384)], "gram32").S[0], truth(matrix("log4", 96, 384))) > SD_TOLERANCE
 
 
 def test_a_batch_mixes_precisions(path):
     W = torch.stack([matrix(name, 96, 384) for name in ("gaussian", "log4", "rank_one", "gaussian")])
     result = spectra(list(W))
-    assert result.methods == ("gram32", "gram64", "direct64", "gram32")
+    assert result.methods == ("gram32", "gram64", "bidiag64", "gram32")
     for S, matrix_ in zip(sosd_fast.svdvals(W.reshape(2, 2, 96, 384)).reshape(4, -1), W, strict=True):
         assert torch.equal(S, sosd_fast.svdvals(matrix_))
 
@@ -185,8 +186,8 @@ def test_gradients_autocast_and_matmul_precision_do_not_reach_in(path):
     assert not S.requires_grad
     if path == "extension":
         assert torch.equal(S, plain)
-    else:  # there products are taken in float64, which differs by the rounding of float32
-        assert (S - plain).abs().max() <= 8 * 2.0**-24 * plain[0]
+    else:  # there products are taken in float64; LAPACK's float32 eigenvalues of both err by 20 units
+        assert (S - plain).abs().max() <= 32 * 2.0**-24 * plain[0]
 
 
 def test_empty_batch():

@@ -1,0 +1,199 @@
+r"""Which precision a spectrum needs: one planner and one error model for C++, Triton, torch and row shards.
+
+The eigenvalues of a Gram matrix G = W W^T err by dl = units * u * max(sigma_1^2, 4 mean(sigma^2)) in root mean square,
+u = eps / 2, so a singular value errs by about dl / (2 sigma), or by up to sqrt(dl) where it is lost in the noise.
+Summed up, that predicts the error of SD = S / sum(S). What rounding did to all eigenvalues together (equal products, as
+those of signs or quantised weights, round alike) is measured for each matrix and added (`sosd_fast.spectra.gram`).
+
+    sd_error = 3 predicted + (5 + 0.1 sqrt(r)) u |SD|_2      a bound on |SD - SD_true|_2; a method stands up to 1e-6
+
+The constants of SD are the same for all backends, whichever errs most, so that the same spectrum gets the same method
+on every path; C++ is handed them. Only the bound on single values has a constant of each backend. All were calibrated
+against float64 (LOG.md#gram-error, LOG.md#sd-error-float64, LOG.md#one-planner) and are tested; they are no proof.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sosd_fast.kernels import Backend, power_of_two
+
+SD_TOLERANCE = 1e-6  # on |SD - SD_true|_2; published variations settle near 1e-5
+
+
+class Method(StrEnum):
+    """How a spectrum is computed, from the cheapest to the most accurate."""
+
+    GRAM32 = "gram32"  # Gram matrix, float32
+    GRAM64 = "gram64"  # Gram matrix, float64
+    BIDIAG64 = "bidiag64"  # no Gram matrix: bidiagonalisation, float64
+    EXACT = "exact"  # torch.linalg.svdvals in the dtype of W, at least float32
+
+    @property
+    def squares(self) -> bool:
+        """Whether it takes the square roots of the eigenvalues of a Gram matrix."""
+        return self in (Method.GRAM32, Method.GRAM64)
+
+    def dtype(self, given: torch.dtype) -> torch.dtype:
+        """The dtype it computes in, for weights of dtype `given`."""
+        if self is Method.EXACT:
+            return torch.promote_types(given, torch.float32)
+        return torch.float32 if self is Method.GRAM32 else torch.float64
+
+    @classmethod
+    def _missing_(cls, value: object) -> "Method | None":  # the name in records of version 0.1.0
+        return cls.BIDIAG64 if value == "direct64" else None
+
+
+LADDER = (Method.GRAM32, Method.GRAM64, Method.BIDIAG64)
+
+
+class ErrorModel(NamedTuple):
+    """The constants of one backend, in units of u = eps / 2."""
+
+    value_root: float  # of sqrt(r) in the bound on a value of a Gram matrix
+    value_base: float = 32.0
+    value_linear: float = 1 / 12  # of r, instead of the root where larger: equal terms drift in the reduction
+    value_inner: float = 1 / 8  # of sqrt(K)
+    value_float64: float = 4.0  # times as much in float64: bisection errs by up to 108 units where values repeat
+    spread: float = 6.0  # over sqrt(r): root mean square error of a small eigenvalue of a Gram matrix
+    spread_least: float = 0.2  # degenerate spectra, whose errors do not shrink with r
+    spread_float64: float = 8.0  # times as much in float64, as trained matrices need
+    drift_float64: float = 128 / 3  # of mean(S^2): chains of 64 equal terms, unmeasured in C++
+    direct_root: float = 1 / 4  # of sqrt(r): root mean square error of a value found without a Gram matrix, 1 +
+    direct_inner: float = 1 / 8  # of sqrt(K)
+    safety: float = 3.0  # the largest error over its root mean square: 2.5 (LOG.md#one-planner)
+    common: float = 5.0  # of |SD|: an error common to all values, 2, and those of flat spectra, 3.1 at r = 256
+    common_root: float = 0.1  # of sqrt(r) |SD|: 4.4 at r = 1280
+    tolerance: float = SD_TOLERANCE
+
+
+MODELS = {
+    Backend.CPP: ErrorModel(value_root=2.0),
+    Backend.TRITON: ErrorModel(value_root=4.0),
+    Backend.TORCH: ErrorModel(value_root=16.0),  # LAPACK's largest eigenvalues err by 93 units at 1024 x 1024
+}
+_SD = MODELS[Backend.TORCH]  # any: only value_root differs
+
+
+def predicted_sd_error(
+    S: Tensor, method: Method, inner: int, *, dtype: torch.dtype, drift: Tensor | None = None
+) -> Tensor:
+    """Predicts the root mean square of |SD - SD_true|_2.
+
+    Args:
+        S: (B, r) float64, singular values, descending.
+        method: that found them, or that is to find them.
+        inner: the long side K.
+        dtype: that the method computes in.
+        drift: (B,) float64, by how much the eigenvalues of the Gram matrix were seen to move together, relative to
+            their mean; None for no more than usual.
+
+    Returns:
+        (B,) float64; NaN for a spectrum of zeros, which has no distribution, or that is not finite.
+    """
+    r, u, model = S.shape[-1], torch.finfo(dtype).eps / 2, _SD
+    x = S / power_of_two(S[:, :1])
+    squares, total = x.square(), x.sum(-1)
+    mean = squares.mean(-1, keepdim=True)
+    if method.squares:
+        units = max(model.spread / math.sqrt(r), model.spread_least)
+        apart = units * u * torch.maximum(squares[:, :1], 4 * mean)
+        if dtype == torch.float64:
+            apart = torch.hypot(apart * model.spread_float64, model.drift_float64 * u * mean)
+        dl = apart if drift is None else torch.hypot(apart, drift[:, None] * mean)
+        ds, lost = _roots(x, dl), squares < 4 * dl
+    else:
+        units = 1 + model.direct_root * math.sqrt(r) + model.direct_inner * math.sqrt(inner)
+        ds = (units * u * x[:, :1]).expand_as(x)
+        lost = x < 4 * ds
+    # Values at the noise floor err upwards only, so their errors add up in the sum instead of averaging out.
+    return (_norm(ds) + _norm(x) / total * (ds * lost).sum(-1)) / total
+
+
+def sd_error(S: Tensor, method: Method, inner: int, *, dtype: torch.dtype, drift: Tensor | None = None) -> Tensor:
+    """The bound on |SD - SD_true|_2 that records carry, (B,); arguments as of `predicted_sd_error`."""
+    x = S / power_of_two(S[:, :1])
+    sd_norm = _norm(x) / x.sum(-1)
+    u = torch.finfo(dtype).eps / 2
+    common = (_SD.common + _SD.common_root * math.sqrt(S.shape[-1])) * u * sd_norm
+    return _SD.safety * predicted_sd_error(S, method, inner, dtype=dtype, drift=drift) + common
+
+
+def value_bound(S: Tensor, method: Method, inner: int, backend: Backend, *, dtype: torch.dtype) -> Tensor:
+    """The bound on |S - S_true| of each value, (B, r); arguments as of `predicted_sd_error`."""
+    r, u, model = S.shape[-1], torch.finfo(dtype).eps / 2, MODELS[backend]
+    top = S[:, :1]
+    if not method.squares:
+        return ((model.value_base + 8 * math.sqrt(r) + math.sqrt(inner)) * u * top).expand_as(S)
+    units = model.value_base + max(model.value_root * math.sqrt(r), model.value_linear * r)
+    units = (units + model.value_inner * math.sqrt(inner)) * (model.value_float64 if dtype == torch.float64 else 1)
+    return _roots(S, units * u * top.square())
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.square().sum(-1).sqrt()
+
+
+def _roots(S: Tensor, dl: Tensor) -> Tensor:
+    """How far S may be off, where S^2 may be off by dl."""
+    squares = S.square()
+    upwards = dl / ((squares + dl).sqrt() + S)
+    downwards = torch.minimum(squares, dl) / (S + (squares - dl).clamp(min=0).sqrt())
+    return torch.maximum(upwards.nan_to_num(0.0), downwards.nan_to_num(0.0))  # 0/0 where the value is zero
+
+
+def choose(previous: Tensor | None, count: int, dtype: torch.dtype, *, on_host: bool) -> list[Method]:
+    """Chooses the methods that matrices start from.
+
+    Args:
+        previous: (B, r) float64, spectra of the same matrices a little earlier, or None. Read on the host.
+        count: B.
+        dtype: of the matrices; what comes in float64 is expected in float64.
+        on_host: whether `climb` may redo them. Where that would have to wait for a device, a matrix without an earlier
+            spectrum starts from float64.
+
+    Returns:
+        For each the cheapest method whose sd_error on the earlier spectrum meets the tolerance.
+    """
+    lowest = Method.GRAM64 if dtype == torch.float64 else Method.GRAM32
+    chosen = [lowest if on_host else Method.GRAM64] * count
+    if previous is None:
+        return chosen
+    previous = previous.cpu()
+    known = [bool(positive) for positive in previous[:, 0] > 0]
+    errors = {
+        method: [float(e) for e in sd_error(previous, method, 0, dtype=method.dtype(dtype))]
+        for method in LADDER[LADDER.index(lowest) : -1]
+    }
+    for i in range(count):
+        if known[i] and all(math.isfinite(error[i]) for error in errors.values()):
+            chosen[i] = next((m for m, error in errors.items() if error[i] <= SD_TOLERANCE), LADDER[-1])
+    return chosen
+
+
+def climb(
+    compute: Callable[[dict[Method, list[int]]], Sequence[float]], methods: Sequence[Method]
+) -> tuple[Method, ...]:
+    """Measures matrices, and again by the next method those whose sd_error is above the tolerance.
+
+    Args:
+        compute: measures some of the matrices, given by their positions, each by its method, and returns the sd_error
+            of every matrix. NaN stands.
+        methods: that they start from.
+
+    Returns:
+        The methods that the results are from.
+    """
+    methods = list(methods)
+    todo: list[int] = [*range(len(methods))]
+    while todo:
+        errors = compute({m: [i for i in todo if methods[i] == m] for m in sorted({methods[i] for i in todo})})
+        todo = [i for i in todo if errors[i] > SD_TOLERANCE and methods[i] in LADDER[:-1]]
+        for i in todo:
+            methods[i] = LADDER[LADDER.index(methods[i]) + 1]
+    return tuple(methods)

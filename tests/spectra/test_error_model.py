@@ -1,0 +1,235 @@
+"""The error model and the choice of precision that all paths share."""
+
+import functools
+import math
+
+import pytest
+import torch
+
+from bench.bounds import few_values
+from sosd_fast import kernels
+from sosd_fast.kernels import Backend
+from sosd_fast.kernels.tridiagonal import tridiagonal_ref
+from sosd_fast.spectra.gram import Products, correct, singular_values
+from sosd_fast.spectra.precision import (
+    LADDER,
+    MODELS,
+    SD_TOLERANCE,
+    Method,
+    choose,
+    climb,
+    sd_error,
+    value_bound,
+)
+from sosd_fast.spectra.svdvals import spectra
+from sosd_fast.testing import SPECTRA, matrix, sd_distance, spectrum
+
+NAMES = [*(name for name in SPECTRA if name != "zero"), "trained", "graded", "zero"]
+SIZES = [64, 256, 512, 768, 1280]
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+def drawn(name, m, n, dtype=torch.float32, seed=0):
+    """A matrix of `testing.SPECTRA`; "trained": a power law above a Gaussian bulk; "graded": rows of falling size."""
+    if name == "trained":
+        bulk, head = (matrix(kind, m, n, dtype=torch.float64, seed=seed) for kind in ("gaussian", "power"))
+        return (bulk + 3 * math.sqrt(max(m, n)) * head).to(dtype)
+    if name == "graded":
+        rows = torch.logspace(0, -1.5, m, dtype=torch.float64)
+        return (rows[:, None] * matrix("gaussian", m, n, dtype=torch.float64, seed=seed)).to(dtype)
+    return matrix(name, m, n, dtype=dtype, seed=seed)
+
+
+def truth(W):
+    return torch.linalg.svdvals(W.double() if W.shape[0] >= W.shape[1] else W.double().mT)
+
+
+@functools.cache
+def known_spectrum(name, r):
+    if name in ("gaussian", "uniform", "trained", "graded"):
+        return spectra([drawn(name, r, r, torch.float64)], "gram64").S
+    return spectrum(name, r)[None]
+
+
+def by_function(S, dtype, error):
+    """The method that a function `error(S, method)` asks for."""
+    lowest = LADDER.index(Method.GRAM64 if dtype == torch.float64 else Method.GRAM32)
+    return next((m for m in LADDER[lowest:-1] if not error(S, m) > SD_TOLERANCE), LADDER[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("r", SIZES)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_spectrum_gets_the_same_method(name, r, dtype):
+    """By the function of C++, by that of torch, Triton and row shards on the host, and on a device."""
+    S = known_spectrum(name, r)
+    model = MODELS[Backend.CPP]
+    scaled = (S / kernels.power_of_two(S[:, :1]))[0]
+    in_cpp = by_function(scaled, dtype, lambda S, m: kernels._C.sd_error(S, m.value, r, 0.0, model))
+    assert choose(S, 1, dtype, on_host=True) == [in_cpp]
+    if name != "zero":
+        assert choose(S, 1, dtype, on_host=False) == [in_cpp]
+
+
+@pytest.mark.parametrize("r", [1, 5, 64, 700])
+def test_cpp_has_the_same_function(r):
+    for name in NAMES[:-1]:
+        S = (
+            spectrum(name, r)
+            if name in SPECTRA[2:]
+            else torch.rand(r, dtype=torch.float64).sort(descending=True).values
+        )
+        S = S / kernels.power_of_two(S[0])
+        for method in LADDER:
+            for drift in (0.0, 1e-7, 1e-3):
+                dtype, moved = method.dtype(torch.float32), torch.tensor([drift], dtype=torch.float64)
+                expected = float(sd_error(S[None], method, 2 * r, dtype=dtype, drift=moved))
+                found = kernels._C.sd_error(S, method.value, 2 * r, drift, MODELS[Backend.CPP])
+                assert found == pytest.approx(expected, rel=1e-12), (name, method, drift)
+
+
+def test_constants_of_the_distribution_are_those_of_all_backends():
+    assert len({model._replace(value_root=0.0) for model in MODELS.values()}) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("r", [64, 256])
+def test_paths_take_the_same_method(monkeypatch, r, dtype):
+    matrices = [drawn(name, r, r, dtype) for name in NAMES]
+    compiled = spectra(matrices)
+    monkeypatch.setattr(kernels, "_C", None)
+    by_torch = spectra(matrices)
+    assert dict(zip(NAMES, compiled.methods, strict=True)) == dict(zip(NAMES, by_torch.methods, strict=True))
+    assert len(set(compiled.methods)) == (3 if dtype == torch.float32 else 2)  # bfloat16 leaves no rank deficient
+    for found in (compiled, by_torch):
+        for name, S, error, method, W in zip(NAMES, found.S, found.sd_error, found.methods, matrices, strict=True):
+            if name != "zero":
+                assert error <= SD_TOLERANCE, (name, method)
+                assert sd_distance(S, truth(W)) <= error, (name, method)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_triton_path_takes_the_same_method(device, dtype):
+    """But for the last: nothing climbs there."""
+    names = ["gaussian", "log4", "rank_one"]  # on a host they need a method each
+    matrices = [drawn(name, 10, 12, dtype) for name in names]
+    previous = torch.stack([truth(W) for W in matrices])
+    expected = choose(previous, 3, dtype, on_host=True)
+    found = spectra([W.to(device) for W in matrices], previous=previous)
+    assert found.methods == tuple(min(method, Method.GRAM64, key=LADDER.index) for method in expected)
+    for S, T, error in zip(found.S, previous, found.sd_error, strict=True):
+        assert sd_distance(S.cpu(), T) <= error
+
+
+@pytest.mark.parametrize("method", [Method.GRAM32, Method.GRAM64, Method.EXACT])
+@pytest.mark.parametrize("r", [64, 300])
+def test_bounds_hold(path, r, method):
+    matrices = [drawn(name, r, 400) for name in NAMES[:-1]]
+    found = spectra(matrices, method)
+    for name, S, bound, error, W in zip(NAMES, found.S, found.bound, found.sd_error, matrices, strict=False):
+        T = truth(W)
+        assert ((S - T).abs() <= bound + 64 * 2.0**-53 * T[0]).all(), name
+        assert sd_distance(S, T) <= error + 1e-15, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64), (256, 256), (512, 512)], ids=str)
+def test_the_bound_is_within_50_times_the_error_of_gaussian_matrices(path, shape, dtype):
+    """In root mean square over matrices; single ones are lucky."""
+    matrices = [matrix("gaussian", *shape, seed=50 + seed, dtype=dtype) for seed in range(8)]
+    found, expected = spectra(matrices, "gram32"), spectra([W.double() for W in matrices], "gram64")
+    errors = torch.tensor([sd_distance(a, b) for a, b in zip(found.S, expected.S, strict=True)], dtype=torch.float64)
+    assert (errors <= found.sd_error).all()
+    assert found.sd_error.square().mean().sqrt() <= 50 * errors.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("shape", [(64, 64), (128, 200), (300, 40), (17, 1500)], ids=str)
+def test_few_distinct_values(path, shape, seed):
+    """Where equal products round alike, which torch's products do for whole rows."""
+    kinds = few_values(*shape, torch.Generator().manual_seed(seed))
+    found = spectra(list(kinds.values()))
+    for kind, S, bound, error, W in zip(kinds, found.S, found.bound, found.sd_error, kinds.values(), strict=True):
+        T = truth(W)
+        own = 64 * 2.0**-53
+        assert ((S - T).abs() <= bound + own * T[0]).all(), kind
+        assert sd_distance(S, T) <= error + own and error <= SD_TOLERANCE, kind
+
+
+def towards_zero(x):
+    """float64 values cut to 24 bits."""
+    return (x.view(torch.int64) & ~((1 << 29) - 1)).view(torch.float64)
+
+
+def tensor_core_gram(W, block=32, step=8):
+    """W W^T as `syrk` has it of a GPU: three TF32 products, sums cut to float32 towards zero within a block."""
+    high = (W.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    low = ((W - high).view(torch.int32) & ~0x1FFF).view(torch.float32).double()
+    high, total = high.double(), torch.zeros(len(W), len(W))
+    for first in range(0, W.shape[1], block):
+        partial = torch.zeros(len(W), len(W), dtype=torch.float64)
+        for A, B in ((low, high), (high, low), (high, high)):
+            for k in range(first, min(first + block, W.shape[1]), step):
+                partial = towards_zero(partial + A[:, k : k + step] @ B[:, k : k + step].mT)
+        total += partial.float()
+    return total.tril() + total.tril(-1).mT
+
+
+def by_tensor_cores(W):
+    """S, what is left of the drift, and the drift taken out, as the Triton path has them of a GPU."""
+    G, known = tensor_core_gram(W)[None], Products.of(W[None])
+    drift = correct(G, known, W.shape[1])
+    d, e = tridiagonal_ref(G)
+    T = sum(torch.diag_embed(t.double(), k) for t, k in ((d, 0), (e, 1), (e, -1)))
+    return *singular_values(torch.linalg.eigvalsh(T), known, drift), float(drift)
+
+
+@pytest.mark.parametrize("name", [*NAMES[:-1], "signs", "int4", "constant row", "mask"])
+def test_the_arithmetic_of_tensor_cores_stays_in_the_bounds(name):
+    """The kernels themselves run here on small matrices only."""
+    few = few_values(192, 256, torch.Generator().manual_seed(0))
+    W = few[name] if name in few else drawn(name, 192, 256)
+    W = W / kernels.power_of_two(W.abs().max())
+    S, left, drift = by_tensor_cores(W)
+    T = truth(W)
+    assert sd_distance(S[0], T) <= sd_error(S, Method.GRAM32, 256, dtype=torch.float32, drift=left)
+    bound = value_bound(S, Method.GRAM32, 256, Backend.TRITON, dtype=torch.float32)[0]
+    assert ((S[0] - T).abs() <= bound + 64 * 2.0**-53 * T[0]).all()
+    if name == "gaussian":
+        assert -16 * 2.0**-24 < drift < -2 * 2.0**-24, "the cut shows in elements beside the diagonal"
+
+
+def test_a_drift_is_seen_and_taken_out():
+    W = matrix("uniform", 60, 90)
+    known = Products.of(W[None])
+    G = (W.double() @ W.double().mT)[None]
+    moved = (1 + 1e-6) * G
+    drift = correct(moved, known, 90)
+    assert float(drift) == pytest.approx(1e-6, rel=1e-2)
+    S, left = singular_values(torch.linalg.eigvalsh(moved), known, drift)
+    assert sd_distance(S[0], truth(W)) < 1e-9 and float(left) == pytest.approx(5e-7, rel=1e-2)
+
+
+def test_climbing():
+    asked = []
+
+    def compute(plan):
+        asked.append(plan)
+        methods.update((i, m) for m, at in plan.items() for i in at)
+        return [0.0 if methods[i] == wanted[i] else math.nan if wanted[i] is None else 1.0 for i in range(4)]
+
+    methods = {}
+    wanted = [Method.GRAM32, Method.BIDIAG64, None, "never"]
+    start = [Method.GRAM32, Method.GRAM32, Method.GRAM32, Method.GRAM64]
+    assert climb(compute, start) == (Method.GRAM32, Method.BIDIAG64, Method.GRAM32, Method.BIDIAG64)
+    assert asked == [
+        {Method.GRAM32: [0, 1, 2], Method.GRAM64: [3]},
+        {Method.BIDIAG64: [3], Method.GRAM64: [1]},
+        {Method.BIDIAG64: [1]},
+    ]
+
+
+def test_earlier_names_of_methods():
+    assert Method("direct64") is Method.BIDIAG64 and str(Method.BIDIAG64) == "bidiag64"
+    with pytest.raises(ValueError, match="is not a valid Method"):
+        Method("qr")
