@@ -45,7 +45,7 @@ def shape_of(matrix: Matrix) -> tuple[int, int]:
 
 
 def cost(shape: tuple[int, int]) -> float:
-    """What the full spectrum of an (m, n) matrix costs, in units of a product's operations (LOG.md, CPU)."""
+    """What the full spectrum of an (m, n) matrix costs, in units of a product's operations (LOG.md#svdvals-cpu)."""
     r = min(shape)
     return r * r * max(shape) + 2.2 * r**3
 

@@ -111,7 +111,7 @@ class RowShards(Exchange):
                         missing = exact[0, :r] * torch.nan, exact[0, :r] * torch.nan, exact[0, 0] * torch.nan
                         of = self._survivors(of_grams, missing, G, exact, scale[mine], finite[mine], name)
                         for j, values in zip(mine, of, strict=True):
-                            keep(j, *values, name)
+                            keep(j, *values, name=name)
             told = self._told(found, r)
             return told.sd_error.tolist() if climbs else [0.0] * count
 

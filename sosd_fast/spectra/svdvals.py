@@ -171,10 +171,9 @@ def _launched_alike(matrices: Sequence[Tensor], at: list[int], method: Method) -
     shapes: dict[torch.Size, list[int]] = {}
     for i in at:
         shapes.setdefault(matrices[i].shape, []).append(i)
-    grams, parts = [], []
+    grams, parts, dtype = [], [], method.dtype(matrices[at[0]].dtype)
     for (m, n), some in shapes.items():
         given = [matrices[i].detach() for i in some]
-        dtype = method.dtype(given[0].dtype)
         scale, finite = kernels.scale_of(torch.stack(torch._foreach_norm(given, torch.inf)), dtype)
         W = torch.stack(given)  # (B, m, n)
         W = W if m <= n else W.mT

@@ -5,8 +5,8 @@ The state holds V (b, n), orthonormal rows, b = k + oversamples, and P, the chan
     Y = V W^T,  Z = Y W,  H = Z V^T,  rho = diag(H),  D = 4 (Z - H V) / rho + P
 
 and Rayleigh-Ritz of W^T W on span[V, D] yields the next V, whose part along D is the next P. D sums the residual and
-the last change, which LOBPCG keeps apart: the accuracy of LOBPCG at the cost of block Krylov (LOG.md). A cold start,
-and a subspace that its residuals show to have lost the matrix, repeat steps until the values stand still.
+the last change, which LOBPCG keeps apart: the accuracy of LOBPCG at the cost of block Krylov (LOG.md#topk-span). A cold
+start, and a subspace that its residuals show to have lost the matrix, repeat steps until the values stand still.
 
 `subspace_step` is written once, in functions of the Python array API standard that torch has by the same names. CPU
 tensors in float32 take the C++ kernel (kernels/subspace.py) instead, matrix by matrix where it applies.
@@ -40,7 +40,7 @@ from sosd_fast.spectra.arrays import (
 )
 from sosd_fast.spectra.products import Products, State, chunks, cold_state, stacks_of
 
-_PACE = 4.0  # weight of the residual against P: 2 to 8 work, 4 is best with AdamW and Muon (LOG.md)
+_PACE = 4.0  # weight of the residual against P: 2 to 8 work, 4 is best with AdamW and Muon (LOG.md#topk-pace)
 _COLD_STEPS = 12  # at most; enough for spectra that decay, and Gaussian ones gain little from more
 _CATCH_UP_STEPS = 8  # at most
 # A relative residual beyond sqrt(20 rtol) asks for more steps: 0.14 at 1e-3, where 200 steps of AdamW and Muon stayed
@@ -94,7 +94,7 @@ def topk_svdvals(
         directions are nearly dependent (eps = 2^-23 or 2^-52), so small values by sqrt(20 eps) S[0] or more. Some
         singular value lies within residual[i] of S[i], and once the values are separated the error is about
         residual[i]**2 / gap. On real training runs, warm, the worst of 32 values errs by 1e-5 to 1e-3 of itself
-        (LOG.md).
+        (LOG.md#topk-span).
 
     Raises:
         ValueError: no matrix, matrices that do not belong together, an integer dtype, k out of range, or a state of

@@ -12,6 +12,7 @@ import sosd_fast
 from sosd_fast.integrations.common import METRICS, scalars
 from sosd_fast.integrations.hugging_face import HuggingFaceCallback
 from sosd_fast.integrations.lightning import LightningCallback
+from sosd_fast.runs.records import JsonLines
 
 TOKENS = torch.randint(64, (64, 16), generator=torch.Generator().manual_seed(0))
 
@@ -76,6 +77,8 @@ def test_hugging_face_trainer(tmp_path, make):
     assert {s: line["loss"] for s, line in logged.items()} == {s: line["loss"] for s, line in ours.items()}
     assert [line["step"] for line in run.log if "val_loss" in line] == [3, 6] and "lr" in run.log[0]
     assert not callback.probe.alive
+    for name in ("records.jsonl", "log.jsonl"):
+        JsonLines(run_dir / name).close()  # it would raise where the callback still held the file
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
