@@ -5,7 +5,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class FullTensors(NamedTuple):
     bound: Tensor | None  # on the variation, by the size of the update
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class FullGroup:
     """A measurement of all singular values of B matrices that was launched."""
 
@@ -113,15 +113,16 @@ class FullGroup:
         found = FullTensors._make(host)
         S = found.S.numpy().copy()  # the record's own: neither the probe's state nor pinned memory
         k = min(self.k, S.shape[1])
-        rows = list(zip(*(column.tolist() for column in found[1:10]), strict=True))  # sd_error and the summaries
-        cosine, variation, variation_topk, bound = (_list(column) for column in found[10:])
+        columns: list[Any] = [None if column is None else column.tolist() for column in found[1:]]
+        rows: list[tuple[float, ...]] = list(zip(*columns[:9], strict=True))  # of sd_error and the summaries
+        cosine, variation, variation_topk, bound = columns[9:]
 
         def values(j: int) -> FullValues:
             full = FullValues(
                 str(self.methods[j]),
                 S[j],
                 tuple(S[j, :k].tolist()),
-                *rows[j],
+                *rows[j],  # pyright: ignore[reportArgumentType]
                 cosine=cosine[j] if cosine and self.compared[j] else None,
             )
             if self.consecutive[j] and variation and variation_topk:
@@ -136,7 +137,3 @@ class FullGroup:
 def _stack(spectra: list[Tensor | None], device: torch.device | str) -> Tensor | None:
     known = [S for S in spectra if S is not None]
     return torch.stack(known).to(device) if len(known) == len(spectra) else None
-
-
-def _list(column: Tensor | None) -> list[float] | None:
-    return None if column is None else column.tolist()

@@ -30,7 +30,7 @@ class LeadingTensors(NamedTuple):
     norms: Tensor  # (B,) float64, Frobenius
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class LeadingGroup:
     """A measurement of the leading singular values of B matrices that was launched."""
 
