@@ -99,7 +99,7 @@ def test_readme_code_runs(code, tmp_path, monkeypatch):
 
     names = {"model": model, "batches": torch.randn(3, 8, 96), "loss_of": loss_of, "W": torch.randn(64, 96)}
     exec(compile(code, "README.md", "exec"), names)
-    assert "probe" not in names or (names["probe"]._step == 3 and names["probe"].latest())
+    assert "probe" not in names or (names["probe"].step_count == 3 and names["probe"].latest())
 
 
 def test_readme_tree_is_the_tree():
