@@ -28,6 +28,12 @@ def start(ranks: int, *command, **environment) -> subprocess.Popen:
     )
 
 
+def run_alone(*command, timeout: float = 120):
+    """Runs a script in one process, which finds training/ as those of `start` do."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, *map(str, command)], check=True, timeout=timeout, env=env)
+
+
 def descendants(pid: int) -> list[int]:
     """The processes below one, by /proc."""
     lists = [(task / "children").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]

@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torchrun import finish, start, torchrun
+from torchrun import finish, run_alone, start, torchrun
 
 import sosd_fast
 from sosd_fast.testing import sd_distance
@@ -55,7 +53,7 @@ def every_optimizer(text, folder, *more):
 def alone(text, tmp_path_factory):
     """The runs of one process."""
     folder = tmp_path_factory.mktemp("alone")
-    subprocess.run([sys.executable, WORKER, *every_optimizer(text, folder)], check=True, timeout=120)
+    run_alone(WORKER, *every_optimizer(text, folder))
     return {name: sosd_fast.load(folder / name) for name in RUNS}
 
 
@@ -134,8 +132,7 @@ def test_checkpoints_resume_bit_for_bit_and_on_other_numbers_of_ranks(text, tmp_
     assert records[0] == records[1] and records[0][-1].step == 6
 
     one = half_done(whole, tmp_path / "one")
-    command = [sys.executable, WORKER, f"--resume={one}", "--parallel=none", "--tracker=off"]
-    subprocess.run(command, check=True, timeout=120)
+    run_alone(WORKER, f"--resume={one}", "--parallel=none", "--tracker=off")
     losses = [[line["loss"] for line in log(run_dir)] for run_dir in (one, whole)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
