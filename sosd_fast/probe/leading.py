@@ -104,7 +104,7 @@ def frobenius_norms(matrices: list[Tensor]) -> Tensor:
     # In float64 no square of float32 leaves the range. The host computes in float64 only where that is needed, for
     # it takes longer there.
     dtype = torch.float32 if on_host and matrices[0].dtype != torch.float64 else torch.float64
-    norms = torch.stack(torch._foreach_norm(matrices, 2, dtype)).double()  # pyright: ignore[reportPrivateUsage]
+    norms = torch.stack(torch._foreach_norm(matrices, 2, dtype)).double()  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
     if on_host or matrices[0].dtype == torch.float64:  # on a device float64 is always scaled: to look would wait for it
         for j, W in enumerate(matrices):
             if not on_host or not 1e-15 < float(norms[j]) < 1e18:
