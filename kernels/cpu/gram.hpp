@@ -230,7 +230,7 @@ constexpr int64_t kBlockRows = 256; // rows of packed W that stay in L2 while al
 constexpr int64_t kBlockCols = 128; // columns of G in one task
 
 constexpr int64_t kSlabs = 4;       // depths packed at once when other threads help
-constexpr int64_t kCompensated = 8 * kDepth;  // a longer sum keeps what rounding loses: its terms may all drift one way
+constexpr int64_t kCompensated = 16 * kDepth;  // a longer sum keeps what rounding loses: its terms may all drift one way
 
 template <class T> constexpr bool kMeasured = sizeof(T) == 4;  // in double nothing more precise is at hand
 
