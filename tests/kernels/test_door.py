@@ -214,8 +214,8 @@ def test_parameters_and_views_are_read_in_place():
 TRACKED = """
 import torch, sosd_fast
 assert sosd_fast.kernels._C is not None
-S, bound = sosd_fast.svdvals(torch.ones(2113, 2113), return_bound=True)
-assert abs(S[0] - 2113) <= bound[0] and S[1] <= bound[1], S
+S, bound = sosd_fast.svdvals(torch.ones(3000, 3000), return_bound=True)
+assert abs(S[0] - 3000) <= bound[0] and S[1] <= bound[1], S
 net = torch.nn.Linear(2080, 2080, bias=False)
 torch.nn.init.zeros_(net.weight)
 probe = sosd_fast.track(net, method="full")
@@ -227,6 +227,7 @@ assert r.step == 1 and abs(r.sigma_max - true) < 1e-6 * true, (r, true)
 """
 
 
+@pytest.mark.slow
 def test_sides_above_2048_of_deficient_rank():
     """These wrote past the end of a workspace: 10 arrays were reserved for bisection and 11 used."""
     done = subprocess.run([sys.executable, "-c", TRACKED], capture_output=True, text=True)
