@@ -184,9 +184,9 @@ static void one_of_everything() {
     }
     Case c = make(130, 67, DType::f32, false, 1, 3);
     const int64_t n = 67, b = 20;
-    std::vector<float> V(b * n), next_V(b * n), next_P(b * n), squares(b), residual(b);
+    std::vector<float> V(b * n), P(b * n), next_V(b * n), next_P(b * n), squares(b), residual(b);
     for (int64_t i = 0; i < b; ++i) V[i * n + i] = 1;
-    SubspaceTask t{reinterpret_cast<float*>(c.data.data()), 130, n, n, 1, V.data(), nullptr, next_V.data(), next_P.data(),
+    SubspaceTask t{reinterpret_cast<float*>(c.data.data()), 130, n, n, 1, V.data(), P.data(), next_V.data(), next_P.data(),
                    squares.data(), residual.data(), false};
     advance_subspaces(&t, 1, b, 4, 1);
 }
@@ -255,11 +255,15 @@ static void fuzz(int calls, unsigned seed) {
         Case c = make(m, n, DType::f32, below(2), 1, random());
         degrade(c, unsigned(below(8)), random());
         std::vector<float> V(count * b * n), P(V), next_V(V), next_P(V), squares(count * b), residual(count * b);
-        for (float& x : V) x = float(random() % 2001) / 1000 - 1;
+        const bool orthonormal = below(8);  // others are declined
+        for (float& x : V) x = orthonormal ? 0 : float(random() % 2001) / 1000 - 1;
+        for (int64_t i = 0; orthonormal && i < count * b; ++i) V[i * n + (i % b + call) % n] = 1;
+        if (below(2))
+            for (float& x : P) x = float(random() % 2001) / 1e5f - 0.01f;
         std::vector<SubspaceTask> tasks;
         for (int64_t i = 0; i < count; ++i)
             tasks.push_back({reinterpret_cast<float*>(c.data.data()), m, n, c.task.row_stride, c.task.col_stride,
-                             V.data() + i * b * n, below(2) ? P.data() + i * b * n : nullptr, next_V.data() + i * b * n,
+                             V.data() + i * b * n, P.data() + i * b * n, next_V.data() + i * b * n,
                              next_P.data() + i * b * n, squares.data() + i * b, residual.data() + i * b, false});
         advance_subspaces(tasks.data(), count, b, 4, 1 + below(3));
     }
