@@ -1,6 +1,7 @@
 r"""Which precision a spectrum needs: one planner and one error model for C++, Triton, torch and row shards.
 
-The eigenvalues of a Gram matrix G = W W^T err by dl = units * u * max(sigma_1^2, 4 mean(sigma^2)) in root mean square,
+The eigenvalues of a Gram matrix G = W W^T err by dl = units * u * max(a, (4 mean(sigma^2))^2 / a), a = sigma_1^2,
+in root mean square (flat spectra, those of long matrices, err by more of their largest eigenvalue than square ones),
 u = eps / 2, so a singular value errs by about dl / (2 sigma), or by up to sqrt(dl) where it is lost in the noise.
 Summed up, that predicts the error of SD = S / sum(S). What rounding did to all eigenvalues together (equal products, as
 those of signs or quantised weights, round alike) is measured for each matrix and added (`sosd_fast.spectra.gram`).
@@ -102,7 +103,7 @@ def predicted_sd_error(
     mean = squares.mean(-1, keepdim=True)
     if method.squares:
         units = max(model.spread / math.sqrt(r), model.spread_least)
-        apart = units * u * torch.maximum(squares[:, :1], 4 * mean)
+        apart = units * u * torch.maximum(squares[:, :1], 16 * mean.square() / squares[:, :1])
         if dtype == torch.float64:
             apart = torch.hypot(apart * model.spread_float64, model.drift_float64 * u * mean)
         dl = apart if drift is None else torch.hypot(apart, drift[:, None] * mean)
