@@ -94,7 +94,7 @@ ErrorModel to_model(const py::object& given) {
         {"value_linear", &m.value_linear},     {"value_inner", &m.value_inner},
         {"value_float64", &m.value_float64},   {"spread", &m.spread},
         {"spread_least", &m.spread_least},
-        {"spread_float64", &m.spread_float64}, {"drift_float64", &m.drift_float64},
+        {"spread_float64", &m.spread_float64},
         {"direct_root", &m.direct_root},       {"direct_inner", &m.direct_inner},
         {"safety", &m.safety},                 {"common", &m.common},
         {"common_root", &m.common_root},       {"tolerance", &m.tolerance}};

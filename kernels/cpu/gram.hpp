@@ -41,7 +41,7 @@ constexpr double kMostDrift = 0x1p-18;  // of elements beside the diagonal, rela
 
 // Of a matrix G as `gram` leaves it: (1 + drift) W W^T + noise.
 struct GramSums {
-    double trace;  // of W W^T, in float summed in double
+    double trace;  // of W W^T
     double drift;
 };
 
@@ -232,12 +232,11 @@ constexpr int64_t kBlockCols = 128; // columns of G in one task
 constexpr int64_t kSlabs = 4;       // depths packed at once when other threads help
 constexpr int64_t kCompensated = 16 * kDepth;  // a longer sum keeps what rounding loses: its terms may all drift one way
 
-template <class T> constexpr bool kMeasured = sizeof(T) == 4;  // in double nothing more precise is at hand
-
 // Puts right what equal products do to G, see rounding.hpp: the drift of its elements beside the diagonal is found by
-// regression on some, and the diagonal set to (1 + drift) times its value in double.
-template <int P>
-inline GramSums correct_gram(const Tiles& tiles, float* G, int64_t r, int64_t K, const ExactProducts& exact) {
+// regression on some, and the diagonal set to (1 + drift) times its precise value.
+template <class T>
+inline GramSums correct_gram(const Tiles& tiles, T* G, int64_t r, int64_t K, const ExactProducts& exact) {
+    constexpr int P = kPanel<T>;
     double trace = 0, products = 0, squares = 0;
     int64_t count = 0;
     for (int64_t i = 0; i < r; ++i) {
@@ -252,7 +251,7 @@ inline GramSums correct_gram(const Tiles& tiles, float* G, int64_t r, int64_t K,
     const double mean = trace / double(r), least = double(count) * mean * mean / (16 * double(K));
     double drift = squares + least > 0 ? products / (squares + least) : 0;
     drift = max_of(-kMostDrift, min_of(kMostDrift, drift));
-    for (int64_t i = 0; i < r; ++i) G[tiles.at(i, i)] = float(exact.squares[i] * (1 + drift));
+    for (int64_t i = 0; i < r; ++i) G[tiles.at(i, i)] = T(exact.squares[i] * (1 + drift));
     return {trace, drift};
 }
 
@@ -270,18 +269,16 @@ template <class T> GramSums gram(const Source& w, T* G, Arena& arena, const Para
     T* lost = w.K > kCompensated ? take<T>(arena, tiles.size()) : nullptr;
     if (lost)
         for (int64_t i = 0; i < tiles.size(); ++i) lost[i] = 0;
-    const int64_t measured = kMeasured<T> ? rows : 0;
-    const ExactProducts exact{take<double>(arena, measured), take<double>(arena, measured)};
-    for (int64_t i = 0; i < measured; ++i) exact.squares[i] = exact.cross[i] = 0;
+    const ExactProducts exact{take<double>(arena, rows), take<double>(arena, rows)};
+    for (int64_t i = 0; i < rows; ++i) exact.squares[i] = exact.cross[i] = 0;
     for (int64_t k0 = 0; k0 < w.K; k0 += slab) {
         const int64_t K = min_of(slab, w.K - k0);
         const auto pack = [&](int64_t p) {
             const int64_t valid = max_of<int64_t>(0, min_of<int64_t>(P, w.r - p * P));
             pack_panel(w, p * P, k0, valid, K, packed + p * panel_stride);
-            for (int64_t k = 0; kMeasured<T> && k < K; k += kDepth)  // while the panel is near
-                if constexpr (kMeasured<T>)
-                    add_products<P>(packed + p * panel_stride + k * P, min_of(kDepth, K - k),
-                                    {exact.squares + p * P, exact.cross + p * P});
+            for (int64_t k = 0; k < K; k += kDepth)  // while the panel is near
+                add_products<P>(packed + p * panel_stride + k * P, min_of(kDepth, K - k),
+                                {exact.squares + p * P, exact.cross + p * P});
         };
         const auto multiply = [&](int64_t task) {
             const int64_t row_block = task / col_blocks, col_block = task % col_blocks;
@@ -310,10 +307,7 @@ template <class T> GramSums gram(const Source& w, T* G, Arena& arena, const Para
     }
     if (lost)
         for (int64_t i = 0; i < tiles.size(); ++i) G[i] += lost[i];
-    if constexpr (kMeasured<T>) return correct_gram<P>(tiles, G, w.r, w.K, exact);
-    double trace = 0;
-    for (int64_t i = 0; i < w.r; ++i) trace += double(G[tiles.at(i, i)]);
-    return {trace, 0};
+    return correct_gram(tiles, G, w.r, w.K, exact);
 }
 
 }  // namespace SOSD_ISA

@@ -1,4 +1,4 @@
-// What rounding does to a float32 Gram matrix, measured in double on some of its elements.
+// What rounding does to a Gram matrix, measured on some of its elements: of float in double, of double by compensated sums.
 //
 // The sums behind G = W W^T err at random for most matrices, but not for those of few distinct values (signs, ternary or
 // quantised weights), where equal products round alike: the diagonal, a sum of terms of one sign, drifts by up to
@@ -10,6 +10,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // inside GCC 12's own header
 #include <immintrin.h>
 #endif
+
+#include <type_traits>
 
 #include "arena.hpp"
 
@@ -28,33 +30,51 @@ inline Simd<double>::V widened(const float* p) {
 #endif
 }
 
-// Elements of W W^T in double, for each row i of packed panels of P rows: (i, i), and (i, i + kApart) where both rows are
-// in one panel, else zero.
+// Elements of W W^T, more precise than a Gram matrix in T has them, for each row i of packed panels of P rows: (i, i), and
+// (i, i + kApart) where both rows are in one panel, else zero.
 constexpr int kApart = Simd<double>::L;
 struct ExactProducts {
     double *squares, *cross;
 };
 
+// A sum of doubles whose terms round but whose additions do not (Knuth's two-sum).
+struct CompensatedSum {
+    Simd<double>::V sum{}, lost{};
+    void add(Simd<double>::V x) {
+        const Simd<double>::V before = sum;
+        sum = before + x;
+        const Simd<double>::V added = sum - before;
+        lost += (before - (sum - added)) + (x - added);
+    }
+    Simd<double>::V total() const { return sum + lost; }
+};
+
+struct PlainSum {
+    Simd<double>::V sum{};
+    void add(Simd<double>::V x) { sum += x; }
+    Simd<double>::V total() const { return sum; }
+};
+
+inline Simd<double>::V widened(const double* p) { return Simd<double>::at(p); }
+
 // Adds K columns of a panel, [k][P rows]; squares and cross belong to its first row.
-template <int P> inline void add_products(const float* panel, int64_t K, ExactProducts to) {
+template <int P, class T> inline void add_products(const T* panel, int64_t K, ExactProducts to) {
     using D = Simd<double>;
     constexpr int Q = P / D::L;
-    D::V squares[Q], cross[Q];
-#pragma GCC unroll 4
-    for (int q = 0; q < Q; ++q) squares[q] = cross[q] = D::V{};
+    std::conditional_t<sizeof(T) == 4, PlainSum, CompensatedSum> squares[Q], cross[Q];
     for (int64_t k = 0; k < K; ++k) {
         D::V w[Q];
 #pragma GCC unroll 4
         for (int q = 0; q < Q; ++q) {
             w[q] = widened(panel + k * P + q * D::L);
-            squares[q] += w[q] * w[q];
-            if (q > 0) cross[q - 1] += w[q - 1] * w[q];
+            squares[q].add(w[q] * w[q]);
+            if (q > 0) cross[q - 1].add(w[q - 1] * w[q]);
         }
     }
 #pragma GCC unroll 4
     for (int q = 0; q < Q; ++q) {
-        D::at(to.squares + q * D::L) += squares[q];
-        D::at(to.cross + q * D::L) += cross[q];
+        D::at(to.squares + q * D::L) += squares[q].total();
+        D::at(to.cross + q * D::L) += cross[q].total();
     }
 }
 

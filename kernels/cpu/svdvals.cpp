@@ -138,7 +138,7 @@ double sd_error(const double* S, int64_t r, int64_t K, Method method, double dri
     for (int64_t i = 0; i < r; ++i) sum += S[i], squares += S[i] * S[i];
     const double mean = squares / rd, sd_norm = std::sqrt(squares) / sum;
     double dl = std::max(model.spread / root, model.spread_least) * eps * std::max(S[0] * S[0], 16 * mean * mean / (S[0] * S[0]));
-    if (method == Method::gram64) dl = std::hypot(dl * model.spread_float64, model.drift_float64 * eps * mean);
+    if (method == Method::gram64) dl *= model.spread_float64;
     dl = std::hypot(dl, drift * mean);
     const double direct = (1 + model.direct_root * root + model.direct_inner * std::sqrt(double(K))) * eps * S[0];
     double ds_squares = 0, lost = 0;

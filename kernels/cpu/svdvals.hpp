@@ -13,7 +13,7 @@ enum class Method { gram32, gram64, bidiag64 };
 // The constants of sosd_fast/spectra/precision.py, which says what they mean and hands them over.
 struct ErrorModel {
     double value_root, value_base, value_linear, value_inner, value_float64, spread, spread_least, spread_float64,
-        drift_float64, direct_root, direct_inner, safety, common, common_root, tolerance;
+        direct_root, direct_inner, safety, common, common_root, tolerance;
 };
 
 // One matrix W: element (i, j) is data[i * row_stride + j * col_stride], i < m, j < n; W is only read.

@@ -63,8 +63,7 @@ class ErrorModel(NamedTuple):
     value_float64: float = 4.0  # times as much in float64: bisection errs by up to 108 units where values repeat
     spread: float = 6.0  # over sqrt(r): root mean square error of a small eigenvalue of a Gram matrix
     spread_least: float = 0.2  # degenerate spectra, whose errors do not shrink with r
-    spread_float64: float = 8.0  # times as much in float64, as trained matrices need
-    drift_float64: float = 128 / 3  # of mean(S^2): chains of 64 equal terms, unmeasured in C++
+    spread_float64: float = 4.0  # times as much in float64 (LOG.md#float64-drift)
     direct_root: float = 1 / 4  # of sqrt(r): root mean square error of a value found without a Gram matrix, 1 +
     direct_inner: float = 1 / 8  # of sqrt(K)
     safety: float = 3.0  # the largest error over its root mean square: 2.5 (LOG.md#one-planner)
@@ -105,7 +104,7 @@ def predicted_sd_error(
         units = max(model.spread / math.sqrt(r), model.spread_least)
         apart = units * u * torch.maximum(squares[:, :1], 16 * mean.square() / squares[:, :1])
         if dtype == torch.float64:
-            apart = torch.hypot(apart * model.spread_float64, model.drift_float64 * u * mean)
+            apart = apart * model.spread_float64
         dl = apart if drift is None else torch.hypot(apart, drift[:, None] * mean)
         ds, lost = _roots(x, dl), squares < 4 * dl
     else:

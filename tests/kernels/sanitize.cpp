@@ -66,7 +66,7 @@ static Case make(int64_t m, int64_t n, DType dtype, bool transposed, int64_t ste
 }
 
 // in the order of svdvals.hpp
-static const ErrorModel model{2, 32, 1 / 12.0, 0.125, 4, 6, 0.2, 8, 128 / 3.0, 0.25, 0.125, 3, 5, 0.1, 1e-6};
+static const ErrorModel model{2, 32, 1 / 12.0, 0.125, 4, 6, 0.2, 4, 0.25, 0.125, 3, 5, 0.1, 1e-6};
 constexpr std::optional<Method> automatic;
 
 static void solve(std::vector<Case>& cases, std::optional<Method> method, int threads) {
