@@ -1,5 +1,7 @@
 """Bounds of the Gram matrix in float64, against singular values in extended precision."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,11 @@ wide = np.longdouble
 pytestmark = pytest.mark.skipif(np.finfo(wide).eps > 1e-18, reason="long double is no wider than double here")
 
 
-def extended_svdvals(W):
+@functools.cache  # both paths ask for the same
+def extended_svdvals(shape, data):
     """Singular values by one-sided Jacobi rotations in long double, all disjoint pairs of a round at once."""
-    A = (W.mT if W.shape[0] < W.shape[1] else W).numpy().astype(wide)
+    A = np.frombuffer(data).reshape(shape)
+    A = (A.T if shape[0] < shape[1] else A).astype(wide)
     V = np.linalg.svd(A.astype(np.float64), full_matrices=False)[2].T.astype(wide)  # leaves little to rotate
     V = V @ (1.5 * np.eye(len(V), dtype=wide) - 0.5 * (V.T @ V))
     columns = (A @ V).T
@@ -45,13 +49,13 @@ def extended_svdvals(W):
 
 def sd_error_and_bound(W):
     """|SD - SD_true|, its bound, and the largest error of a value over its bound."""
-    found, T = spectra([W], "gram64"), extended_svdvals(W)
+    found, T = spectra([W], "gram64"), extended_svdvals(tuple(W.shape), W.numpy().tobytes())
     S = found.S[0].numpy().astype(wide)
     error = np.sqrt(((S / S.sum() - T / T.sum()) ** 2).sum())
     return float(error), float(found.sd_error[0]), float((np.abs(S - T) / found.bound[0].numpy()).max())
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (37, 37), (61, 130), (143, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(48, 48), (37, 37), (33, 130), (143, 40)], ids=str)
 def test_bounds_hold(path, shape):
     few = few_values(*shape, torch.Generator().manual_seed(sum(shape)))
     matrices = {name: W.double() for name, W in few.items()}
@@ -69,9 +73,9 @@ def test_isolated_small_values(path):
         assert error <= bound, (seed, error, bound)
 
 
-@pytest.mark.parametrize("r", [64, 128])
+@pytest.mark.parametrize("r", [64, 100])
 def test_the_bound_is_within_50_times_the_error_of_gaussian_matrices(path, r):
     """In the median of matrices; single ones are lucky."""
-    found = [sd_error_and_bound(matrix("gaussian", r, r, dtype=torch.float64, seed=seed)) for seed in range(7)]
+    found = [sd_error_and_bound(matrix("gaussian", r, r, dtype=torch.float64, seed=seed)) for seed in range(5)]
     assert all(error <= bound for error, bound, _ in found)
     assert np.median([bound / error for error, bound, _ in found]) <= 50
