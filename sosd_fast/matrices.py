@@ -132,7 +132,8 @@ def find_matrices(
         reasons = excluded | without | cannot_read
         left_out.update({place.name: reasons[place.name] for place in places if place.name in reasons})
     if not found:
-        but = "; ".join(f"{name} {why}" for name, why in without.items() if name in wanted)
+        names = [place.name for place, _ in candidates if place.name in wanted]
+        but = ", ".join(f"{name} {without[name]}" for name in names)
         raise ValueError(
             f"track: expected at least one matrix to be left, got include={include}, exclude={exclude}"
             f"{f' ({but})' if but else ''}. Exclude fewer parameters."

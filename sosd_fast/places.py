@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 # In the names of saved weights, where no module can be asked: torch.compile, Fabric, FSDP, activation checkpointing.
-_WRAPPERS = re.compile(
-    r"^(module\.)+|(?<![^.])_(orig_mod|forward_module|original_module|fsdp_wrapped_module|checkpoint_wrapped_module)\."
-)
+_PRIVATE = r"_(orig_mod|forward_module|original_module|fsdp_wrapped_module|checkpoint_wrapped_module)\."
+_WRAPPERS = re.compile(rf"^(module\.|{_PRIVATE})+|(?<=\.)({_PRIVATE})+")
 
 
 class Place(NamedTuple):

@@ -32,7 +32,11 @@ def rows(W, *heads):
 # What of the fused heads, in the order of outputs, each model's own code takes for queries, keys and values.
 BY_HEAD = {"q": (0, 3, 6, 9), "k": (1, 4, 7, 10), "v": (2, 5, 8, 11)}
 CASES = {
-    "GPT-NeoX": (("GPTNeoXAttention", "query_key_value", 36), {"config": SimpleNamespace(num_attention_heads=4)}, BY_HEAD),
+    "GPT-NeoX": (
+        ("GPTNeoXAttention", "query_key_value", 36),
+        {"config": SimpleNamespace(num_attention_heads=4)},
+        BY_HEAD,
+    ),
     "BLOOM": (("BloomAttention", "query_key_value", 36), {"num_heads": 4}, BY_HEAD),
     "Falcon 7B": (
         ("FalconAttention", "query_key_value", 18),
