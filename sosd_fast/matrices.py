@@ -30,13 +30,8 @@ class Matrix:
     period: int = 0  # the part stands in each so many rows or columns, for those fused head by head; 0: it stands once
     read: Callable[[Tensor], Tensor] | None = None  # returns the parameter's values, where they are not plain
 
-    @property
-    def is_copy(self) -> bool:
-        """Whether `tensor()` takes memory of the matrix's size."""
-        return self.read is not None or self.period > 0
-
     def tensor(self) -> Tensor:
-        """Returns the detached (m, n) values: a view, or a copy where `is_copy`."""
+        """Returns the detached (m, n) values: a view, or a copy where they are converted or their rows stand apart."""
         W = self.read(self.parameter) if self.read else self.parameter.detach()
         W = W.flatten(1) if self.flatten else W[self.index] if self.index else W
         if self.part is None:
@@ -75,8 +70,8 @@ def find_matrices(
 
         - a convolution's kernel, pruned or parametrized ones too, is one matrix (out, rest), and so is any parameter
           of four or more dimensions;
-        - one of three dimensions is a stack of matrices, named [i], where it is not longer than they are in both
-          directions, else one matrix (first, rest): XLNet's weights (d, heads, head_dim);
+        - one of three dimensions (b, m, n) is a stack of b matrices, named [i], where b is at most min(m, n), else one
+          matrix (b, m n): XLNet's weights (d, heads, head_dim);
         - whatever is named after experts is a stack;
         - (1, m, n) is one matrix.
 
@@ -198,7 +193,7 @@ def matrices_of(
     shape, lower = tuple(parameter.shape), name.lower()
     if re.search(r"(^|_)bias(es)?(_|$)", lower.rpartition(".")[2]):
         return "is a bias"
-    shown, stacked = name + (original and f"[{original}]"), re.search(r"expert|moe", lower) is not None
+    shown, stacked = name + (original and f"[{original}]"), re.search(r"expert|(^|[._])moe", lower) is not None
     if convolution is None:
         convolution = "conv" in ".".join(lower.split(".")[-2:])
     if len(shape) > 2 and not convolution and not stacked and shape[0] == 1:

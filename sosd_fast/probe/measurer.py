@@ -169,14 +169,14 @@ class Measurer:
 
         On a GPU they need only a short side in common; those of one shape come together. A matrix that starts anew is
         measured apart from others, which go on from their last measurement. One that could not be measured last time
-        is tried alone, and so is one that must be copied first, dequantised say: never are all copies there at once.
+        is tried alone, and one whose values are converted first comes alone, lest all converted ones are there at once.
         """
         groups: dict[tuple[object, ...], list[MatrixState]] = {}
         for t in states:
             p = t.matrix.parameter
             by_side = p.is_cuda and t.rows is None and (kind == "leading" or t.method != "exact")
             fresh = t.S is None if kind == "full" else t.rows is None and t.subspace is None
-            alone = t.place if (t.lost or t.matrix.is_copy) and t.rows is None else None
+            alone = t.place if (t.lost or t.matrix.read) and t.rows is None else None
             key = (min(t.shape) if by_side else t.shape, p.dtype, p.device, t.method, fresh, alone)
             groups.setdefault(key, []).append(t)
         return [sorted(group, key=lambda t: t.shape) for group in groups.values()]
