@@ -47,7 +47,7 @@ class _Settings:
     @property
     def heads(self) -> int:
         """Of queries; 0 where nothing says how many."""
-        return self.get("num_heads", "num_attention_heads", "n_heads", "n_head") or 0
+        return self.get("num_heads", "num_attention_heads", "n_heads", "n_head", "heads") or 0
 
     @property
     def kv_heads(self) -> int:
@@ -85,7 +85,7 @@ _FAMILIES: dict[str, Callable[[_Settings], Fused]] = {
     "persimmon": _by_head,
     "phi3": _one_after_the_other,
 }
-_FUSED_LAYER = re.compile(r"(^|\.)(query_key_value|qkv_proj|Wqkv|c_attn|qkv)\.weight$")
+_FUSED_LAYER = re.compile(r"(^|\.)(query_key_value|c_attn|Wqkv|(\w+_)?qkv(_proj)?)\.weight$")
 
 
 def fused_in(name: str, size: int, attention: nn.Module) -> Fused | str | None:
@@ -108,7 +108,8 @@ def fused_in(name: str, size: int, attention: nn.Module) -> Fused | str | None:
 
 def fused_by_config(name: str, size: int, config: dict) -> Fused | str | None:
     """Says the same as `fused_in`, from a model's config.json."""
-    config = config.get("text_config") or config
+    text = config.get("text_config")  # of a model of images, too
+    config = text if isinstance(text, dict) else config
     return _fused(name, size, [str(config.get("model_type", "")).replace("_", "").lower()], _Settings(config))
 
 

@@ -94,9 +94,10 @@ def test_parts_are_what_the_module_takes_them_for(case):
     ids=str,
 )
 def test_unequal_parts_that_add_up_to_three_squares_stay_whole(settings):
-    net = attention("Mine", "qkv", 36, **settings)
-    assert [m.name for m in find_matrices(net)] == ["qkv.weight"]
-    assert len(find_matrices(net, split={"qkv.weight": (24, 6, 6)})) == 3, "what is asked for is done"
+    for layer in ("qkv", "to_qkv", "c_attn"):
+        net = attention("Mine", layer, 36, **settings)
+        assert [m.name for m in find_matrices(net)] == [f"{layer}.weight"]
+        assert len(find_matrices(net, split={f"{layer}.weight": (24, 6, 6)})) == 3, "what is asked for is done"
 
 
 def test_a_subclass_of_a_known_attention_is_cut_as_it_is():

@@ -81,6 +81,44 @@ def test_a_tensor_that_offers_its_values_is_measured(method, caplog):
         )
 
 
+class Adapted(nn.Module):
+    """A quantised layer with an adapter that is trained."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        W = torch.randn(24, 24)
+        self.base = nn.Module()
+        self.base.weight = nn.Parameter(Quantized.of(W), requires_grad=False)
+        self.down, self.up = nn.Linear(24, 4, bias=False), nn.Linear(4, 24, bias=False)
+
+    def forward(self, x):
+        return x @ self.base.weight.dequantize().T + self.up(self.down(x))
+
+
+def trained(tracked):
+    net = Adapted()
+    probe = sosd_fast.track(net, method="full") if tracked else None
+    optimizer = torch.optim.AdamW([net.down.weight, net.up.weight], lr=0.1)
+    losses = []
+    for _ in range(5):
+        loss = net(torch.randn(3, 24)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, net, probe
+
+
+def test_training_beside_quantised_weights_is_what_it_is_without_the_probe():
+    (losses, net, _), (same, again, probe) = trained(False), trained(True)
+    assert losses == same and torch.equal(net.up.weight, again.up.weight)
+    assert torch.equal(net.base.weight.values, again.base.weight.values)
+    latest = probe.latest()
+    assert set(latest) == {"base.weight", "down.weight", "up.weight"} and all(r.step == 5 for r in latest.values())
+    assert latest["base.weight"].sd_variation < 1e-9 < latest["up.weight"].sd_variation
+
+
 def test_weights_are_converted_one_at_a_time(monkeypatch):
     net = quantized()
     probe = sosd_fast.track(net, method="full", optimizers=[])

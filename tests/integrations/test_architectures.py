@@ -5,9 +5,11 @@ from collections import Counter
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import sosd_fast
+from sosd_fast.checkpoints.analyze import analyze
 from sosd_fast.matrices import find_matrices, kind
 
 transformers = pytest.importorskip("transformers")
@@ -162,6 +164,19 @@ def test_fused_parts_are_what_they_are_called(name):
     *how, layer, out = FUSED[name]
     model = built(*how, device="cpu").eval()
     check_parts(model, layer, out, lambda m: m(input_ids=torch.arange(2, 12)[None]))
+
+
+@pytest.mark.parametrize("name", [*FUSED, "XLNet", "Mamba", "gpt-oss", "Qwen3-MoE", "ResNet", "ViT"])
+def test_saved_weights_have_the_matrices_of_the_model(name, tmp_path):
+    model = built(*(ARCHITECTURES | FUSED)[name][:3], device="cpu")
+    # save_pretrained has other names for some, and tied weights would come under another name.
+    save_file({name: p.detach() for name, p in model.named_parameters()}, tmp_path / "model.safetensors")
+    model.config.save_pretrained(tmp_path)
+    tracked = sosd_fast.track(model, method="exact", optimizers=[]).latest()
+    (records,) = analyze([tmp_path])
+    assert {r.name: r.shape for r in records} == {n: r.shape for n, r in tracked.items()}
+    for r in records:
+        assert r.sigma_max == pytest.approx(tracked[r.name].sigma_max, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["maxvit_rmlp_pico_rw_256", "maxvit_tiny_tf_224", "vit_tiny_patch16_224"])
