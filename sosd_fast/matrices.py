@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sosd_fast.fused import Fused, fused_in
 from sosd_fast.kinds import kind as kind
 from sosd_fast.places import Place, places_of
-from sosd_fast.stored import reader_of
+from sosd_fast.stored import is_scale, reader_of
 
 # Fused queries, keys and values of equal sizes, one above the other: GPT-2's, torch.nn.MultiheadAttention's, timm's.
 DEFAULT_SPLIT = {"*c_attn.weight": 3, "*in_proj_weight": 3, "*qkv.weight": 3}
@@ -157,6 +157,8 @@ def _matrices_in(
     owner = place.owner
     if hasattr(owner, "normalized_shape"):
         return "is the gain of a normalization"
+    if is_scale(owner, place.own_name):
+        return "is the scale of another parameter"
     convolution = isinstance(owner, nn.modules.conv._ConvNd) or (
         hasattr(owner, "kernel_size") and any(hasattr(owner, name) for name in ("stride", "padding", "dilation"))
     )

@@ -1,7 +1,7 @@
 """How a parameter's values can be read: as they are, through its own dequantisation, by a scale, or not at all."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,8 @@ def reader_of(parameter: Tensor, owner: nn.Module, own_name: str) -> Reader | st
         return _conversion(local) if local is parameter else f"is a {type(local).__name__}"
     if local.layout != torch.strided:
         return f"has layout {local.layout}"
-    if getattr(local, "quant_state", None) is not None:  # bitsandbytes: bytes of two values each
-        return f"is a {type(local).__name__}, packed"
     if local.is_floating_point() and local.dtype.itemsize == 1 and local is parameter:
-        return _by_scale(local, owner, own_name)
+        return _by_scale_beside(local, owner, own_name)
     if not local.is_floating_point() or local.dtype.itemsize < 2:
         return f"has dtype {local.dtype}"
     return None
@@ -73,38 +71,60 @@ def _is_plain(values: object) -> bool:
     return values.is_floating_point() and values.dtype.itemsize >= 2
 
 
-def _by_scale(parameter: Tensor, owner: nn.Module, own_name: str) -> Reader | str:
+def scale_names(own_name: str) -> tuple[str, ...]:
+    """The names that the scale of a weight of eight-bit floats has beside it: what its values are multiplied by."""
+    return f"{own_name}_scale", f"{own_name}_scale_inv", f"scale_{own_name}"  # DeepSeek's _inv is to multiply by, too
+
+
+def is_scale(owner: nn.Module, own_name: str) -> bool:
+    """Whether a parameter is the scale of another one of its module."""
+    return any(p is not None and p.dtype.itemsize == 1 and own_name in scale_names(name) for name, p in _held(owner))
+
+
+def by_scale(shape: torch.Size, scale: Tensor, blocks: Sequence[int] | None = None) -> Reader | None:
+    """The multiplication of eight-bit floats of a shape by their scale; None where it is not certain what scales what.
+
+    Args:
+        shape: of the floats.
+        scale: one value, one a row, or one a block.
+        blocks: the sizes of blocks along the last dimensions, where they are known; else they are powers of two.
+    """
+    repeats = _repeats(shape, scale.shape, tuple(blocks) if isinstance(blocks, list | tuple) else ())
+    return None if repeats is None else functools.partial(_scaled, scale.detach(), repeats)
+
+
+def _held(owner: nn.Module) -> list[tuple[str, Tensor | None]]:
+    return [*owner._parameters.items(), *owner._buffers.items()]
+
+
+def _by_scale_beside(parameter: Tensor, owner: nn.Module, own_name: str) -> Reader | str:
     """Multiplication by the one scale that stands beside eight-bit floats, where its shape fits."""
-    # DeepSeek's weight_scale_inv is what to multiply by, too.
-    names = (f"{own_name}_scale", f"{own_name}_scale_inv", f"scale_{own_name}")
-    held = {**owner._buffers, **owner._parameters}
-    scales = [scale for name in names if (scale := held.get(name)) is not None]
+    names = scale_names(own_name)
+    scales = [scale for name, scale in _held(owner) if name in names and scale is not None]
     why = f"has dtype {parameter.dtype} and "
     if len(scales) != 1:
         return why + ("no scale beside it" if not scales else "more than one scale beside it")
-    scale = scales[0].detach()
-    if not _is_plain(scale) or (repeats := _repeats(parameter.shape, scale.shape, owner)) is None:
-        return f"{why}a scale that does not tell its blocks"
-    return functools.partial(_scaled, scale, repeats)
+    blocks = getattr(owner, "block_size", None) or getattr(owner, "weight_block_size", None)
+    read = by_scale(parameter.shape, scales[0], blocks) if _is_plain(scales[0]) else None
+    return read or f"{why}a scale that does not tell its blocks"
 
 
-def _repeats(shape: torch.Size, scales: torch.Size, owner: nn.Module) -> tuple[int, ...] | None:
-    """How many entries of a parameter share a scale, along each dimension; None where that is not certain."""
+def _repeats(shape: torch.Size, scales: torch.Size, blocks: tuple[int, ...]) -> tuple[int, ...] | None:
+    """How many entries share a scale, along each dimension, 0 where all or none do; None where that is not certain."""
     if scales.numel() == 1:
         return (0,) * len(shape)
     if len(scales) == len(shape) - 1 and scales == shape[:-1]:  # one a row
         scales = torch.Size([*scales, 1])
     if len(scales) != len(shape):
         return None
-    told = getattr(owner, "block_size", None) or getattr(owner, "weight_block_size", None)
+    blocks = (0,) * (len(shape) - len(blocks)) + blocks
     repeats = []
-    for dim, (size, count) in enumerate(zip(shape, scales, strict=True)):
-        block = told[dim - len(shape)] if isinstance(told, tuple | list) and dim - len(shape) >= -len(told) else 0
+    for size, count, block in zip(shape, scales, blocks, strict=False):
         if count in (1, size):
-            repeats.append(0)  # broadcasts
+            repeats.append(0)
         elif isinstance(block, int) and block > 0 and -(-size // block) == count:
             repeats.append(block)
-        elif size % count == 0 and (size // count).bit_count() == 1:  # blocks are powers of two
+        elif size % count == 0 and (size // count).bit_count() == 1:
             repeats.append(size // count)
         else:
             return None

@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import sosd_fast
+from sosd_fast.checkpoints.analyze import analyze
 from sosd_fast.matrices import find_matrices
 
 
@@ -205,3 +207,24 @@ def test_eight_bit_floats_without_a_sure_scale_are_left_out(buffers, why, caplog
     assert list(probe.latest()) == ["plain.weight"]
     (said,) = [m for m in caplog.messages if "left out" in m]
     assert f"eight.weight has dtype torch.float8_e4m3fn and {why}" in said
+
+
+def test_a_scale_that_is_a_parameter_is_no_matrix():
+    layer = EightBits(W)
+    layer.weight_scale_inv = nn.Parameter(blocks(2, 3))
+    left_out = {}
+    assert [m.name for m in find_matrices(layer, left_out=left_out)] == ["weight"]
+    assert left_out == {"weight_scale_inv": "is the scale of another parameter"}
+
+
+def test_saved_eight_bit_floats_are_measured_with_their_scale(tmp_path):
+    layer = EightBits(W, weight_scale_inv=blocks(2, 3))
+    save_file(layer.state_dict(), tmp_path / "model.safetensors")
+    (record,) = next(analyze([tmp_path]))
+    plain = {"a.weight": torch.randn(4, 3), "a.weight_scale": torch.randn(4, 3)}  # not eight bits: both are matrices
+    save_file(plain, tmp_path / "plain.safetensors")
+    assert {r.name for r in next(analyze([tmp_path / "plain.safetensors"]))} == set(plain)
+    (found,) = find_matrices(layer)
+    assert record.name == found.name and record.sigma_max == pytest.approx(
+        torch.linalg.matrix_norm(found.tensor(), 2).item(), rel=1e-5
+    )

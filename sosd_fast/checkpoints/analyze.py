@@ -21,6 +21,7 @@ from sosd_fast.matrices import DEFAULT_SPLIT, Matrix, matrices_of
 from sosd_fast.places import plain_name
 from sosd_fast.runs.records import Record
 from sosd_fast.spectra.svdvals import spectra
+from sosd_fast.stored import by_scale, scale_names
 
 _SUMMARIES = set(Distribution._fields) & set(Record.__dataclass_fields__)
 
@@ -56,10 +57,14 @@ def analyze(
     for step, checkpoint in zip(_steps([c.path for c in files]), files, strict=True):
         records = []
         order = {key: i for i, key in enumerate(checkpoint.shapes)}
-        config = _config(checkpoint.path)
+        config, scales = _config(checkpoint.path), _scales(checkpoint)
         for keys in checkpoint.batches(torch.get_num_threads()):
             tensors = checkpoint.read(keys)
-            views = [(order[key], m) for key in keys for m in _views(key, tensors[key], split, config)]
+            views = []
+            for key in keys:
+                if key not in scales.values():
+                    scale = checkpoint.read([scales[key]])[scales[key]] if key in scales else None
+                    views += [(order[key], m) for m in _views(key, tensors[key], scale, split, config)]
             del tensors
             shapes: dict[tuple[int, ...], list[tuple[int, Matrix]]] = {}
             for place, matrix in views:
@@ -116,13 +121,28 @@ def parameter_alignment(checkpoints: Sequence[str | os.PathLike]) -> tuple[list[
     return _steps([f.path for f in files]), cosines.tolist()
 
 
-def _views(key: str, tensor: Tensor, split: Mapping, config: dict[str, Any]) -> list[Matrix]:
+def _views(key: str, tensor: Tensor, scale: Tensor | None, split: Mapping, config: dict[str, Any]) -> list[Matrix]:
     if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        tensor = tensor.float()  # eight-bit floats, exactly
+        settings = config.get("quantization_config")
+        blocks = settings.get("weight_block_size") if isinstance(settings, dict) else None
+        scaled = by_scale(tensor.shape, scale, blocks) if scale is not None else None
+        tensor = scaled(tensor) if scaled else tensor.float()  # eight-bit floats, exactly
     name, original = plain_name(key)
     fused = fused_by_config(name, max(tensor.shape), config)
     found = matrices_of(name, tensor, split, fused=fused, original=original)
     return [] if isinstance(found, str) else found
+
+
+def _scales(checkpoint: Checkpoint) -> dict[str, str]:
+    """The scales by row or block of eight-bit weights, by the weights."""
+    found = {}
+    for key in filter(checkpoint.has_eight_bits, checkpoint.shapes):
+        path, _, own = key.rpartition(".")
+        beside = [f"{path}.{name}".strip(".") for name in scale_names(own)]
+        present = [scale for scale in beside if scale in checkpoint.shapes]
+        if len(present) == 1:
+            found[key] = present[0]
+    return found
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -85,3 +85,14 @@ def test_packed_weights_are_left_out_by_name_and_adapters_measured(caplog):
     assert list(latest) == ["lora.weight"] and latest["lora.weight"].step == 2
     (said,) = [m for m in caplog.messages if "left out" in m]
     assert "base.weight is a Params4bit" in said
+
+
+def test_eight_bit_layers_of_transformers_are_measured_with_their_scales():
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    layer = fp8.FP8Linear(256, 300, block_size=(128, 128))  # three blocks of rows, the last one not whole
+    scale = torch.rand(3, 2) + 0.5
+    layer.weight.data = torch.randn(300, 256).to(torch.float8_e4m3fn)
+    layer.weight_scale_inv.data = scale
+    expected = layer.weight.float() * scale.repeat_interleave(128, 0)[:300].repeat_interleave(128, 1)
+    (found,) = find_matrices(layer)
+    assert found.name == "weight" and torch.equal(found.tensor(), expected.detach())
