@@ -130,8 +130,9 @@ def track(
         model = this()
         if model is None:
             return None
+        left_out: dict[str, str] = {}
         unreadable: dict[str, str] = {}
-        found = share(model, find_matrices(model, include, exclude, split, unreadable))
+        found = share(model, find_matrices(model, include, exclude, split, left_out, unreadable))
         new = {name: why for name, why in unreadable.items() if name not in said}
         if new:
             said.update(new)
@@ -140,7 +141,7 @@ def track(
                 "silently.",
                 ", ".join(f"{name} {why}" for name, why in new.items()),
             )
-        return Found(found, _left_out(model, found.parameters, unreadable))
+        return Found(found, left_out)
 
     settings = Settings(
         method=method,
@@ -157,14 +158,3 @@ def track(
     probe = Probe(this, find, optimizers, settings)
     probes_of.setdefault(model, []).append(probe)  # lives as long as the model does
     return probe
-
-
-def _left_out(model: nn.Module, measured: Sequence[Tensor], unreadable: Mapping[str, str]) -> dict[str, str]:
-    """Says why each parameter that is not measured is left out."""
-    ids, left_out = set(map(id, measured)), dict(unreadable)
-    for name, parameter in model.named_parameters():
-        name = name.replace("_orig_mod.", "").replace("parametrizations.", "").removeprefix("module.")
-        if id(parameter) not in ids and name not in left_out:
-            is_matrix = parameter.ndim >= 2 and parameter.numel() > 0
-            left_out[name] = "is excluded" if is_matrix else "has fewer than two dimensions"
-    return left_out

@@ -18,12 +18,19 @@ ROOT = Path(__file__).resolve().parent.parent
 # among what may be imported means the public names. `runs.report` is a unit of its own: it draws saved weights, too.
 MAY_IMPORT = {
     "sosd_fast.kernels": ["sosd_fast._C"],
-    "sosd_fast.matrices": [],
+    "sosd_fast.kinds": [],
+    "sosd_fast.places": [],
+    "sosd_fast.fused": [],
+    "sosd_fast.stored": [],
+    "sosd_fast.matrices": ["sosd_fast.kinds", "sosd_fast.places", "sosd_fast.fused", "sosd_fast.stored"],
     "sosd_fast.testing": [],
     "sosd_fast.spectra": ["sosd_fast.kernels"],
     "sosd_fast.distributed": ["sosd_fast.kernels", "sosd_fast.spectra", "sosd_fast.matrices"],
     "sosd_fast.runs": ["sosd_fast.matrices"],
-    "sosd_fast.checkpoints": ["sosd_fast.kernels", "sosd_fast.spectra", "sosd_fast.matrices", "sosd_fast.runs.records"],
+    "sosd_fast.checkpoints": [
+        "sosd_fast.kernels", "sosd_fast.spectra", "sosd_fast.matrices", "sosd_fast.places", "sosd_fast.fused",
+        "sosd_fast.stored", "sosd_fast.runs.records",
+    ],
     "sosd_fast.runs.report": ["sosd_fast.runs", "sosd_fast.checkpoints", "sosd_fast.matrices"],
     "sosd_fast.probe": [
         "sosd_fast.kernels", "sosd_fast.spectra", "sosd_fast.distributed", "sosd_fast.matrices",

@@ -91,3 +91,62 @@ def test_kind(name, expected):
 def test_bad_input(model, options, message):
     with pytest.raises(ValueError, match=message):
         find_matrices(model, **options)
+
+
+class OwnConvolution(nn.Module):
+    """A convolution that is no torch.nn.Conv1d, with a kernel as long as its channels are many."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel_size, self.stride, self.padding = (9,), (1,), (0,)
+        self.weight = nn.Parameter(torch.randn(6, 8, 9))
+
+
+class Holder(nn.Module):
+    """A module with one parameter."""
+
+    def __init__(self, name, *shape):
+        super().__init__()
+        self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+
+
+# Name of the module, the module, and what is found in it: shapes, or why nothing is.
+FORMS = {
+    "conv": (nn.Conv2d(3, 5, 2), [(5, 12)]),
+    "long kernel": (nn.Conv1d(8, 4, 9), [(4, 72)]),
+    "own": (OwnConvolution(), [(6, 72)]),
+    "depthwise": (nn.Conv1d(6, 6, 4, groups=6), [(6, 4)]),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3), [(4, 54)]),
+    "used as a kernel": (Holder("weight", 8, 3, 5), [(8, 15)]),
+    "used as a plane kernel": (Holder("weight", 8, 3, 5, 5), [(8, 75)]),
+    "rel_attn": (Holder("q", 12, 3, 4), [(12, 12)]),
+    "stack": (Holder("weight", 3, 8, 12), 3 * [(8, 12)]),
+    "experts": (Holder("down_proj", 9, 4, 6), 9 * [(4, 6)]),
+    "one_expert": (Holder("w1", 1, 4, 6), [(4, 6)]),
+    "pos_embed": (Holder("table", 1, 7, 12), [(7, 12)]),
+    "tokens": (Holder("table", 1, 1, 7, 12), [(7, 12)]),
+    "plane": (Holder("table", 1, 12, 7, 7), "is a table that is broadcast"),
+    "gain": (Holder("gain", 12, 1, 1, 1), "has a single row or column"),
+    "layer scale": (Holder("gamma", 12, 1, 1), "has a single row or column"),
+    "cls_token": (Holder("token", 1, 1, 12), "has a single row or column"),
+    "gate": (nn.Linear(12, 1, bias=False), "has a single row or column"),
+    "experts' bias": (Holder("down_proj_bias", 4, 12), "is a bias"),
+    "norm": (nn.LayerNorm((6, 4), bias=False), "is the gain of a normalization"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_what_is_a_matrix(name):
+    module, expected = FORMS[name]
+    left_out = {}
+    found = find_matrices(nn.ModuleDict({name: module, "other": nn.Linear(3, 2, bias=False)}), left_out=left_out)
+    shapes = [tuple(m.tensor().shape) for m in found if m.name != "other.weight"]
+    reasons = [why for key, why in left_out.items() if key != f"{name}.bias"]
+    assert (shapes, reasons) == (([], [expected]) if isinstance(expected, str) else (expected, []))
+
+
+def test_a_model_without_matrices_says_why():
+    with pytest.raises(
+        ValueError, match=r"expected at least one matrix .*\(weight has a single row or column\)\. Excl"
+    ):
+        find_matrices(nn.Linear(4, 1))

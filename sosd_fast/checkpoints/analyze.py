@@ -4,8 +4,8 @@ Matrices are read and measured a few at a time, so that memory stays below three
 torch itself takes.
 """
 
+import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from sosd_fast.checkpoints.files import Checkpoint, number
+from sosd_fast.fused import fused_by_config
 from sosd_fast.kernels.distribution import Distribution, singular_distribution
 from sosd_fast.matrices import DEFAULT_SPLIT, Matrix, matrices_of
+from sosd_fast.places import plain_name
 from sosd_fast.runs.records import Record
 from sosd_fast.spectra.svdvals import spectra
+from sosd_fast.stored import by_scale, scale_names
 
 _SUMMARIES = set(Distribution._fields) & set(Record.__dataclass_fields__)
-_NOISE = re.compile(r"^(_orig_mod\.|module\.)+")
 
 
 def analyze(
@@ -43,8 +45,8 @@ def analyze(
     Yields:
         The records of each checkpoint, in the order of its tensors: all singular values in `spectrum`, the SD
         variation from the checkpoint before, and the cosine to the first. The step is the last number in the path's
-        name where these increase, else 0, 1, ...; three-dimensional tensors are stacks of matrices, and those of more
-        dimensions are convolutions.
+        name where these increase, else 0, 1, .... Matrices and their names are those of `sosd_fast.track`, as far as
+        names, shapes and a config.json in the same folder tell.
 
     Raises:
         ValueError: nothing there, a damaged file, one with code in it, or one without matrices.
@@ -55,9 +57,14 @@ def analyze(
     for step, checkpoint in zip(_steps([c.path for c in files]), files, strict=True):
         records = []
         order = {key: i for i, key in enumerate(checkpoint.shapes)}
+        config, scales = _config(checkpoint.path), _scales(checkpoint)
         for keys in checkpoint.batches(torch.get_num_threads()):
             tensors = checkpoint.read(keys)
-            views = [(order[key], m) for key in keys for m in _views(key, tensors[key], split)]
+            views = []
+            for key in keys:
+                if key not in scales.values():
+                    scale = checkpoint.read([scales[key]])[scales[key]] if key in scales else None
+                    views += [(order[key], m) for m in _views(key, tensors[key], scale, split, config)]
             del tensors
             shapes: dict[tuple[int, ...], list[tuple[int, Matrix]]] = {}
             for place, matrix in views:
@@ -85,6 +92,11 @@ def analyze(
                     records.append((place, len(records), record))
                     previous[name] = (step, S)
                     first.setdefault(name, S)
+        if not records:
+            raise ValueError(
+                f"analyze: expected weights, got path={checkpoint.path} in which no tensor is a matrix. "
+                "Pass a checkpoint of a model."
+            )
         yield [record for *_, record in sorted(records, key=lambda item: item[:2])]
 
 
@@ -109,10 +121,37 @@ def parameter_alignment(checkpoints: Sequence[str | os.PathLike]) -> tuple[list[
     return _steps([f.path for f in files]), cosines.tolist()
 
 
-def _views(key: str, tensor: Tensor, split: Mapping) -> list[Matrix]:
+def _views(key: str, tensor: Tensor, scale: Tensor | None, split: Mapping, config: dict[str, Any]) -> list[Matrix]:
     if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        tensor = tensor.float()  # eight-bit floats, exactly
-    return matrices_of(_NOISE.sub("", key), tensor, split, flatten=tensor.ndim > 3)
+        settings = config.get("quantization_config")
+        blocks = settings.get("weight_block_size") if isinstance(settings, dict) else None
+        scaled = by_scale(tensor.shape, scale, blocks) if scale is not None else None
+        tensor = scaled(tensor) if scaled else tensor.float()  # eight-bit floats, exactly
+    name, original = plain_name(key)
+    fused = fused_by_config(name, max(tensor.shape), config)
+    found = matrices_of(name, tensor, split, fused=fused, original=original)
+    return [] if isinstance(found, str) else found
+
+
+def _scales(checkpoint: Checkpoint) -> dict[str, str]:
+    """The scales by row or block of eight-bit weights, by the weights."""
+    found = {}
+    for key in filter(checkpoint.has_eight_bits, checkpoint.shapes):
+        path, _, own = key.rpartition(".")
+        beside = [f"{path}.{name}".strip(".") for name in scale_names(own)]
+        present = [scale for scale in beside if scale in checkpoint.shapes]
+        if len(present) == 1:
+            found[key] = present[0]
+    return found
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """The model's settings, where transformers saved them beside the weights."""
+    try:
+        config = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _steps(paths: Sequence[Path]) -> list[int]:

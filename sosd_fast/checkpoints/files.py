@@ -1,6 +1,7 @@
 """Checkpoints on disk: the files of each, the series that a run directory holds, and their tensors a few at a time."""
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -59,6 +60,10 @@ class Checkpoint:
             together = max(1, min(count, largest // max(self._bytes[keys[0]], 1)))
             for i in range(0, len(keys), together):
                 yield keys[i : i + together]
+
+    def has_eight_bits(self, key: str) -> bool:
+        """Whether a tensor holds eight-bit floats."""
+        return self._bytes[key] == math.prod(self.shapes[key])
 
     def read(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """Reads tensors of one file, which is mapped only as long as they live."""

@@ -40,7 +40,7 @@ def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
 def shape_of(matrix: Matrix) -> tuple[int, int]:
     """The (m, n) of a matrix, without touching its values."""
     whole = torch.empty(matrix.parameter.shape, device="meta")
-    m, n = dataclasses.replace(matrix, parameter=whole).tensor().shape
+    m, n = dataclasses.replace(matrix, parameter=whole, read=None).tensor().shape
     return m, n
 
 
@@ -131,7 +131,8 @@ def row_range(matrix: Matrix, rank: int, ranks: int) -> tuple[int, int]:
     if matrix.part is None or matrix.part[0] == 1:
         return start, stop
     _, offset, length = matrix.part
-    first, end = (min(max(row - offset, 0), length) for row in (start, stop))
+    period = matrix.period or rows
+    first, end = (row // period * length + min(max(row % period - offset, 0), length) for row in (start, stop))
     return first, end
 
 
@@ -148,6 +149,9 @@ def local_rows(matrix: Matrix, rank: int, ranks: int) -> Tensor:
     if matrix.part is None:
         return local
     dim, offset, length = matrix.part
+    if matrix.period:  # its rows stand among those of other parts
+        rows = torch.arange(first, end, device=local.device)
+        return local[rows // length * matrix.period + rows % length + offset - start]
     if dim == 1:
         return local.narrow(1, offset, length)
     return local.narrow(0, offset + first - start if end > first else 0, end - first)

@@ -141,7 +141,7 @@ class Measurer:
         """Begins the measurement of matrices that belong together; where that raises, of each of them alone."""
         try:
             executor = self._executor(states[0])
-            with executor.measuring([t.tensor() for t in states]):
+            with executor.measuring([t.matrix.parameter.detach() for t in states if t.matrix.read is None]):
                 launch = FullGroup.launch if kind == "full" else LeadingGroup.launch
                 group = launch(states, step, self._every, self._k)
                 results = executor.fetch(group.tensors)
@@ -168,15 +168,15 @@ class Measurer:
         """Splits matrices into those of one shape, dtype, device and method, which are measured together.
 
         On a GPU they need only a short side in common; those of one shape come together. A matrix that starts anew is
-        measured apart from others, which go on from their last measurement, and one that could not be measured last
-        time is tried alone.
+        measured apart from others, which go on from their last measurement. One that could not be measured last time
+        is tried alone, and one whose values are converted first comes alone, lest all converted ones are there at once.
         """
         groups: dict[tuple[object, ...], list[MatrixState]] = {}
         for t in states:
             p = t.matrix.parameter
             by_side = p.is_cuda and t.rows is None and (kind == "leading" or t.method != "exact")
             fresh = t.S is None if kind == "full" else t.rows is None and t.subspace is None
-            alone = t.place if t.lost and t.rows is None else None
+            alone = t.place if (t.lost or t.matrix.read) and t.rows is None else None
             key = (min(t.shape) if by_side else t.shape, p.dtype, p.device, t.method, fresh, alone)
             groups.setdefault(key, []).append(t)
         return [sorted(group, key=lambda t: t.shape) for group in groups.values()]

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
+from torch.nn.utils import parametrizations
 
 import sosd_fast
 from sosd_fast.__main__ import main
 from sosd_fast.checkpoints.analyze import analyze, parameter_alignment
 from sosd_fast.checkpoints.files import find_checkpoints
+from sosd_fast.matrices import find_matrices
 
 
 def weights(seed=0, scale=0.0):
@@ -109,6 +112,43 @@ def test_variation_between_checkpoints(tmp_path):
     wrong = torch_file(tmp_path / "other", {"head.weight": torch.ones(9, 9)})
     with pytest.raises(ValueError, match="expected checkpoints of one model, got head.weight with 9"):
         list(analyze([paths[0], wrong]))
+
+
+class Mamba(nn.Module):
+    """The parameters of a Mamba block, and some that other models have."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_proj, self.out_proj = nn.Linear(16, 64, bias=False), nn.Linear(32, 16, bias=False)
+        self.conv1d = nn.Conv1d(32, 32, 4, groups=32)
+        self.x_proj, self.dt_proj = nn.Linear(32, 10, bias=False), nn.Linear(2, 32)
+        self.A_log, self.D = nn.Parameter(torch.randn(32, 4)), nn.Parameter(torch.ones(32))
+        self.pos_embed, self.cls_token = nn.Parameter(torch.randn(1, 7, 16)), nn.Parameter(torch.randn(1, 1, 16))
+        self.gain, self.plane = nn.Parameter(torch.ones(16, 1, 1, 1)), nn.Parameter(torch.randn(1, 3, 7, 7))
+        self.conv = parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
+        self.long_conv = nn.Conv1d(8, 4, 9)
+        self.norm = parametrizations.spectral_norm(nn.Linear(6, 4))
+        self.rel_attn = nn.ParameterDict({"q": torch.randn(16, 4, 4), "r_w_bias": torch.randn(4, 4)})
+        self.experts = nn.ParameterDict({"w1": torch.randn(5, 4, 6), "w1_bias": torch.randn(5, 6)})
+        self.attn = nn.MultiheadAttention(16, 4)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, torch.compile], ids=["plain", "parallel", "compiled"])
+@pytest.mark.parametrize("save", [torch_file, safetensors])
+def test_matrices_are_those_of_track(tmp_path, save, wrap):
+    model = wrap(nn.Sequential(nn.Embedding(20, 16), Mamba()))
+    tracked = {m.name: tuple(m.tensor().shape) for m in find_matrices(model)}
+    (records,) = analyze([save(tmp_path / "w", model.state_dict())])
+    # The state that spectral_norm keeps are vectors; the weights are what parameters are.
+    assert {r.name: r.shape for r in records} == tracked
+    assert tracked["1.conv1d.weight"] == (32, 4) and tracked["1.rel_attn.q"] == (16, 16)
+    assert tracked["1.conv.weight[original1]"] == (8, 27) and tracked["1.experts.w1[4]"] == (4, 6)
+
+
+def test_weights_without_a_matrix_are_refused(tmp_path):
+    path = torch_file(tmp_path / "gains", {"gain": torch.ones(8, 1, 1)})
+    with pytest.raises(ValueError, match="in which no tensor is a matrix"):
+        list(analyze([path]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn])

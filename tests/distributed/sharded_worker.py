@@ -40,8 +40,9 @@ tensors = {
     "square": noisy(40, 40),
     "attn.c_attn.weight": noisy(3 * 34, 34),  # a rank's rows lie in more than one part
     "experts": noisy(2, 30, 20),  # fewer than four ranks: some hold nothing
-    "row": noisy(1, 50),
-    "column": noisy(50, 1),
+    "rows": noisy(2, 50),  # some ranks hold none
+    "columns": noisy(50, 2),
+    "neox.query_key_value.weight": noisy(3 * 36, 20),  # a rank's rows lie in parts that alternate
     "graded": matrix("log4", 60, 40),  # float32 does not suffice
     "rank_one": matrix("rank_one", 60, 40),  # nor does the Gram matrix
     "tiny": noisy(45, 30) * 1e-30,
@@ -51,8 +52,15 @@ tensors = {
     "zero": torch.zeros(41, 30),
     "nan": noisy(41, 30).index_fill(0, torch.tensor([40]), torch.nan),
 }
+
+
+class GPTNeoXAttention(nn.Module):
+    num_attention_heads = 4
+
+
 model = nn.Module()
 whole = nn.Module()
+model.neox, whole.neox = GPTNeoXAttention(), GPTNeoXAttention()
 for name, W in tensors.items():
     for root, value in ((whole, W), (model, distribute_tensor(W, mesh, placements))):
         *path, last = name.split(".")

@@ -37,6 +37,7 @@ def test_every_row_is_held_once(ranks):
         Matrix("plain", parameter),
         *(Matrix("part", parameter, part=(0, start, length)) for start, length in ((0, 6), (6, 6), (12, 5))),
         Matrix("columns", parameter, part=(1, 2, 3)),
+        *(Matrix("by head", torch.empty(24, 5, device="meta"), part=(0, start, 2), period=6) for start in (0, 2, 4)),
         *(Matrix("expert", stack, index=(e,)) for e in range(4)),
     ):
         ranges = [row_range(m, rank, ranks) for rank in range(ranks)]

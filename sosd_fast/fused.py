@@ -1,0 +1,127 @@
+"""How a fused weight holds its queries, keys and values: told by its attention module, or by a model's config.
+
+Its outputs are groups, one after the other, each of so many heads of queries, keys and values. [q; k; v] is one group;
+where each head has its three parts side by side, there are as many groups as heads:
+
+    [q; k; v]                  one group           GPT-2, torch.nn.MultiheadAttention, timm
+    [q_1; k_1; v_1; q_2; ...]  a group a head      GPT-NeoX, BLOOM, MaxViT
+    [q_1; q_2; k; v; ...]      a group a key head  Falcon's grouped queries
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Fused(NamedTuple):
+    """The order of outputs in a fused weight."""
+
+    groups: int
+    heads: tuple[int, ...]  # of each part in a group
+    labels: str = "qkv"  # of the parts, in their order
+
+
+_KV_HEADS = (
+    "num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "kv_n_heads", "kv_heads", "n_head_kv",
+    "num_query_groups", "n_query_groups",
+)  # fmt: skip
+
+
+class _Settings:
+    """What an attention module, or a model's config, says of heads, by whichever of the usual names it has."""
+
+    def __init__(self, *sources: object):
+        self._sources = [source for source in sources if source is not None]
+
+    def get(self, *names: str):
+        """The first setting of these names, None where there is none."""
+        for source in self._sources:
+            for name in names:
+                value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
+                if isinstance(value, bool | int):
+                    return value
+        return None
+
+    @property
+    def heads(self) -> int:
+        """Of queries; 0 where nothing says how many."""
+        return self.get("num_heads", "num_attention_heads", "n_heads", "n_head", "heads") or 0
+
+    @property
+    def kv_heads(self) -> int:
+        """Of keys and of values: as many as of queries where nothing says otherwise."""
+        return self.get(*_KV_HEADS) or self.heads
+
+
+def _by_head(of: _Settings) -> Fused:
+    return Fused(of.heads, (1, 1, 1))
+
+
+def _one_after_the_other(of: _Settings) -> Fused:
+    return Fused(1, (of.heads, of.kv_heads, of.kv_heads))
+
+
+def _bigcode(of: _Settings) -> Fused:
+    return Fused(1, (of.heads, 1, 1)) if of.get("multi_query") else _by_head(of)
+
+
+def _falcon(of: _Settings) -> Fused:
+    if of.get("new_decoder_architecture"):
+        return Fused(of.kv_heads, (of.heads // max(of.kv_heads, 1), 1, 1))
+    return _bigcode(of)
+
+
+# Read from the models' own code (transformers 5.23): how each views the output of its fused layer.
+_FAMILIES: dict[str, Callable[[_Settings], Fused]] = {
+    "bloom": _by_head,
+    "codegen": lambda _: Fused(4, (1, 1, 1), "qvk"),  # groups of the four TPU cores that it was trained on
+    "falcon": _falcon,
+    "gptbigcode": _bigcode,
+    "gptneox": _by_head,
+    "modernbert": _one_after_the_other,
+    "mpt": _one_after_the_other,
+    "persimmon": _by_head,
+    "phi3": _one_after_the_other,
+}
+_FUSED_LAYER = re.compile(r"(^|\.)(query_key_value|c_attn|Wqkv|(\w+_)?qkv(_proj)?)\.weight$")
+
+
+def fused_in(name: str, size: int, attention: nn.Module) -> Fused | str | None:
+    """Says how a weight holds queries, keys and values, as its attention module tells.
+
+    Args:
+        name: of the weight.
+        size: how many outputs it has.
+        attention: the module around the layer that has it.
+
+    Returns:
+        The order of its outputs; why they cannot be told apart, where the module says that they are not [q; k; v];
+        None where it says nothing.
+    """
+    if getattr(attention, "is_cross_attention", False):  # whose fused weight has no queries
+        return None
+    families = [base.__name__.lower() for base in type(attention).__mro__]
+    return _fused(name, size, families, _Settings(attention, getattr(attention, "config", None)))
+
+
+def fused_by_config(name: str, size: int, config: dict) -> Fused | str | None:
+    """Says the same as `fused_in`, from a model's config.json."""
+    text = config.get("text_config")  # of a model of images, too
+    config = text if isinstance(text, dict) else config
+    return _fused(name, size, [str(config.get("model_type", "")).replace("_", "").lower()], _Settings(config))
+
+
+def _fused(name: str, size: int, families: list[str], settings: _Settings) -> Fused | str | None:
+    if not _FUSED_LAYER.search(name):
+        return None
+    for family, order in _FAMILIES.items():
+        if any(each.startswith(family) for each in families):
+            found = order(settings)
+            return found if found.groups and min(found.heads) else "unknown numbers of heads"
+    if settings.get("head_first"):  # timm's MaxViT and CoAtNet
+        return _by_head(settings) if settings.heads else "unknown numbers of heads"
+    head_dim = settings.get("head_dim", "dim_head", "head_size", "d_head")
+    whole = 3 * settings.heads * head_dim if head_dim and settings.heads else size
+    return None if settings.kv_heads == settings.heads and whole == size else "grouped queries in an unknown order"

@@ -1,0 +1,54 @@
+"""The kind of module that a matrix belongs to, told by the last telling part of its name."""
+
+import re
+
+# Parts that say what a block is for. The last one in a name decides: an MLP inside an attention block is an MLP.
+_TELLING = re.compile(
+    r"(?P<attention>\w*(attn|attention)\w*)"
+    r"|(?P<head>embed_out|unembed\w*|score|logits|cls|(\w+_)?(heads?(_\w+)?|classifier|predictions|outputs))"
+    r"|(?P<mlp>(\w+_)?(mlp|ffn?|feed_?forward|experts?|moe|intermediate)(_\w+)?|dense_\w*(relu|act)\w*|pwconv\d?)"
+    r"|(?P<embedding>(\w+_)?(emb|embd|embed|embeddings?|embedders?)(_\w+)?|w[tp]e)"
+    r"|(?P<other>(\w+_)?router|se)"
+)
+# What a layer's own matrices are usually called: asked where no part says what the block is for.
+_USUAL = re.compile(
+    r"(?P<attention>(\w+_)?(q|k|v|kv|qk|qkv|query|key|value)(_\w+)?|w(q|k|v|o|kv|qkv)|o|o_proj)"
+    r"|(?P<mlp>(gate_up|gate|up|down)_proj|c_fc|fc\d?|fc_(in|out)|w\d|wi(_\d)?|(linear|lin)_?\d)"
+)
+_LAST_LAYER = re.compile(r"out|output|output_(projection|layer)|proj_out(_\d)?|fc(_out)?")
+
+
+def kind(name: str) -> str:
+    """Returns the module kind that a matrix's name tells: attention, mlp, embedding, head or other.
+
+    Args:
+        name: of a parameter or of a matrix in it, with or without a part such as [q].
+
+    Returns:
+        What the last telling part of the name says. A router is "other": it chooses experts and is none.
+    """
+    parts = re.sub(r"\[.*\]$", "", name).split(".")
+    if len(parts) > 1 and parts[-1].startswith("weight"):
+        parts.pop()
+    parts = [re.sub(r"(?<=[a-z])(?=[A-Z])", "_", part).lower() for part in parts]
+    if said := _last(_TELLING, parts):
+        at, found = said
+        return "other" if found == "mlp" and "gate" in parts[at + 1 :] else found  # mlp.gate: a router
+    if any(part.isdigit() for part in parts):  # one block of several
+        if any(re.match(r"output(_|$)", part) for part in parts):  # BERT's, whose attention has an output of its own
+            return "mlp"
+    elif _LAST_LAYER.fullmatch(parts[-1]):
+        return "head"
+    elif parts[-1] == "shared":  # by an encoder and a decoder: T5's, BART's
+        return "embedding"
+    said = _last(_USUAL, parts)
+    return said[1] if said else "other"
+
+
+def _last(pattern: re.Pattern[str], parts: list[str]) -> tuple[int, str] | None:
+    """The place of the last part that a pattern fits, and the kind that it tells."""
+    for at in reversed(range(len(parts))):
+        match = pattern.fullmatch(parts[at])
+        if match and match.lastgroup:
+            return at, match.lastgroup
+    return None
