@@ -51,6 +51,7 @@ from sosd_fast import kernels
 
 # Small matrices, and parallel test runs must not fight over cores; beside a GPU they are large, and alone.
 torch.set_num_threads(min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
 @pytest.fixture(autouse=True)

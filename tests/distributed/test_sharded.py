@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchrun import torchrun
+from prepared import run_ranks
 
 from sosd_fast.checkpoints.analyze import analyze
 from sosd_fast.distributed.layout import assign, cost, row_range, shape_of
@@ -50,8 +50,8 @@ def test_conv_kernels_flatten():
 
 @pytest.mark.parametrize(("ranks", "kind"), [(3, "rows"), (4, "hybrid")])
 def test_spectra_are_those_of_one_process(ranks, kind, tmp_path):
-    done = torchrun(ranks, WORKER, kind, tmp_path)
-    assert done.returncode == 0, done.stdout
+    done = run_ranks(ranks, WORKER, kind, tmp_path)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("all as in one process") == ranks, done.stdout
 
     (joined,), (whole,) = (analyze([tmp_path / name]) for name in ("shards", "whole.pt"))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prepared import Process, run
 from torch import nn
 
 import sosd_fast
@@ -60,11 +61,8 @@ net = model()
 """
 
 
-def python(code, *args, **options):
-    return subprocess.run(
-        [sys.executable, "-c", START + textwrap.dedent(code), *map(str, args)],
-        capture_output=True, text=True, timeout=120, **options,
-    )  # fmt: skip
+def python(code, run_dir):
+    return run(START + textwrap.dedent(code), run_dir)
 
 
 @pytest.mark.parametrize("file", ["spectra-00000.f32", "records.jsonl"])
@@ -89,10 +87,10 @@ def test_a_full_disk(file, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == "" and done.stdout.count("ERROR") == 1 and "File too large" in done.stdout, done.stdout
     assert f"run_dir={tmp_path} cannot be written at step" in done.stdout and "track again to go on" in done.stdout
-    run = sosd_fast.load(tmp_path)
-    kept = [r.step for r in run.records if r.name == "0.weight"]
+    found = sosd_fast.load(tmp_path)
+    kept = [r.step for r in found.records if r.name == "0.weight"]
     assert kept == list(range(len(kept))) and len(kept) >= 11
-    assert len(run.spectra("0.weight")[0]) == len(kept)
+    assert len(found.spectra("0.weight")[0]) == len(kept)
     net = nn.Sequential(nn.Linear(40, 64), nn.Linear(64, 30))
     with sosd_fast.track(net, method="full", run_dir=tmp_path) as probe:  # there is room again
         train(net)
@@ -483,13 +481,13 @@ def test_resumed_while_workers_of_a_killed_run_live(tmp_path):
             print(*(w.pid for w in batches._workers), flush=True)
             time.sleep(100)
     """)
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    process = Process(code, tmp_path)
     with process.stdout as stdout:
         workers = list(map(int, stdout.readline().split()))
     try:
         for pid in workers:
             os.kill(pid, signal.SIGSTOP)  # they do not notice that their parent is gone
-        process.kill()
+        os.kill(process.pid, signal.SIGKILL)
         process.wait()
         net = nn.Sequential(nn.Linear(40, 64), nn.Linear(64, 30))
         with sosd_fast.track(net, method="full", run_dir=tmp_path) as probe:
@@ -503,13 +501,11 @@ def test_resumed_while_workers_of_a_killed_run_live(tmp_path):
 
 
 def test_nothing_is_said_when_the_interpreter_ends(tmp_path):
-    done = python(
-        """
-        a, b = sosd_fast.track(net, method="full", run_dir=run_dir), sosd_fast.track(net, method="topk", k=4)
-        net.itself = [net, a]
-        train(net, 3)
-        """,
-        tmp_path,
-    )
+    code = """
+a, b = sosd_fast.track(net, method="full", run_dir=run_dir), sosd_fast.track(net, method="topk", k=4)
+net.itself = [net, a]
+train(net, 3)
+"""
+    done = subprocess.run([sys.executable, "-c", START + code, str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "" and done.stderr == "", done.stdout + done.stderr
     assert max(r.step for r in sosd_fast.load(tmp_path).records) == 3
