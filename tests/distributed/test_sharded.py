@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from prepared import run_ranks
+from torch import nn
 
 from sosd_fast.checkpoints.analyze import analyze
 from sosd_fast.distributed.layout import assign, cost, row_range, shape_of

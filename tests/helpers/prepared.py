@@ -5,8 +5,6 @@ environment, folder, session and output, and it ends as an interpreter ends. CUD
 was asked does not survive a fork.
 """
 
-import __main__
-
 import array
 import contextlib
 import functools
@@ -21,6 +19,8 @@ import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
+
+import __main__
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = (
