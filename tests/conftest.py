@@ -86,6 +86,11 @@ torch.set_num_threads(min(8, os.cpu_count() or 1) if torch.cuda.is_available() e
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 
 
+def pytest_collection_modifyitems(items):
+    """The slow tests first, or one of them begins when the other worker has nothing left to do."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
 @pytest.fixture(autouse=True)
 def no_silent_failure(request, caplog):
     """The probe logs its own errors and lets training go on; in tests that is a failure, unless it is expected."""
