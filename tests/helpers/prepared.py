@@ -6,6 +6,7 @@ was asked does not survive a fork.
 """
 
 import array
+import atexit
 import contextlib
 import functools
 import gc
@@ -56,18 +57,18 @@ def serve(descriptor: int):
     answer = socket.socket(fileno=descriptors[0])
     pid = os.fork()
     if pid:  # this one waits, so that the first one need not
-        answer.sendall(array.array("i", [pid]).tobytes())
         for each in (*descriptors[1:], 0, 1, 2):
             os.close(each)
         answer.sendall(array.array("i", [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]).tobytes())
         os._exit(0)
+    os.setsid()  # before it is known, and may be killed, by the name of its session
+    answer.sendall(array.array("i", [os.getpid()]).tobytes())
     answer.close()
     become(**json.loads(request), streams=descriptors[1:])
 
 
 def become(script, arguments, environment, folder, streams):
     """Runs a script, or code, as the interpreter does."""
-    os.setsid()
     for i, each in enumerate(streams, 1):
         os.dup2(each, i)
         os.close(each)
@@ -95,6 +96,7 @@ def _door() -> socket.socket:
         start_new_session=True,
     ).returncode = 0  # nobody waits for it
     theirs.close()
+    atexit.register(ours.close)
     return ours
 
 

@@ -185,8 +185,8 @@ def test_gradients_autocast_and_matmul_precision_do_not_reach_in(path):
     assert not S.requires_grad
     if path == "extension":
         assert torch.equal(S, plain)
-    else:  # there products are taken in float64; LAPACK's float32 eigenvalues of both err by 20 units
-        assert (S - plain).abs().max() <= 32 * 2.0**-24 * plain[0]
+    else:  # there products are taken in float64, which differs by the rounding of float32
+        assert (S - plain).abs().max() <= 8 * 2.0**-24 * plain[0]
 
 
 def test_empty_batch():
