@@ -1,5 +1,7 @@
+import functools
 import importlib.util
 import logging
+import math
 import os
 
 import numpy as np
@@ -43,6 +45,36 @@ if importlib.util.find_spec("triton"):  # before sosd_fast, which then defines i
             patch(fn)
         return interpreter._LangPatchScope()  # and nothing to put back
 
+    # Every value makes anew what follows from its shape and type: two fifths of the time that is left.
+    @functools.cache
+    def size_and_shape(shape):
+        return tl_core.constexpr(math.prod(shape)), tl_core.tuple([tl_core.constexpr(side) for side in shape])
+
+    def init_tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.numel, self.shape = size_and_shape(type.shape if type.is_block() else ())
+
+    def np_dtype(type, find=interpreter._get_np_dtype, known={}):  # noqa: B006
+        name = type.scalar.name
+        if name not in known:
+            known[name] = find(type)
+        return known[name]
+
+    def block_type(_, scalar, shape, known={}):  # noqa: B006
+        key = scalar.name, *shape
+        if key not in known:
+            known[key] = tl_core.block_type(scalar, shape)
+        return known[key]
+
+    def equal(self, other, compare=tl_core.tuple.__eq__):
+        return same if self is other else compare(self, other)
+
+    same = tl_core.constexpr(True)
+    tl_core.tuple.__eq__ = equal
+    tl_core.block_type.with_element_ty = lambda self, scalar: block_type(None, scalar, self.shape)
+    interpreter.InterpreterBuilder.get_block_ty = block_type
+    tl_core.tensor.__init__ = init_tensor
+    interpreter._get_np_dtype = np_dtype
     interpreter._patch_lang = patch_once
     interpreter._patch_lang_tensor = patch_tensor
     interpreter.InterpreterBuilder.create_dot = create_dot
@@ -51,6 +83,12 @@ from sosd_fast import kernels
 
 # Small matrices, and parallel test runs must not fight over cores; beside a GPU they are large, and alone.
 torch.set_num_threads(min(8, os.cpu_count() or 1) if torch.cuda.is_available() else 1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+
+def pytest_collection_modifyitems(items):
+    """The slow tests first, or one of them begins when the other worker has nothing left to do."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
-import subprocess
-import sys
 from pathlib import Path
 
+import prepared
 import pytest
 
 import sosd_fast
@@ -10,8 +9,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 def run(name, *arguments):
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = prepared.run(EXAMPLES / name, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

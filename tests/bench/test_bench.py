@@ -1,26 +1,34 @@
 """The benchmarks run, pass their own gates, and lose no part to one that hangs."""
 
 import json
-import subprocess
-import sys
 
-import pytest
+from prepared import run
 
 from bench import gpu
 from bench.harness import ROOT
+
+MAIN = """
+import runpy
+from training.model import PRESETS, Config
+PRESETS["gpt2-nano"] = Config(n_layer=2, n_head=2, width=32, ff_width=64, context=32, vocab=256)
+runpy.run_module("bench.{}", run_name="__main__", alter_sys=True)
+"""
 
 
 def test_the_tests_for_a_gpu_are_there():
     assert not [path for path in gpu.TESTS if not (ROOT / path).is_file()]
 
 
-@pytest.mark.slow
-def test_the_end_to_end_benchmark_runs():
-    small = ["--model", "gpt2-nano", "--tokens", "512", "--micro-batch", "1", "--turns", "1", "--steps", "1"]
-    command = [sys.executable, "-m", "bench.end_to_end", *small, "--trackers", "full", "fast"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+def result_of(name, *flags):
+    """The last line of a benchmark, on a model of the smallest size."""
+    done = run(MAIN.format(name), *flags)
     assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_end_to_end_benchmark_runs():
+    small = ["--model", "gpt2-nano", "--tokens", "64", "--micro-batch", "1", "--turns", "1", "--steps", "1"]
+    result = result_of("end_to_end", *small, "--trackers", "full", "fast")
     assert set(result["rows"]) == {"off", "full", "fast"} and all(result["gate"].values())
     assert len(result["gate"]) == 3 and result["rows"]["full"]["own_percent"] > 0
 
@@ -38,10 +46,6 @@ def test_a_part_that_hangs_on_a_gpu_loses_no_other(tmp_path, monkeypatch, capsys
     assert gpu.summary(list(parts), tmp_path)[0]["hangs"][0] == "stopped after 1 s"
 
 
-@pytest.mark.slow
 def test_the_overhead_benchmark_runs():
-    command = [sys.executable, "-m", "bench.svd_overhead", "--steps", "3", "--batch-size", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = result_of("svd_overhead", "--steps", "3", "--batch-size", "1")
     assert set(result["rows"]) == {"off", "fast", "full", "topk", "exact"} and all(result["gate"].values())

@@ -3,8 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from prepared import run_ranks
 from torch import nn
-from torchrun import torchrun
 
 from sosd_fast.checkpoints.analyze import analyze
 from sosd_fast.distributed.layout import assign, cost, row_range, shape_of
@@ -51,8 +51,8 @@ def test_conv_kernels_flatten():
 
 @pytest.mark.parametrize(("ranks", "kind"), [(3, "rows"), (4, "hybrid")])
 def test_spectra_are_those_of_one_process(ranks, kind, tmp_path):
-    done = torchrun(ranks, WORKER, kind, tmp_path)
-    assert done.returncode == 0, done.stdout
+    done = run_ranks(ranks, WORKER, kind, tmp_path)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("all as in one process") == ranks, done.stdout
 
     (joined,), (whole,) = (analyze([tmp_path / name]) for name in ("shards", "whole.pt"))

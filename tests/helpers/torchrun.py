@@ -24,14 +24,8 @@ def start(ranks: int, *command, **environment) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )
-
-
-def run_alone(*command, timeout: float = 120):
-    """Runs a script in one process, which finds training/ as those of `start` do."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, *map(str, command)], check=True, timeout=timeout, env=env)
 
 
 def descendants(pid: int) -> list[int]:

@@ -1,13 +1,11 @@
 """The C++ step of the leading singular values against the same step in torch's operations, and against float64."""
 
 import math
-import os
 import platform
-import subprocess
-import sys
 
 import pytest
 import torch
+from prepared import run
 
 from sosd_fast import kernels
 from sosd_fast.kernels.subspace import advance_subspaces
@@ -148,17 +146,9 @@ def test_no_room():
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_every_instruction_set(isa):
     """In a process of its own, for the choice is made once; a machine without the set takes the next lower one."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "one_step or threads",
-        __file__,
-    ]
-    done = subprocess.run(command, env=os.environ | {"SOSD_ISA": isa}, capture_output=True, text=True)
+    done = run(
+        "import pytest, sys\nsys.exit(pytest.main(sys.argv[1:]))",
+        *("-q", "-x", "-p", "no:cacheprovider", "-k", "one_step or threads", __file__),
+        SOSD_ISA=isa,
+    )
     assert done.returncode == 0, done.stdout[-2000:]

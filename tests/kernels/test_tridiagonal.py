@@ -47,7 +47,7 @@ def test_special_spectra(device, name):
 
 
 def test_several_programs_share_a_matrix(device):
-    A = gram("gaussian", 36, torch.float32, device)
+    A = gram("gaussian", 24, torch.float32, device)  # more than one panel
     d, e = tridiagonal(A, programs=3)
     assert_same_eigenvalues(d, e, A)
     again = tridiagonal(A, programs=3)
@@ -58,7 +58,7 @@ def test_programs_of_an_event_do_not_depend_on_their_order(device, monkeypatch):
     """In the interpreter they run one after the other, so that a race would show as a dependence on the order."""
     if device == "cuda":
         pytest.skip("needs the interpreter")
-    A = gram("gaussian", 36, torch.float64)
+    A = gram("gaussian", 24, torch.float64)
     expected = tridiagonal(A, programs=3)
     builder = triton.runtime.interpreter.interpreter_builder
     monkeypatch.setattr(

@@ -1,13 +1,12 @@
 import json
 import math
 import os
-import signal
-import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+from prepared import Process
 
 import sosd_fast
 from sosd_fast.runs import segments
@@ -122,11 +121,12 @@ def test_kill_9_at_ten_random_moments(tmp_path):
     resume = None
     for _ in range(10):
         code = CHILD.format(tests=os.path.dirname(__file__), run=str(run), resume=resume)
-        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        child = Process(code)
         first = int(child.stdout.readline())
         time.sleep(float(rng.uniform(0.0, 0.1)))
-        child.send_signal(signal.SIGKILL)
-        said = [first, *map(int, child.communicate()[0].split())]
+        child.kill()
+        with child.stdout as rest:
+            said = [first, *map(int, rest.read().split())]
         assert first == (0 if resume is None else resume + 1)
 
         back = load(run)

@@ -1,13 +1,12 @@
 import math
 import os
 import platform
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prepared import run
 
 import sosd_fast
 from sosd_fast.spectra.precision import SD_TOLERANCE
@@ -186,8 +185,8 @@ def test_gradients_autocast_and_matmul_precision_do_not_reach_in(path):
     assert not S.requires_grad
     if path == "extension":
         assert torch.equal(S, plain)
-    else:  # there products are taken in float64; LAPACK's float32 eigenvalues of both err by 20 units
-        assert (S - plain).abs().max() <= 32 * 2.0**-24 * plain[0]
+    else:  # there products are taken in float64, which differs by the rounding of float32
+        assert (S - plain).abs().max() <= 8 * 2.0**-24 * plain[0]
 
 
 def test_empty_batch():
@@ -236,8 +235,11 @@ def test_bits_do_not_depend_on_the_thread_count():
 def test_every_instruction_set(isa):
     """In a process of its own, for the choice is made once; a machine without the set takes the next lower one."""
     keys = "extension and (broken or views or scale or mislead or (tolerance and 127))"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", keys, __file__]
-    done = subprocess.run(command, env=os.environ | {"SOSD_ISA": isa}, capture_output=True, text=True)
+    done = run(
+        "import pytest, sys\nsys.exit(pytest.main(sys.argv[1:]))",
+        *("-q", "-x", "-p", "no:cacheprovider", "-k", keys, __file__),
+        SOSD_ISA=isa,
+    )
     assert done.returncode == 0, done.stdout[-2000:]
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from prepared import run, run_ranks
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torchrun import finish, run_alone, start, torchrun
+from torchrun import finish, start, torchrun
 
 import sosd_fast
 from sosd_fast.testing import sd_distance
@@ -53,7 +54,8 @@ def every_optimizer(text, folder, *more):
 def alone(text, tmp_path_factory):
     """The runs of one process."""
     folder = tmp_path_factory.mktemp("alone")
-    run_alone(WORKER, *every_optimizer(text, folder))
+    done = run(WORKER, *every_optimizer(text, folder))
+    assert done.returncode == 0, done.stderr
     return {name: sosd_fast.load(folder / name) for name in RUNS}
 
 
@@ -66,8 +68,8 @@ def log(run_dir):
 @pytest.mark.parametrize("kind", PARALLEL)
 def test_losses_and_spectra_are_those_of_one_process(alone, text, tmp_path, kind):
     ranks, more = PARALLEL[kind]
-    done = torchrun(ranks, WORKER, *every_optimizer(text, tmp_path, f"--parallel={kind}", *more))
-    assert done.returncode == 0, done.stdout
+    done = run_ranks(ranks, WORKER, *every_optimizer(text, tmp_path, f"--parallel={kind}", *more))
+    assert done.returncode == 0, done.stderr
     for name, one in alone.items():
         same_run(one, tmp_path / name, ranks, *TOLERANCE[name])
         spectra_are_those_of_the_gathered_weights(tmp_path / name)
@@ -77,12 +79,12 @@ def spectra_are_those_of_the_gathered_weights(run_dir):
     """Whatever the weights became: the records of the last step against a float64 SVD of the checkpoint's weights."""
     whole = run_dir / "weights.pt"
     dcp_to_torch_save(checkpoint.latest(run_dir), whole)
-    weights, run = torch.load(whole)["model"], sosd_fast.load(run_dir)
-    for name in run.names:
+    weights, measured = torch.load(whole)["model"], sosd_fast.load(run_dir)
+    for name in measured.names:
         name_of_whole, _, part = name.rstrip("]").partition("[")
         W = weights[name_of_whole].double()
         W = W.chunk(3)["qkv".index(part)] if part else W
-        steps, spectra = run.spectra(name)
+        steps, spectra = measured.spectra(name)
         assert steps[-1] == 6
         assert sd_distance(torch.tensor(spectra[-1]), torch.linalg.svdvals(W)) <= 1e-6, name
 
@@ -91,10 +93,10 @@ def same_run(one, run_dir, ranks, loss_tolerance, sd_tolerance):
     several = sosd_fast.load(run_dir)
     assert len(several.log) == 6
     for key in ("loss", "val_loss", "grad_norm"):
-        expected, found = ([line[key] for line in run.log if key in line] for run in (one, several))
+        expected, found = ([line[key] for line in each.log if key in line] for each in (one, several))
         np.testing.assert_allclose(found, expected, rtol=loss_tolerance, err_msg=key)
 
-    measured = [sorted((r.step, r.name) for r in run.records) for run in (one, several)]
+    measured = [sorted((r.step, r.name) for r in each.records) for each in (one, several)]
     assert measured[0] == measured[1]  # each matrix by exactly one rank
     owners = [{r.name for r in sosd_fast.load(path).records} for path in sorted(run_dir.glob("rank-*"))]
     assert len(owners) == ranks and all(owners) and sum(map(len, owners)) == len(one.names)
@@ -121,29 +123,30 @@ def half_done(run_dir, to):
 def test_checkpoints_resume_bit_for_bit_and_on_other_numbers_of_ranks(text, tmp_path):
     whole = tmp_path / "whole"
     flags = [*FLAGS, "--model=llama-nano", "--optimizer=muon", "--tracker=topk", f"--data={text}"]
-    done = torchrun(2, WORKER, *flags, "--parallel=fsdp", "--checkpoint-every=3", f"--run-dir={whole}")
-    assert done.returncode == 0, done.stdout
+    done = run_ranks(2, WORKER, *flags, "--parallel=fsdp", "--checkpoint-every=3", f"--run-dir={whole}")
+    assert done.returncode == 0, done.stderr
 
     same = half_done(whole, tmp_path / "same")
-    done = torchrun(2, WORKER, f"--resume={same}")
-    assert done.returncode == 0, done.stdout
+    done = run_ranks(2, WORKER, f"--resume={same}")
+    assert done.returncode == 0, done.stderr
     assert log(same) == log(whole)
     records = [sosd_fast.load(path).records for path in (same, whole)]
     assert records[0] == records[1] and records[0][-1].step == 6
 
     one = half_done(whole, tmp_path / "one")
-    run_alone(WORKER, f"--resume={one}", "--parallel=none", "--tracker=off")
+    done = run(WORKER, f"--resume={one}", "--parallel=none", "--tracker=off")
+    assert done.returncode == 0, done.stderr
     losses = [[line["loss"] for line in log(run_dir)] for run_dir in (one, whole)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def test_auto_agrees_on_what_to_measure_and_half_precision_trains(text, tmp_path):
     flags = [*FLAGS, "--tracker=fast", "--tracker-budget=0.01", "--dtype=bfloat16", "--steps=12", f"--data={text}"]
-    done = torchrun(2, WORKER, *flags, "--parallel=fsdp", f"--run-dir={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stdout
-    run = sosd_fast.load(tmp_path / "run")
-    assert run.log[-1]["loss"] < run.log[0]["loss"] and len(run.log) == 12
-    assert len({r.name for r in run.records}) == 13
+    done = run_ranks(2, WORKER, *flags, "--parallel=fsdp", f"--run-dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    found = sosd_fast.load(tmp_path / "run")
+    assert found.log[-1]["loss"] < found.log[0]["loss"] and len(found.log) == 12
+    assert len({r.name for r in found.records}) == 13
 
 
 @pytest.mark.parametrize("how", ["DIE", "HANG"])

@@ -1,8 +1,6 @@
 """The paper's runs: their settings, and that each of them starts."""
 
-import subprocess
-import sys
-
+import prepared
 import pytest
 import torch
 
@@ -134,6 +132,7 @@ def test_parallel_needs_torchrun(tmp_path, capsys):
 
 
 def test_documented_presets_exist():
-    done = subprocess.run([sys.executable, script.__file__, "--help"], capture_output=True, text=True, check=True)
+    done = prepared.run(script.__file__, "--help")
+    assert done.returncode == 0, done.stderr
     for name in RUNS:
         assert name in done.stdout.replace("\n", "").replace(" ", "")

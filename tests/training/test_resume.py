@@ -4,20 +4,18 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from prepared import run
 
 import sosd_fast
 from training import checkpoint
 from training import run as script
 from training.model import PRESETS, Config
 
-ROOT = Path(__file__).resolve().parents[2]
 TINY = Config(n_layer=2, n_head=2, width=32, ff_width=64, context=32, vocab=256)
 FLAGS = ["--steps=10", "--batch-size=4", "--micro-batch-size=2", "--clip=1", "--warmup=2", "--eval-every=3", "--quiet"]
 FLAGS += ["--eval-sequences=4", "--device=cpu", "--checkpoint-every=3", "--weight-decay=0.1", "--tracker-k=4"]
@@ -58,13 +56,13 @@ def text(tmp_path):
 
 def outcome(run_dir):
     """What a run leaves behind but for what the clock says."""
-    run = sosd_fast.load(run_dir)
-    log = [{key: value for key, value in line.items() if key not in CLOCK} for line in run.log]
+    found = sosd_fast.load(run_dir)
+    log = [{key: value for key, value in line.items() if key not in CLOCK} for line in found.log]
     records = [
         {f: getattr(r, f) for f in r.__dataclass_fields__ if f != "spectrum" and getattr(r, f) is not None}
-        for r in run.records
+        for r in found.records
     ]
-    spectra = {name: [part.tobytes() for part in run.spectra(name)] for name in run.names}
+    spectra = {name: [part.tobytes() for part in found.spectra(name)] for name in found.names}
     return log, repr(records), spectra
 
 
@@ -98,7 +96,7 @@ def test_kill_and_resume_is_bit_identical(nano, text, tmp_path, optimizer, track
         run_dir = tmp_path / name
         argv = [*flags, f"--run-dir={run_dir}"]
         code = CHILD.format(config=TINY, point=point, signal=int(number), argv=argv)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+        done = run(code)
         assert done.returncode == (143 if number == signal.SIGTERM else -9), done.stderr
         assert checkpoint.step_of(checkpoint.latest(run_dir)) == saved
         assert script.main([f"--resume={run_dir}"]) == 0

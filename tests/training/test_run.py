@@ -1,12 +1,12 @@
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import prepared
 import pytest
 import torch
 
@@ -277,7 +277,7 @@ def test_learning_rates_have_defaults_by_optimizer():
 
 
 def test_every_flag_is_documented():
-    out = subprocess.run([sys.executable, RUN, "--help"], capture_output=True, text=True, check=True).stdout
+    out = prepared.run(RUN, "--help").stdout
     for flag in ("tracker", "tracker-budget", "tracker-k", "model", "optimizer", "schedule", "warmup", "steps"):
         assert f"--{flag}" in out
     for flag in ("batch-size", "lr", "weight-decay", "data", "seed", "device", "dtype", "compile", "eval-every"):
@@ -297,7 +297,6 @@ def test_ctrl_c_ends_with_the_table(tmp_path, text):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     for line in process.stdout:  # the first validation has been printed: the loop is under way
