@@ -1,0 +1,549 @@
+"""A training step is what a person calls one: counts, and when weights are read, however optimizers are arranged."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import sosd_fast
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 10, bias=False), nn.Linear(10, 8, bias=False))
+
+
+def backward(net):
+    net(torch.randn(3, 12, generator=torch.Generator().manual_seed(1))).square().mean().backward()
+
+
+def sgd(parameters, lr=0.1):
+    return torch.optim.SGD(parameters, lr=lr)
+
+
+def steps_of(probe, name="0.weight"):
+    return [r.step for r in probe.records() if r.name == name]
+
+
+def sigma_max(weight):
+    return torch.linalg.svdvals(weight.detach().double())[0].item()
+
+
+class Inheriting(torch.optim.SGD):
+    """Calls the `step` that it inherits."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+class Twice(Inheriting):
+    """Inherits from one that does."""
+
+    def step(self, closure=None):
+        super().step()
+        return super().step(closure)
+
+
+class Wrapping(torch.optim.Optimizer):
+    """Holds the parameter groups of an optimizer, and changes the weights after it, as Lookahead does."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer.param_groups, {})
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = self.optimizer.step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(1.5)
+        return loss
+
+
+class Containing(torch.optim.Optimizer):
+    """Contains optimizers, and holds all of their parameters or one of nobody's."""
+
+    def __init__(self, optimizers, own=False):
+        held = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+        super().__init__([nn.Parameter(torch.zeros(1))] if own else held, {})
+        self.optimizers = optimizers
+
+    def step(self, closure=None):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+class Prepared(torch.optim.Optimizer):
+    """Has no hooks of torch, as what accelerate, Fabric and Lightning put around an optimizer."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    param_groups = property(lambda self: self.optimizer.param_groups)
+
+    def step(self, closure=None):
+        return self.optimizer.step(closure)
+
+
+ARRANGED = {
+    "inheriting": lambda net: Inheriting(net.parameters(), lr=0.1),
+    "inheriting twice": lambda net: Twice(net.parameters(), lr=0.1),
+    "wrapping": lambda net: Wrapping(sgd(net.parameters())),
+    "wrapping twice": lambda net: Wrapping(Wrapping(Inheriting(net.parameters(), lr=0.1))),
+    "containing": lambda net: Containing([sgd(net[0].parameters()), torch.optim.AdamW(net[1].parameters())]),
+    "containing, without parameters": lambda net: Containing([sgd(net[0].parameters()), sgd(net[1].parameters())], True),
+    "prepared": lambda net: Prepared(Wrapping(sgd(net.parameters()))),
+}
+
+
+def inner(optimizer):
+    """The optimizers that a person may name instead."""
+    if hasattr(optimizer, "optimizers"):
+        return optimizer.optimizers
+    return [optimizer.optimizer] if hasattr(optimizer, "optimizer") else [optimizer]
+
+
+@pytest.mark.parametrize("given", ["none", "it", "inner"])
+@pytest.mark.parametrize("name", ARRANGED)
+def test_the_outermost_step_counts(name, given, caplog):
+    net = model()
+    optimizer = ARRANGED[name](net)
+    optimizers = {"none": None, "it": optimizer, "inner": inner(optimizer)}[given]
+    probe = sosd_fast.track(net, optimizers, method="full")
+    for i in range(5):
+        backward(net)
+        optimizer.step()
+        net.zero_grad()
+        latest = probe.latest()
+        for layer in ("0", "1"):
+            assert latest[f"{layer}.weight"].step == i + 1
+            assert latest[f"{layer}.weight"].sigma_max == pytest.approx(sigma_max(net[int(layer)].weight), rel=1e-5)
+    assert steps_of(probe) == [0, 1, 2, 3, 4, 5]
+    assert all(r.sd_variation > 0 for r in probe.records() if r.step)
+    assert not [r for r in caplog.records if r.name == "sosd_fast"]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_an_error_inside_of_a_step_leaves_nothing_behind(given):
+    class Failing(Wrapping):
+        def step(self, closure=None):
+            self.optimizer.step(closure)
+            if self.fails:
+                raise RuntimeError("out of luck")
+
+    net = model()
+    optimizer = Failing(sgd(net.parameters()))
+    probe = sosd_fast.track(net, optimizer.optimizer if given else None, method="full")
+    for optimizer.fails in (False, True, False, True, False):
+        backward(net)
+        try:
+            optimizer.step()
+        except RuntimeError:
+            continue
+    probe.flush()
+    assert steps_of(probe) == [0, 1, 2, 3]
+
+
+def test_nested_steps_in_threads_do_not_mix():
+    counts, start = {}, threading.Barrier(3)
+
+    def work(key):
+        net = model()
+        optimizer = Wrapping(Inheriting(net.parameters(), lr=1e-3))
+        with sosd_fast.track(net, method="full", audit=False) as probe:
+            start.wait()
+            for _ in range(20):
+                with torch.no_grad():
+                    for p in net.parameters():
+                        p.grad = torch.ones_like(p)
+                optimizer.step()
+            counts[key] = steps_of(probe)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert counts == dict.fromkeys(range(3), list(range(21)))
+
+
+class Whole(torch.optim.Optimizer):
+    """Can be compiled as one graph, which torch's own optimizers cannot: they break it."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.add_(p.grad, alpha=-group["lr"])
+
+
+class WholeInheriting(Whole):
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+
+
+class WholeContaining(Containing):
+    @torch.no_grad()
+    def step(self, closure=None):
+        super().step(closure)
+
+
+COMPILED = {
+    "inheriting": (ARRANGED["inheriting"], False),
+    "containing": (lambda net: Containing([sgd(net[0].parameters()), sgd(net[1].parameters())]), False),
+    "without parameters": (ARRANGED["containing, without parameters"], False),
+    "whole": (lambda net: Whole(net.parameters()), True),
+    "whole, inheriting": (lambda net: WholeInheriting(net.parameters()), True),
+    "whole, containing": (lambda net: WholeContaining([Whole(net[0].parameters()), Whole(net[1].parameters())]), True),
+    "whole, without parameters": (
+        lambda net: WholeContaining([Whole(net[0].parameters()), WholeInheriting(net[1].parameters())], own=True),
+        True,
+    ),
+}
+BACKENDS = [(name, "eager") for name in COMPILED] + [
+    (name, backend) for name in ("without parameters", "whole, without parameters") for backend in ("aot_eager", "inductor")
+]
+
+
+@pytest.mark.parametrize(("name", "backend"), BACKENDS)
+def test_compiled_steps(name, backend):
+    make, whole = COMPILED[name]
+
+    def run(tracked):
+        torch._dynamo.reset()
+        net = model()
+        optimizer = make(net)
+        step = torch.compile(optimizer.step, backend=backend, fullgraph=whole)
+        probe = sosd_fast.track(net, method="full") if tracked else None
+        for i in range(4):
+            backward(net)
+            step()
+            net.zero_grad()
+            if tracked:
+                for layer in ("0", "1"):
+                    r = probe.latest()[f"{layer}.weight"]
+                    assert r.step == i + 1 and r.sigma_max == pytest.approx(sigma_max(net[int(layer)].weight), rel=1e-5)
+        if tracked:
+            probe.close()
+            assert steps_of(probe) == [0, 1, 2, 3, 4]
+        return [p.detach().clone() for p in net.parameters()]
+
+    assert all(map(torch.equal, run(False), run(True)))
+
+
+class Adversarial(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.generator, self.critic = nn.Linear(6, 6, bias=False), nn.Linear(6, 5, bias=False)
+
+    def step(self, name, optimizer):
+        """Trains one, while the other is frozen."""
+        other = self.critic if name == "generator" else self.generator
+        other.requires_grad_(False)
+        self.critic(self.generator(torch.ones(2, 6))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        other.requires_grad_(True)
+
+
+@pytest.mark.parametrize("order", [("critic", "generator"), ("generator", "critic")])
+@pytest.mark.parametrize("given", [False, True])
+def test_networks_that_are_frozen_for_the_moment(order, given):
+    net = Adversarial()
+    optimizers = {name: sgd(getattr(net, name).parameters()) for name in order}
+    probe = sosd_fast.track(net, list(optimizers.values()) if given else None, method="full")
+    weights = [{name: getattr(net, name).weight.detach().clone() for name in order}]
+    for _ in range(10):
+        for name in order:
+            net.step(name, optimizers[name])
+        weights.append({name: getattr(net, name).weight.detach().clone() for name in order})
+    probe.close()
+    for name in order:
+        assert steps_of(probe, f"{name}.weight") == list(range(11))
+    for r in probe.records():
+        assert r.sigma_max == pytest.approx(sigma_max(weights[r.step][r.name.split(".")[0]]), rel=1e-5), "one batch's"
+
+
+@pytest.mark.parametrize("every", [2, 3, 5, 7])
+@pytest.mark.parametrize("batches", [1, 4, 5, 15, 30])
+@pytest.mark.parametrize("given", [False, True])
+def test_an_optimizer_that_steps_every_so_many_times(every, batches, given):
+    net = Adversarial()
+    often, seldom = sgd(net.critic.parameters()), sgd(net.generator.parameters())
+    probe = sosd_fast.track(net, [often, seldom] if given else None, method="full")
+    for i in range(batches):
+        net.step("critic", often)
+        if (i + 1) % every == 0:
+            net.step("generator", seldom)
+    probe.close()
+    assert steps_of(probe, "critic.weight") == list(range(batches + 1))
+    assert probe.latest()["generator.weight"].sigma_max == pytest.approx(sigma_max(net.generator.weight), rel=1e-5)
+
+
+def test_optimizers_that_are_put_in_the_place_of_others():
+    net = model()
+    probe, kept = sosd_fast.track(net, method="full"), []
+    for _ in range(3):
+        kept.append(sgd(net.parameters()))  # the others live
+        for _ in range(2):
+            backward(net)
+            kept[-1].step()
+            assert steps_of(probe)[-1] == probe.step_count
+    assert steps_of(probe) == list(range(7))
+    for _ in range(3):  # one comes back
+        backward(net)
+        kept[0].step()
+    probe.close()
+    assert steps_of(probe) == list(range(10))
+
+
+def test_an_optimizer_for_each_step():
+    net = model()
+    probe = sosd_fast.track(net, method="full")
+    for _ in range(4):
+        backward(net)
+        sgd(net[0].parameters()).step()  # gone before the step ends, for the other matrix may have an optimizer yet
+    probe.close()
+    assert steps_of(probe) == [0, 1, 2, 3, 4]
+
+
+def test_trainable_parameters_without_an_optimizer_are_waited_for_a_while():
+    net = model()
+    probe, optimizer, late = sosd_fast.track(net, method="full"), sgd(net[0].parameters()), []
+    for i in range(30):
+        backward(net)
+        optimizer.step()
+        late.append(i + 1 - probe.latest()["0.weight"].step)
+    assert late[:20] == [1] * 20 and late[21:] == [0] * 9
+    assert steps_of(probe) == list(range(31))
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_step_that_only_makes_the_state_is_none(resumed, tmp_path):
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=torch.tensor(0.1))
+    if resumed:
+        backward(net)
+        optimizer.step()
+        optimizer.zero_grad()
+        saved = get_state_dict(net, optimizer)
+        net = model()
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    probe = sosd_fast.track(net, method="full", step=1 if resumed else None)
+    if resumed:
+        set_state_dict(net, optimizer, model_state_dict=saved[0], optim_state_dict=saved[1])
+    else:
+        get_state_dict(net, optimizer)
+    start = probe.step_count
+    assert optimizer.state and start == int(resumed)
+    net.append(nn.Linear(8, 4, bias=False))  # what is changed until the first step is seen
+    optimizer.add_param_group({"params": net[2].parameters(), "lr": 0.1})
+    for _ in range(3):
+        backward(net)
+        optimizer.step()
+        optimizer.zero_grad()
+        get_state_dict(net, optimizer)
+    assert steps_of(probe) == [start + i for i in range(4)] == steps_of(probe, "2.weight")
+
+
+@pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)])
+def test_a_warm_up_from_zero_counts(rate):
+    net = model()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=rate)
+    probe = sosd_fast.track(net, method="full")
+    for _ in range(2):
+        backward(net)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert steps_of(probe) == [0, 1, 2]
+
+
+def test_rates_and_gradients_of_any_kind():
+    net = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 3, bias=False))
+    optimizer = sgd(net.parameters(), lr=0.0)
+    probe = sosd_fast.track(net, method="full")
+    net(torch.tensor([1, 1, 2])).sum().backward()
+    net[1].weight.grad = None
+    optimizer.step()
+    assert steps_of(probe) == [0, 1], "sparse gradients that are not zero"
+    other = nn.Linear(4, 3)
+    probe, optimizer = sosd_fast.track(other, method="full"), sgd(other.parameters())
+    optimizer.param_groups[0]["lr"] = None
+    optimizer.step()  # no gradients
+    assert steps_of(probe, "weight") == [0, 1]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_where_no_step_is_seen_it_is_said_within_20_and_at_the_end(given, caplog):
+    net, other = model(), model()
+    probe = sosd_fast.track(net, sgd(net.parameters()) if given else None)
+    optimizer = sgd(other.parameters())
+    for i in range(25):
+        backward(other)
+        optimizer.step()
+        said = [m for m in caplog.messages if "so none was counted" in m]
+        assert len(said) == (i >= 19)
+    assert "pass optimizers=[] and call Probe.step after each step" in said[0]
+    probe.close()
+    assert sum("25 steps of optimizers" in m for m in caplog.messages) == 1
+    for optimizers in (None, []):
+        with sosd_fast.track(net, optimizers) as probe:
+            probe.step()
+    assert len(caplog.messages) == 2
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """The weights between two steps are y; `eval` puts the averaged ones in their place, and `train` puts y back."""
+
+    def __init__(self, params, lr=0.1, beta=0.9):
+        super().__init__(params, {"lr": lr})
+        self.beta, self.count = beta, 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.count += 1
+        for p in self.param_groups[0]["params"]:
+            s = self.state[p]
+            z, x = s.setdefault("z", p.clone()), s.setdefault("x", p.clone())
+            z.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+            x.lerp_(z, 1 / self.count)
+            p.copy_(z.lerp(x, self.beta))
+
+    @torch.no_grad()
+    def swap(self):
+        for p in self.param_groups[0]["params"]:
+            x = self.state[p]["x"]
+            y = p.clone()
+            p.copy_(x)
+            x.copy_(y)
+
+
+def test_the_weights_at_the_end_of_a_step_or_others_by_hand():
+    """As docs/steps.md says."""
+    net = model()
+    optimizer = ScheduleFree(net.parameters())
+    probe = sosd_fast.track(net, method="full")
+    averaged = sosd_fast.track(net, optimizers=[], method="full")
+    for i in range(3):
+        backward(net)
+        optimizer.step()
+        optimizer.zero_grad()
+        y = sigma_max(net[0].weight)
+        optimizer.swap()
+        averaged.step()
+        x = sigma_max(net[0].weight)
+        optimizer.swap()
+        assert probe.latest()["0.weight"].sigma_max == pytest.approx(y, rel=1e-6)
+        assert i == 0 or x != pytest.approx(y, rel=1e-6)
+        assert averaged.latest()["0.weight"].sigma_max == pytest.approx(x, rel=1e-6)
+        assert averaged.step_count == probe.step_count == i + 1
+
+
+def test_an_average_of_the_weights_is_a_model_of_its_own():
+    net = model()
+    average = torch.optim.swa_utils.AveragedModel(net)
+    probe, of_average = sosd_fast.track(net, method="full"), sosd_fast.track(average, optimizers=[], method="full")
+    optimizer = sgd(net.parameters())
+    for _ in range(3):
+        backward(net)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(net)
+        of_average.step()
+    assert steps_of(probe) == steps_of(of_average, of_average.matrices[0].name) == [0, 1, 2, 3]
+    r = of_average.latest()[of_average.matrices[0].name]
+    assert r.sigma_max == pytest.approx(sigma_max(average.module[0].weight), rel=1e-6)
+    assert r.sigma_max != pytest.approx(sigma_max(net[0].weight), rel=1e-6)
+
+
+def changed(net, how):
+    if how == "a new head":
+        net[1] = nn.Linear(10, 5, bias=False)
+    elif how == "an appended layer":
+        net.append(nn.Linear(8, 4, bias=False))
+    elif how == "a layer less":
+        del net[1]
+    elif how == "another name":
+        net[1] = nn.Sequential(net[1])
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("how", ["a new head", "an appended layer", "a layer less", "another name"])
+def test_changes_before_the_first_step_are_seen(how, before, caplog):
+    net = model()
+    if not before:  # the optimizer knows what is to come
+        probe = sosd_fast.track(net, method="full")
+    changed(net, how)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    if before:
+        probe = sosd_fast.track(net, method="full")
+    for _ in range(2):
+        backward(net)
+        optimizer.step()
+        optimizer.zero_grad()
+    now = {name: p for name, p in net.named_parameters()}
+    assert {n for n, r in probe.latest().items() if r.step == 2} == set(now) == {m.name for m in probe.matrices}
+    for name, p in now.items():
+        twice = how == "a new head" and name == "1.weight" and not before  # as it was when it was tracked, and now
+        assert steps_of(probe, name) == [0] * twice + [0, 1, 2]
+        assert all(r.sd_variation > 0 for r in probe.records() if r.name == name and r.step)
+        assert probe.latest()[name].sigma_max == pytest.approx(sigma_max(p), rel=1e-5)
+    gone = how in ("a layer less", "another name") and not before
+    assert sum("1.weight are no longer measured from step" in m for m in caplog.messages) == gone
+
+
+def test_a_lazy_layer_is_seen_when_it_has_its_shape(caplog):
+    net = nn.Sequential(nn.Linear(12, 10, bias=False), nn.LazyLinear(8, bias=False))
+    probe, optimizer = sosd_fast.track(net, method="full"), sgd(net.parameters())
+    assert list(probe.latest()) == ["0.weight"]
+    for _ in range(2):
+        backward(net)
+        optimizer.step()
+    assert steps_of(probe, "1.weight") == [0, 1, 2]
+    assert [r.sd_variation is not None for r in probe.records() if r.name == "1.weight"] == [False, True, True]
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("how", ["a new head", "an appended layer", "a layer less"])
+def test_changes_midway_that_no_optimizer_tells_are_seen(how, by_hand):
+    net = model()
+    probe, optimizer = sosd_fast.track(net, [] if by_hand else None, method="full"), sgd(net.parameters(), lr=1e-2)
+    for i in range(45):
+        if i == 5:
+            changed(net, how)
+        backward(net)
+        optimizer.step()
+        if by_hand:
+            probe.step()
+    assert {m.name for m in probe.matrices} == set(dict(net.named_parameters()))
+    assert probe.latest()["0.weight"].step == 45
+    for name, p in net.named_parameters():
+        assert probe.latest()[name].sigma_max == pytest.approx(sigma_max(p), rel=1e-5)
+
+
+def test_the_walk_up_the_stack_stops_at_hooks_of_our_own():
+    net, other, seen = model(), model(), []
+    inner_optimizer = sgd(other.parameters())
+    probe = sosd_fast.track(other, method="full")
+
+    def train_other(record):
+        seen.append(record.step)
+        backward(other)
+        inner_optimizer.step()
+
+    sosd_fast.track(net, method="full", on_record=train_other)
+    optimizer = Containing([sgd(net[0].parameters()), sgd(net[1].parameters()), sgd(other.parameters(), 0.0)])
+    optimizer.optimizers.pop()  # it holds the other model's parameters, and does not step them
+    before = probe.step_count
+    backward(net)
+    optimizer.step()
+    assert probe.step_count - before == seen.count(1) == 2
