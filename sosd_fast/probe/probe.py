@@ -62,7 +62,7 @@ class Probe(Guarded):
         written = writer.step if writer else None
         self.step_count = settings.step if settings.step is not None else written or 0
         self._steps = StepDetector(share.parameters, optimizers)
-        super().__init__(_detach, key := hooks.new_key(), writer)
+        super().__init__(_detach, key := hooks.new_key(), self._steps, writer)
         try:
             with self._lock:  # steps of other threads wait
                 hooks.add(key, self)
@@ -176,12 +176,6 @@ class Probe(Guarded):
         if hold:
             self._measurer.hold()
 
-    def detach(self, seconds: float = -1):
-        """Ends, and says once more where no step was seen."""
-        if self.alive:
-            self._steps.say_unseen()
-        super().detach(seconds)
-
     @guarded
     def _settle(self):
         self._collect(wait=True)
@@ -250,6 +244,7 @@ class Probe(Guarded):
         self._planner.calibrate(lambda plan: self._measure(plan)[1], self._matrices.on_gpu)
 
 
-def _detach(key: int, writer: RunWriter | None):
+def _detach(key: int, steps: StepDetector, writer: RunWriter | None):
     hooks.remove(key)
+    steps.say_unseen()
     close_quietly(writer)
