@@ -74,6 +74,7 @@ class StepDetector:
         self._seen = _Optimizers()  # that were about to step
         self._sizes: dict[int, int] = {}  # how many parameters they held then
         self._counted = _Optimizers()  # that have been counted, even if they were replaced since
+        self._idled = _Optimizers()  # whose first step changed nothing
         self._ended = 0  # training steps
         self._foreign = 0  # steps of optimizers that do not count, before the first training step
         self._trainable: set[int] = set()  # parameters that required a gradient at any time
@@ -135,7 +136,8 @@ class StepDetector:
         if _skipped(optimizer):
             return False
         first = optimizer not in self._counted
-        if first and _is_idle(optimizer):
+        if first and optimizer not in self._idled and _is_idle(optimizer):
+            self._idled.add(optimizer)
             self._seen.discard(optimizer)  # the model may change until it steps
             return False
         self._counted.add(optimizer)

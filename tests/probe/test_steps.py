@@ -379,6 +379,11 @@ def test_rates_and_gradients_of_any_kind():
     net[1].weight.grad = None
     optimizer.step()
     assert steps_of(probe) == [0, 1], "sparse gradients that are not zero"
+    still = nn.Linear(4, 3)  # whose steps all change nothing: only the first may be none of the person's
+    probe, optimizer = sosd_fast.track(still, method="full"), sgd(still.parameters(), lr=0.0)
+    for _ in range(3):
+        optimizer.step()
+    assert steps_of(probe, "weight") == [0, 1, 2]
     other = nn.Linear(4, 3)
     probe, optimizer = sosd_fast.track(other, method="full"), sgd(other.parameters())
     optimizer.param_groups[0]["lr"] = None
