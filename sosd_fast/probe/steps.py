@@ -77,6 +77,7 @@ class StepDetector:
         self._idled = _Optimizers()  # whose first step changed nothing
         self._ended = 0  # training steps
         self._foreign = 0  # steps of optimizers that do not count, before the first training step
+        self._covered: set[int] = set()  # parameters that the known optimizers held when one of them last stepped
         self._trainable: set[int] = set()  # parameters that required a gradient at any time
         self._uncovered: set[int] = set()  # those of them that no known optimizer held at the end of the last step
         self._since = 0  # training steps for which they have been the same
@@ -153,7 +154,8 @@ class StepDetector:
             self._replace_by(optimizer)
         self._known.add(optimizer)
         self._look()
-        uncovered = self._trainable - _held(self._known)
+        self._covered = _held(self._known)
+        uncovered = self._trainable - self._covered
         expected = uncovered if self._since < PATIENCE else uncovered - self._uncovered
         return self._known.same(self._stepped) and not expected
 
@@ -165,8 +167,9 @@ class StepDetector:
             changed.
         """
         self.pending, self._stepped = False, _Optimizers()
-        held, first = _held(self._known if self._given is None else self._given), not self._ended
+        first = not self._ended
         self._ended += 1
+        held = self._covered if self._given is None else _held(self._given)
         uncovered, orphans = self._trainable - held, self._ids - held
         self._since = self._since + 1 if uncovered == self._uncovered else 0
         lost, self._uncovered, self._orphans = orphans - self._orphans, uncovered, orphans

@@ -1,10 +1,12 @@
 """A training step is what a person calls one: counts, and when weights are read, however optimizers are arranged."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torchrun import torchrun
 
 import sosd_fast
 
@@ -555,3 +557,8 @@ def test_the_walk_up_the_stack_stops_at_hooks_of_our_own():
     backward(net)
     optimizer.step()
     assert probe.step_count - before == seen.count(1) == 2
+
+
+def test_ranks_agree_on_what_a_step_is():
+    done = torchrun(2, Path(__file__).with_name("steps_worker.py"))
+    assert done.returncode == 0 and done.stdout.count("the ranks agree") == 2, done.stdout
