@@ -6,100 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from arranged import (
+    ARRANGED,
+    Containing,
+    Inheriting,
+    Prepared,
+    Twice,
+    Wrapping,
+    backward,
+    model,
+    sgd,
+    sigma_max,
+    steps_of,
+)
 from torch import nn
 from torchrun import torchrun
 
 import sosd_fast
-
-
-def model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(12, 10, bias=False), nn.Linear(10, 8, bias=False))
-
-
-def backward(net):
-    net(torch.randn(3, 12, generator=torch.Generator().manual_seed(1))).square().mean().backward()
-
-
-def sgd(parameters, lr=0.1):
-    return torch.optim.SGD(parameters, lr=lr)
-
-
-def steps_of(probe, name="0.weight"):
-    return [r.step for r in probe.records() if r.name == name]
-
-
-def sigma_max(weight):
-    return torch.linalg.svdvals(weight.detach().double())[0].item()
-
-
-class Inheriting(torch.optim.SGD):
-    """Calls the `step` that it inherits."""
-
-    def step(self, closure=None):
-        return super().step(closure)
-
-
-class Twice(Inheriting):
-    """Inherits from one that does."""
-
-    def step(self, closure=None):
-        super().step()
-        return super().step(closure)
-
-
-class Wrapping(torch.optim.Optimizer):
-    """Holds the parameter groups of an optimizer, and changes the weights after it, as Lookahead does."""
-
-    def __init__(self, optimizer):
-        super().__init__(optimizer.param_groups, {})
-        self.optimizer = optimizer
-        self.param_groups = optimizer.param_groups
-
-    @torch.no_grad()
-    def step(self):
-        self.optimizer.step()
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.mul_(0.9)
-
-
-class Containing(torch.optim.Optimizer):
-    """Contains optimizers, and holds all of their parameters or one of nobody's."""
-
-    def __init__(self, optimizers, own=False):
-        held = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-        super().__init__([nn.Parameter(torch.zeros(1))] if own else held, {})
-        self.optimizers = optimizers
-
-    def step(self):
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-
-class Prepared(torch.optim.Optimizer):
-    """Has no hooks of torch, as what accelerate, Fabric and Lightning put around an optimizer."""
-
-    def __init__(self, optimizer):
-        self.optimizer = optimizer
-
-    param_groups = property(lambda self: self.optimizer.param_groups)
-
-    def step(self):
-        self.optimizer.step()
-
-
-ARRANGED = {
-    "inheriting": lambda net: Inheriting(net.parameters(), lr=0.1),
-    "inheriting twice": lambda net: Twice(net.parameters(), lr=0.1),
-    "wrapping": lambda net: Wrapping(sgd(net.parameters())),
-    "wrapping twice": lambda net: Wrapping(Wrapping(Inheriting(net.parameters(), lr=0.1))),
-    "containing": lambda net: Containing([sgd(net[0].parameters()), torch.optim.AdamW(net[1].parameters())]),
-    "containing, without parameters": lambda net: Containing(
-        [sgd(net[0].parameters()), sgd(net[1].parameters())], True
-    ),
-    "prepared": lambda net: Prepared(Wrapping(sgd(net.parameters()))),
-}
 
 
 def inner(optimizer):
@@ -171,76 +94,6 @@ def test_nested_steps_in_threads_do_not_mix():
     for t in threads:
         t.join()
     assert counts == dict.fromkeys(range(3), list(range(21)))
-
-
-class Whole(torch.optim.Optimizer):
-    """Can be compiled as one graph, which torch's own optimizers cannot: they break it."""
-
-    def __init__(self, params, lr=0.1):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.add_(p.grad, alpha=-group["lr"])
-
-
-class WholeInheriting(Whole):
-    @torch.no_grad()
-    def step(self):
-        super().step()
-
-
-class WholeContaining(Containing):
-    @torch.no_grad()
-    def step(self):
-        super().step()
-
-
-COMPILED = {
-    "inheriting": (ARRANGED["inheriting"], False),
-    "containing": (lambda net: Containing([sgd(net[0].parameters()), sgd(net[1].parameters())]), False),
-    "without parameters": (ARRANGED["containing, without parameters"], False),
-    "whole": (lambda net: Whole(net.parameters()), True),
-    "whole, inheriting": (lambda net: WholeInheriting(net.parameters()), True),
-    "whole, containing": (lambda net: WholeContaining([Whole(net[0].parameters()), Whole(net[1].parameters())]), True),
-    "whole, without parameters": (
-        lambda net: WholeContaining([Whole(net[0].parameters()), WholeInheriting(net[1].parameters())], own=True),
-        True,
-    ),
-}
-BACKENDS = [(name, "eager") for name in COMPILED] + [
-    (name, backend)
-    for name in ("without parameters", "whole, without parameters")
-    for backend in ("aot_eager", "inductor")
-]
-
-
-@pytest.mark.parametrize(("name", "backend"), BACKENDS)
-def test_compiled_steps(name, backend):
-    make, whole = COMPILED[name]
-
-    def run(tracked):
-        torch._dynamo.reset()
-        net = model()
-        optimizer = make(net)
-        step = torch.compile(optimizer.step, backend=backend, fullgraph=whole)
-        probe = sosd_fast.track(net, method="full") if tracked else None
-        for i in range(4):
-            backward(net)
-            step()
-            net.zero_grad()
-            if tracked:
-                for layer in ("0", "1"):
-                    r = probe.latest()[f"{layer}.weight"]
-                    assert r.step == i + 1 and r.sigma_max == pytest.approx(sigma_max(net[int(layer)].weight), rel=1e-5)
-        if tracked:
-            probe.close()
-            assert steps_of(probe) == [0, 1, 2, 3, 4]
-        return [p.detach().clone() for p in net.parameters()]
-
-    assert all(map(torch.equal, run(False), run(True)))
 
 
 class Adversarial(nn.Module):
@@ -474,70 +327,6 @@ def test_an_average_of_the_weights_is_a_model_of_its_own():
     assert steps_of(probe) == steps_of(of_average, name) == [0, 1, 2, 3]
     assert r.sigma_max == pytest.approx(sigma_max(average.module[0].weight), rel=1e-6)
     assert r.sigma_max != pytest.approx(sigma_max(net[0].weight), rel=1e-6)
-
-
-def changed(net, how):
-    if how == "a new head":
-        net[1] = nn.Linear(10, 5, bias=False)
-    elif how == "an appended layer":
-        net.append(nn.Linear(8, 4, bias=False))
-    elif how == "a layer less":
-        del net[1]
-    elif how == "another name":
-        net[1] = nn.Sequential(net[1])
-
-
-@pytest.mark.parametrize("before", [True, False])
-@pytest.mark.parametrize("how", ["a new head", "an appended layer", "a layer less", "another name"])
-def test_changes_before_the_first_step_are_seen(how, before, caplog):
-    net = model()
-    if not before:  # the optimizer knows what is to come
-        probe = sosd_fast.track(net, method="full")
-    changed(net, how)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
-    if before:
-        probe = sosd_fast.track(net, method="full")
-    for _ in range(2):
-        backward(net)
-        optimizer.step()
-        optimizer.zero_grad()
-    now = dict(net.named_parameters())
-    assert {n for n, r in probe.latest().items() if r.step == 2} == set(now)
-    for name, p in now.items():
-        twice = how == "a new head" and name == "1.weight" and not before  # as it was when it was tracked, and now
-        assert steps_of(probe, name) == [0] * twice + [0, 1, 2]
-        assert all(r.sd_variation > 0 for r in probe.records() if r.name == name and r.step)
-        assert probe.latest()[name].sigma_max == pytest.approx(sigma_max(p), rel=1e-5)
-    gone = how in ("a layer less", "another name") and not before
-    assert sum("1.weight are no longer measured from step" in m for m in caplog.messages) == gone
-
-
-def test_a_lazy_layer_is_seen_when_it_has_its_shape(caplog):
-    net = nn.Sequential(nn.Linear(12, 10, bias=False), nn.LazyLinear(8, bias=False))
-    probe, optimizer = sosd_fast.track(net, method="full"), sgd(net.parameters())
-    assert list(probe.latest()) == ["0.weight"]
-    for _ in range(2):
-        backward(net)
-        optimizer.step()
-    assert steps_of(probe, "1.weight") == [0, 1, 2]
-    assert [r.sd_variation is not None for r in probe.records() if r.name == "1.weight"] == [False, True, True]
-
-
-@pytest.mark.parametrize("by_hand", [False, True])
-@pytest.mark.parametrize("how", ["a new head", "an appended layer", "a layer less"])
-def test_changes_midway_that_no_optimizer_tells_are_seen(how, by_hand):
-    net = model()
-    probe, optimizer = sosd_fast.track(net, [] if by_hand else None, method="full"), sgd(net.parameters(), lr=1e-2)
-    for i in range(45):
-        if i == 5:
-            changed(net, how)
-        backward(net)
-        optimizer.step()
-        if by_hand:
-            probe.step()
-    assert {n for n, r in probe.latest().items() if r.step == 45} == set(dict(net.named_parameters()))
-    for name, p in net.named_parameters():
-        assert probe.latest()[name].sigma_max == pytest.approx(sigma_max(p), rel=1e-5)
 
 
 def test_the_walk_up_the_stack_stops_at_hooks_of_our_own():
