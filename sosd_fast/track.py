@@ -47,7 +47,13 @@ def track(
 
     CUDA tensors are measured on a stream of their own, which the next optimizer step waits for; records come when they
     are there, some steps later, and `flush` waits for them. Weights that something else changes meanwhile may be seen
-    half changed, and steps inside a CUDA graph are not seen.
+    half changed, and steps inside a CUDA graph that you capture and replay yourself are not seen.
+
+    A step is over when the outermost `step` of an optimizer returns, and the weights are measured as they are then.
+    Optimizers that step in turn make one step. Where one of them steps every n-th time, the steps of the one that steps
+    most often count, a Wasserstein GAN's critic's for instance, and each is measured before the next one begins. Other
+    weights, a schedule-free optimizer's averages or a replayed graph's, are measured by `Probe.step` at the point where
+    the model holds them, with `optimizers=[]`; docs/steps.md shows how.
 
     Several ranks share the work. Call it on each of them, with the model as DistributedDataParallel or `fully_shard`
     made it: each measures and records its matrices, and writes them to run_dir/rank-00000 and so on, which
@@ -57,7 +63,7 @@ def track(
     Args:
         model: any nn.Module. Measured once right away, so that the first step has something to compare with.
         optimizers: the ones whose steps count; None takes every optimizer that holds one of the matrices, an
-            empty list none: call `Probe.step`. Several that step in turn make one step.
+            empty list none: call `Probe.step`. What accelerate, Fabric or Lightning put around one will do as well.
         method: "full", all singular values every step; "topk", the k leading ones; "exact", all of them by
             `torch.linalg.svdvals`; "auto", the leading ones every step and full spectra as the budget allows, every
             step where it allows that.

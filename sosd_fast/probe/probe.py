@@ -8,7 +8,7 @@ import logging
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -62,7 +62,7 @@ class Probe(Guarded):
         written = writer.step if writer else None
         self.step_count = settings.step if settings.step is not None else written or 0
         self._steps = StepDetector(share.parameters, optimizers)
-        super().__init__(_detach, key := hooks.new_key(), writer)
+        super().__init__(_detach, key := hooks.new_key(), self._steps, writer)
         try:
             with self._lock:  # steps of other threads wait
                 hooks.add(key, self)
@@ -160,22 +160,21 @@ class Probe(Guarded):
         self.close()
 
     @guarded
-    def before_step(self, optimizer: Optimizer):
-        """Is told by the hooks that an optimizer is about to step."""
-        if self._steps.ends_before(optimizer):
+    def before_step(self, optimizer: Optimizer, outer: Sequence[Optimizer]):
+        """Is told by the hooks that an optimizer is about to step, inside of the `step` of others."""
+        if self._steps.ends_before(optimizer, outer):
             self._finish_step()
+        if self._steps.may_have_changed(optimizer, outer):
+            self._follow_changes()
         self._measurer.hold()
 
     @guarded
-    def after_step(self, optimizer: Optimizer):
-        """Is told by the hooks that an optimizer has stepped."""
-        new = self._steps.is_new(optimizer)
-        ended = self._steps.ends_after(optimizer)
-        if not ended and new and not self._steps.pending:  # it may hold what was put in the place of parameters
-            self._follow_changes()
-            ended = self._steps.ends_after(optimizer)
-        if ended:
+    def after_step(self, optimizer: Optimizer, outer: Sequence[Optimizer], hold: bool = False):
+        """Is told by the hooks that an optimizer has stepped; `hold` as of `step`."""
+        if self._steps.ends_after(optimizer, outer):
             self._finish_step()
+        if hold:
+            self._measurer.hold()
 
     @guarded
     def _settle(self):
@@ -191,7 +190,7 @@ class Probe(Guarded):
         """Counts a training step, launches what is planned for it, and keeps the results that are there."""
         optimizers_changed = self._steps.finish()
         began = self.clock()
-        if self._matrices.changed or optimizers_changed:
+        if self._matrices.changed(self.step_count) or optimizers_changed:
             self._follow_changes()
         self.step_count += 1
         if plan := self._planner.plan(began, self.step_count):
@@ -245,6 +244,7 @@ class Probe(Guarded):
         self._planner.calibrate(lambda plan: self._measure(plan)[1], self._matrices.on_gpu)
 
 
-def _detach(key: int, writer: RunWriter | None):
+def _detach(key: int, steps: StepDetector, writer: RunWriter | None):
     hooks.remove(key)
+    steps.say_unseen()
     close_quietly(writer)

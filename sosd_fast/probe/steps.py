@@ -1,14 +1,24 @@
-"""When a training step is over: all optimizers that change the followed parameters have stepped once."""
+"""When a training step is over: all optimizers that change the followed parameters have stepped once.
+
+What a person calls a step of an optimizer is the outermost `step`: an optimizer may inherit from another and call its
+`step`, wrap one or contain several. The hooks name the optimizers inside of whose `step` another one steps.
+"""
+
+# Most of torch has no complete types.
+# pyright: reportUnknownMemberType=false
 
 import logging
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-FOREIGN_STEPS = 20  # of optimizers that hold none of the parameters, before a message says so
+# Steps of optimizers that hold none of the parameters, before a message says so; and training steps in which some
+# trainable parameters have no optimizer, before none is expected for them any more.
+PATIENCE = 20
 
 log = logging.getLogger("sosd_fast")
 
@@ -21,6 +31,9 @@ class _Optimizers:
 
     def add(self, optimizer: Optimizer):
         self._refs[id(optimizer)] = weakref.ref(optimizer)
+
+    def discard(self, optimizer: Optimizer):
+        self._refs.pop(id(optimizer), None)
 
     def __iter__(self) -> Iterator[Optimizer]:
         return iter([o for o in (ref() for ref in self._refs.values()) if o is not None])
@@ -39,90 +52,229 @@ class _Optimizers:
 class StepDetector:
     """Tells when a training step is over: when all optimizers that change the parameters have stepped once.
 
+    Optimizers that step in turn make one training step. Where each of them has stepped, the training step ends at
+    once. Where one steps less often than the others, or has not stepped yet, it ends before one of the others steps
+    again, so that the count is that of the optimizer that steps most often.
+
     Args:
         parameters: that the probe follows.
         optimizers: the ones that count; None for every one that holds a parameter.
+
+    Attributes:
+        pending: whether optimizers have stepped since the end of the last training step.
     """
 
     def __init__(self, parameters: Sequence[Tensor], optimizers: Iterable[Optimizer] | None):
-        self._parameters = parameters
         self._given = None if optimizers is None else _Optimizers(optimizers)
-        self._known = _Optimizers()  # that stepped in the last training step
-        self._stepped = _Optimizers()  # that stepped in this one
-        self._orphans: set[int] = set()  # parameters that no optimizer of the last step holds
-        self._size = 0  # how many parameters the optimizers of the last step hold
-        self._strangers = _Optimizers()  # that hold none of the parameters
-        self._foreign = 0  # steps of strangers before the first training step
-        self._said_foreign = False
-
-    @property
-    def pending(self) -> bool:
-        """Whether some but not all optimizers have stepped."""
-        return len(self._stepped) > 0
+        self._by_hand = self._given is not None and not len(self._given)
+        self._known = _Optimizers()  # that step in training steps
+        self._stepped = _Optimizers()  # those of them that stepped in this one
+        self.pending = False
+        self._inside: dict[int, list[Optimizer]] = {}  # given ones that stepped inside of another, by the other's id
+        self._seen = _Optimizers()  # that were about to step
+        self._sizes: dict[int, int] = {}  # how many parameters they held then
+        self._counted = _Optimizers()  # that have been counted, even if they were replaced since
+        self._idled = _Optimizers()  # whose first step changed nothing
+        self._ended = 0  # training steps
+        self._foreign = 0  # steps of optimizers that do not count, before the first training step
+        self._covered: set[int] = set()  # parameters that the known optimizers held when one of them last stepped
+        self._trainable: set[int] = set()  # parameters that required a gradient at any time
+        self._uncovered: set[int] = set()  # those of them that no known optimizer held at the end of the last step
+        self._since = 0  # training steps for which they have been the same
+        self._orphans: set[int] = set()  # parameters that no known optimizer held at the end of the last step
+        self.follow(parameters)
 
     def follow(self, parameters: Sequence[Tensor]):
         """Takes another list of parameters."""
-        self._parameters = parameters
+        self._parameters, self._ids = parameters, set(map(id, parameters))
+        self._look()
 
-    def is_new(self, optimizer: Optimizer) -> bool:
-        """Whether this optimizer has not stepped yet."""
-        return self._given is None and optimizer not in self._known and optimizer not in self._strangers
+    def may_have_changed(self, optimizer: Optimizer, outer: Sequence[Optimizer]) -> bool:
+        """Whether this optimizer, about to step, never did or holds more or fewer parameters: the model may be another.
 
-    def ends_before(self, optimizer: Optimizer) -> bool:
-        """Whether the training step is over because this optimizer, about to step, begins another."""
-        return optimizer in self._stepped
-
-    def ends_after(self, optimizer: Optimizer) -> bool:
-        """Whether the training step is over because this optimizer, the last of them, has stepped."""
-        if self._given is not None and optimizer not in self._given:
+        Args:
+            optimizer: any.
+            outer: the optimizers inside of whose `step` it steps, the innermost first.
+        """
+        if outer or self._by_hand:
             return False
-        found_inf = getattr(optimizer, "found_inf", None)  # a fused optimizer is called even where its scaler skips
-        if isinstance(found_inf, Tensor) and found_inf.device.type == "cpu" and found_inf.item():
+        size = sum(map(len, _groups(optimizer)))
+        same = optimizer in self._seen and self._sizes[id(optimizer)] == size
+        self._seen.add(optimizer)
+        self._sizes[id(optimizer)] = size
+        return not same
+
+    def ends_before(self, optimizer: Optimizer, outer: Sequence[Optimizer]) -> bool:
+        """Whether the training step is over because this optimizer, about to step, begins another; see `ends_after`."""
+        if not outer:
+            self._inside.pop(id(optimizer), None)  # an error may have ended its last step
+        if self._enclosing(optimizer, outer) is not None and self._given is None:
             return False
+        counts = self._counts_as(optimizer)
+        gone = self.pending and not len(self._stepped)  # those that stepped
+        return any(gone or o in self._stepped for o in counts)
+
+    def ends_after(self, optimizer: Optimizer, outer: Sequence[Optimizer]) -> bool:
+        """Whether the training step is over because this optimizer, the last of them, has stepped.
+
+        Args:
+            optimizer: any.
+            outer: the optimizers inside of whose `step` it stepped, the innermost first.
+        """
+        if self._by_hand:
+            return False
+        counts, enclosing = self._counts_as(optimizer), self._enclosing(optimizer, outer)
+        if enclosing is None:
+            counts = counts or self._inside.pop(id(optimizer), [])
+        elif self._given is None:
+            return False  # the other one counts
+        if not counts:
+            if not (outer or self._ended or self.pending):
+                self._foreign += 1
+                if self._foreign == PATIENCE:
+                    self.say_unseen()
+            return False
+        if _skipped(optimizer):
+            return False
+        first = optimizer not in self._counted
+        if first and optimizer not in self._idled and _is_idle(optimizer):
+            self._idled.add(optimizer)
+            self._seen.discard(optimizer)  # the model may change until it steps
+            return False
+        self._counted.add(optimizer)
+        if enclosing is not None:
+            self._inside.setdefault(id(enclosing), []).extend(counts)
+            return False
+        self.pending = True
+        for o in counts:
+            self._stepped.add(o)
         if self._given is not None:
-            self._stepped.add(optimizer)
             return self._given.same(self._stepped)
-        if not self._held(optimizer) & {id(p) for p in self._parameters}:
-            self._strangers.add(optimizer)
-            self._foreign += not self._known
-            self._say_foreign()
-            return False
-        self._stepped.add(optimizer)
+        if first:
+            self._replace_by(optimizer)
         self._known.add(optimizer)
-        covered = set[int]().union(*map(self._held, self._known), self._orphans)
-        return self._known.same(self._stepped) and all(
-            id(p) in covered or not p.requires_grad for p in self._parameters
-        )
+        self._look()
+        self._covered = _held(self._known)
+        uncovered = self._trainable - self._covered
+        expected = uncovered if self._since < PATIENCE else uncovered - self._uncovered
+        return self._known.same(self._stepped) and not expected
 
     def finish(self) -> bool:
         """Closes the training step.
 
         Returns:
-            Whether the optimizers hold more or other parameters than at the step before: the model may have changed.
+            Whether this was the first one, done by hand, or parameters have lost their optimizers: the model may have
+            changed.
         """
-        self._known, self._stepped = self._stepped, _Optimizers()
-        held = set[int]().union(*map(self._held, self._known))
-        orphans = {id(p) for p in self._parameters} - held
-        before, self._size = self._size, sum(len(params) for o in self._known for params in _groups(o))
-        changed = before > 0 and (self._size != before or bool(orphans - self._orphans))
-        self._orphans = orphans
-        return changed
+        self.pending, self._stepped = False, _Optimizers()
+        first = not self._ended
+        self._ended += 1
+        held = self._covered if self._given is None else _held(self._given)
+        uncovered, orphans = self._trainable - held, self._ids - held
+        self._since = self._since + 1 if uncovered == self._uncovered else 0
+        lost, self._uncovered, self._orphans = orphans - self._orphans, uncovered, orphans
+        return not len(self._seen) if first else bool(lost)
 
-    @staticmethod
-    def _held(optimizer: Optimizer) -> set[int]:
-        return {id(p) for params in _groups(optimizer) for p in params}
+    def say_unseen(self):
+        """Logs that no training step was seen, where only optimizers stepped that do not count."""
+        if self._ended or not self._foreign:
+            return
+        whose = "that hold none of the tracked parameters" if self._given is None else "other than the given ones"
+        log.warning(
+            "sosd_fast: %d steps of optimizers %s, so none was counted. Pass the optimizers that train the tracked "
+            "model, or none to take every one that holds its parameters. Where copies of the weights are trained, "
+            "pass optimizers=[] and call Probe.step after each step.",
+            self._foreign,
+            whose,
+        )
 
-    def _say_foreign(self):
-        if self._foreign >= FOREIGN_STEPS and not self._said_foreign:
-            self._said_foreign = True
-            log.warning(
-                "sosd_fast: %d steps of optimizers that hold none of the tracked parameters, so none was counted. "
-                "Where copies of the weights are trained, pass optimizers=[] and call Probe.step after each step.",
-                self._foreign,
-            )
+    def _counts_as(self, optimizer: Optimizer) -> list[Optimizer]:
+        """The optimizers that a step of this one is a step of.
+
+        A given one that has no hooks of torch, as what accelerate, Fabric and Lightning put around an optimizer, steps
+        when one steps that holds one of its parameters. One that has hooks must step itself: another may hold its
+        parameters as well.
+        """
+        if self._given is None:
+            return [optimizer] if any(id(p) in self._ids for p in _parameters(optimizer)) else []
+        return [o for o in self._given if o is optimizer or (not _has_hooks(o) and _share(o, optimizer))]
+
+    def _enclosing(self, optimizer: Optimizer, outer: Sequence[Optimizer]) -> Optimizer | None:
+        """The outermost optimizer inside of whose `step` this one steps, of those that train the same parameters."""
+        if self._given is None:
+            return next((o for o in reversed(outer) if self._counts_as(o)), None)
+        return next((o for o in reversed(outer) if o is optimizer or _share(o, optimizer)), None)
+
+    def _replace_by(self, optimizer: Optimizer):
+        """Expects no more steps of optimizers whose followed parameters this one, which never stepped, holds as well.
+
+        Where one of them steps nevertheless, it is expected again.
+        """
+        held = _held([optimizer])
+        for other in self._known:
+            if other not in self._stepped and _held([other]) & self._ids <= held:
+                self._known.discard(other)
+
+    def _look(self):
+        """Notes which parameters require a gradient: one that is frozen now may be trained in turn with others."""
+        self._trainable &= self._ids
+        self._trainable.update(id(p) for p in self._parameters if p.requires_grad)
 
 
 def _groups(optimizer: Optimizer) -> list[Sequence[Tensor]]:
     """The parameters of each group of an optimizer, of which someone else's may lack any."""
     groups: Any = getattr(optimizer, "param_groups", ())
     return [group.get("params", ()) for group in groups]
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    return (p for params in _groups(optimizer) for p in params)
+
+
+def _held(optimizers: Iterable[Optimizer]) -> set[int]:
+    return {id(p) for o in optimizers for p in _parameters(o)}
+
+
+def _share(one: Optimizer, other: Optimizer) -> bool:
+    """Whether two optimizers hold a parameter in common."""
+    held = _held([one])
+    return any(id(p) in held for p in _parameters(other))
+
+
+def _has_hooks(optimizer: Optimizer) -> bool:
+    """Whether torch calls the hooks when an optimizer steps; `Optimizer.__init__` sees to that."""
+    return getattr(type(optimizer).step, "hooked", False)
+
+
+def _skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer, which is called even where its scaler skips the step, did nothing."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return isinstance(found_inf, Tensor) and found_inf.device.type == "cpu" and bool(found_inf.item())
+
+
+def _is_idle(optimizer: Optimizer) -> bool:
+    """Whether all learning rates and all gradients of an optimizer are zero, so that its step changes no weight.
+
+    `torch.distributed.checkpoint.state_dict` takes such a step, before the first one, to make an optimizer's state. A
+    warm-up from zero has gradients. They are read only where all rates are zero: reading them waits for a GPU.
+    """
+    groups: Any = getattr(optimizer, "param_groups", ())
+    if not groups or not all(_is_zero_rate(group.get("lr")) for group in groups):
+        return False
+    return all(p.grad is None or _is_zero(p.grad) for p in _parameters(optimizer))
+
+
+def _is_zero_rate(rate: Any) -> bool:
+    """Whether a learning rate is zero; one on a device, which only a person puts there, is taken not to be."""
+    if isinstance(rate, Tensor):
+        return rate.device.type == "cpu" and not rate.any()
+    return rate == 0
+
+
+def _is_zero(gradient: Tensor) -> bool:
+    """Whether all entries of a gradient are zero, those that other ranks hold included."""
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    total: Any = values.detach().abs().sum()
+    if hasattr(total, "full_tensor"):  # a DTensor: ranks must agree
+        total = total.full_tensor()
+    return not torch.count_nonzero(total).item()

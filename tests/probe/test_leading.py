@@ -17,7 +17,7 @@ def records(dtype, scales):
     own = torch.Generator().manual_seed(0)
     model = torch.nn.Linear(30, 20, bias=False, dtype=dtype)
     W = torch.randn(20, 30, dtype=dtype, generator=own)
-    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.0), []
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=1.0), []
     with torch.no_grad():
         model.weight.copy_(W)
     probe = sosd_fast.track(model, optimizer, method="topk", k=4, budget=0.9, on_record=found.append)
