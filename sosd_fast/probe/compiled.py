@@ -71,12 +71,15 @@ def compilable(hook: Hook, is_step: Callable[[types.CodeType], bool], mailbox: M
 
 def _label(is_step: Callable[[types.CodeType], bool]) -> str | None:
     """A new name for a step in a graph that must stay whole, as with fullgraph=True; None where it may be broken."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    tx: Any = InstructionTranslator.current_tx()
-    if not (tx.one_graph or getattr(tx, "error_on_graph_break", False)):
+        tx: Any = InstructionTranslator.current_tx()
+        if not (tx.one_graph or getattr(tx, "error_on_graph_break", False)):
+            return None
+        depth, tx = 0, tx.output.current_tx
+        while tx is not None:  # from the code being traced to its callers
+            depth, tx = depth + is_step(tx.f_code), tx.parent
+    except (AttributeError, ImportError):  # another version of dynamo, whose whole graphs cannot be followed
         return None
-    depth, tx = 0, tx.output.current_tx
-    while tx is not None:  # from the code being traced to its callers
-        depth, tx = depth + is_step(tx.f_code), tx.parent
     return f"step_{depth}_{next(_numbers)}"

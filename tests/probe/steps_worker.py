@@ -1,4 +1,4 @@
-"""Run by test_steps.py under torchrun: ranks agree on what a step is, also one that holds no row of a matrix."""
+"""Run by test_steps.py on three ranks: ranks agree on what a step is, also one that holds no row of a matrix."""
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ dist.init_process_group("gloo")
 ranks = dist.get_world_size()
 for idle in (True, False):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 1, bias=False))
+    model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 2, bias=False))
     fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     probe = sosd_fast.track(model, method="full")
@@ -23,7 +23,7 @@ for idle in (True, False):
     for step in range(3):
         optimizer.param_groups[0]["lr"] = 0.01 * step  # a warm-up from zero
         model(torch.ones(2, 6)).square().sum().backward()
-        model[0].weight.grad = None  # the other has one row, and ranks that hold nothing of its gradient
+        model[0].weight.grad = None  # the other has two rows, and a rank that holds nothing of its gradient
         optimizer.step()
         optimizer.zero_grad()
     probe.close()

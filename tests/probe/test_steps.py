@@ -1,6 +1,5 @@
 """A training step is what a person calls one: counts, and when weights are read, however optimizers are arranged."""
 
-import random
 import threading
 from pathlib import Path
 
@@ -10,8 +9,6 @@ from arranged import (
     ARRANGED,
     Containing,
     Inheriting,
-    Prepared,
-    Twice,
     Wrapping,
     backward,
     model,
@@ -19,8 +16,8 @@ from arranged import (
     sigma_max,
     steps_of,
 )
+from prepared import run_ranks
 from torch import nn
-from torchrun import torchrun
 
 import sosd_fast
 
@@ -349,71 +346,5 @@ def test_the_walk_up_the_stack_stops_at_hooks_of_our_own():
 
 
 def test_ranks_agree_on_what_a_step_is():
-    done = torchrun(2, Path(__file__).with_name("steps_worker.py"))
-    assert done.returncode == 0 and done.stdout.count("the ranks agree") == 2, done.stdout
-
-
-class Raising(Wrapping):
-    """Ends with an error before anything is changed."""
-
-    def step(self):
-        raise RuntimeError("no luck")
-
-
-def arrangement(own, groups):
-    """Optimizers of parameters, one or more, each inheriting, wrapped or contained in another at random."""
-
-    def wrap(optimizer, depth):
-        how = own.choice(["plain", "wrapping", "containing", "without parameters", "prepared"])
-        if depth == 0 or how == "plain":
-            return optimizer
-        if how == "wrapping":
-            return wrap(Wrapping(optimizer), depth - 1)
-        if how == "prepared":
-            return wrap(Prepared(optimizer), depth - 1)
-        return wrap(Containing([optimizer], own=how == "without parameters"), depth - 1)
-
-    kinds = (sgd, torch.optim.AdamW, lambda p: Inheriting(p, lr=0.01), lambda p: Twice(p, lr=0.01))
-    return [wrap(own.choice(kinds)(group), own.randrange(3)) for group in groups]
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_any_arrangement_counts_the_outermost_calls_and_leaves_training_alone(seed):
-    def run(tracked):
-        own = random.Random(seed)
-        torch.manual_seed(seed)
-        net = nn.Sequential(*(nn.Linear(5, 5, bias=own.random() < 0.3) for _ in range(own.randrange(1, 5))))
-        layers = list(net)
-        own.shuffle(layers)
-        cut = own.randrange(len(layers)) if own.random() < 0.6 else 0
-        held = [[p for layer in part for p in layer.parameters()] for part in (layers[:cut], layers[cut:]) if part]
-        optimizers = arrangement(own, held)
-        every = [1, own.choice([1, 1, 2, 3])][: len(optimizers)]
-        freeze = own.random() < 0.4
-        own.choice([every.reverse, lambda: None])()
-        given = own.choice([None, optimizers])
-        probe = sosd_fast.track(net, given, method="full", audit=False) if tracked else None
-        rounds = own.randrange(1, 9)
-        for i in range(rounds):
-            failing = own.random() < 0.2
-            for n, (optimizer, group) in enumerate(zip(optimizers, held, strict=True)):
-                if (i + 1) % every[n]:
-                    continue
-                for p in net.parameters() if freeze else ():
-                    p.requires_grad_(any(p is q for q in group))
-                net(torch.ones(2, 5)).square().mean().backward()
-                if failing:
-                    with pytest.raises(RuntimeError):
-                        Raising(optimizer).step()
-                optimizer.step()
-                net.requires_grad_(True)
-                net.zero_grad()
-        if tracked:
-            probe.close()
-            assert probe.step_count == rounds, (every, freeze, [type(o).__name__ for o in optimizers])
-            for m in probe.matrices:
-                assert steps_of(probe, m.name) == list(range(rounds + 1))
-                assert probe.latest()[m.name].sigma_max == pytest.approx(sigma_max(m.parameter), rel=1e-4)
-        return [p.detach().clone() for p in net.parameters()]
-
-    assert all(torch.equal(a, b) for a, b in zip(run(False), run(True), strict=True))
+    done = run_ranks(3, Path(__file__).with_name("steps_worker.py"))
+    assert done.returncode == 0 and done.stdout.count("the ranks agree") == 3, done.stdout + done.stderr
