@@ -122,14 +122,14 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (G,) = ctx.saved_tensors
         dtype = torch.promote_types(G.dtype, torch.float32)
         power = kernels.power_of_two(kernels.largest_entry(G).to(dtype))
         with kernels.full_precision(G.device.type), torch.enable_grad():
             scaled = (G.detach().to(dtype) / power).requires_grad_()  # whose squares stay in range
             X = newton_schulz_ref(scaled, ctx.triples, ctx.eps / power)
-            (found,) = torch.autograd.grad(X, scaled, grad.to(dtype))
+            (found,) = torch.autograd.grad(X, scaled, grad_outputs[0].to(dtype))
         return (found / power).to(G.dtype), None, None, None, None
 
 

@@ -153,8 +153,7 @@ def _check_group(group: dict):
         )
     if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
         raise ValueError(
-            f"Muon: expected original or match_rms_adamw, got adjust_lr_fn={group['adjust_lr_fn']!r}. "
-            "Leave it at None."
+            f"Muon: expected original or match_rms_adamw, got adjust_lr_fn={group['adjust_lr_fn']!r}. Leave it at None."
         )
     for p in group["params"]:
         if p.ndim != 2:

@@ -127,8 +127,8 @@ def track(
     partitioned = _partitioned(model)
     if partitioned and not any(p.ndim >= 2 and p.numel() for p in model.parameters()):
         raise ValueError(
-            f"track: expected whole parameters, got model={type(model).__name__}, whose {partitioned[0]} and others are "
-            f"{_ZERO_3}. Use stage 2, or measure the checkpoints: python -m sosd_fast analyze."
+            f"track: expected whole parameters, got model={type(model).__name__}, whose {partitioned[0]} "
+            f"and others are {_ZERO_3}. Use stage 2, or measure the checkpoints: python -m sosd_fast analyze."
         )
     this = weakref.ref(model)
     said: dict[str, str] = {}
@@ -171,8 +171,10 @@ _ZERO_3 = "partitioned by DeepSpeed's ZeRO stage 3"
 
 
 def _partitioned(model: nn.Module) -> list[str]:
-    """The names of parameters whose values DeepSpeed's ZeRO stage 3 has taken away, and gathers while they are used."""
-    return [name for name, p in model.named_parameters() if not p.numel() and hasattr(p, "ds_shape") and len(p.ds_shape) > 1]
+    """The names of parameters that hold no values, for DeepSpeed's ZeRO stage 3 gathers these while they are used."""
+    return [
+        name for name, p in model.named_parameters() if len(getattr(p, "ds_shape", ())) > 1 and not p.numel()
+    ]  # fmt: skip
 
 
 def _left_out(model: nn.Module, measured: Sequence[Tensor], unreadable: Mapping[str, str]) -> dict[str, str]:

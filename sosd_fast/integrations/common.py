@@ -106,7 +106,9 @@ class AttachedProbe:
         if step == 0 and self.probe is not None and self.probe.step_count > 0:
             self._runs += 1
             if self.run_dir is not None:
-                log.warning("sosd_fast: another training begins with this callback; it is recorded in %s.", self.directory)
+                log.warning(
+                    "sosd_fast: another training begins with this callback; it is recorded in %s.", self.directory
+                )
         self.probe, self._told, self._hold = None, step if told is None else told, True
         group = dist.group.WORLD if ranks > 1 else None
         if group is not None:  # counts where the parameters are not sharded
@@ -146,8 +148,8 @@ class AttachedProbe:
     def _seen(probe: Probe, optimizers: Iterable[Any]) -> bool:
         """Whether steps of torch.optim change the weights, which let measurements on a GPU read them before.
 
-        The state that an optimizer keeps of a weight shows that it has stepped: one that updates weights in the backward
-        pass, or copies of them, has none, nor has plain SGD, after which the next forward pass waits.
+        The state that an optimizer keeps of a weight shows that it has stepped. One that updates weights in the
+        backward pass, or copies of them, has none, nor has plain SGD: the next forward pass waits then.
         """
         changed: set[int] = set()
         for optimizer in optimizers:

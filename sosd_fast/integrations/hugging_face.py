@@ -6,6 +6,7 @@ Trainer(..., callbacks=[HuggingFaceCallback(run_dir="runs/a")])
 import copy
 import logging
 import sys
+from typing import Any
 
 from sosd_fast.integrations.common import METRICS, AttachedProbe, of_all_processes, scalars
 
@@ -95,7 +96,7 @@ def _loggers() -> list[TrainerCallback]:
     """
     kinds, frame = tuple(INTEGRATION_TO_CALLBACK.values()), sys._getframe(1)
     while frame is not None:
-        handler = frame.f_locals.get("self")
+        handler: Any = frame.f_locals.get("self")
         if isinstance(handler, CallbackHandler):
             return [callback for callback in handler.callbacks if isinstance(callback, kinds)]
         frame = frame.f_back

@@ -104,11 +104,11 @@ class _Differentiable(torch.autograd.Function):
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:  # of S and of the bound, which has none
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # of S and of the bound, which has none
         (W,) = ctx.saved_tensors
         finite = W.isfinite().all(-1).all(-1)[..., None, None]
         U, _, Vh = torch.linalg.svd(torch.where(finite, W, 0).to(_returned(W.dtype)), full_matrices=False)
-        product = (U * grads[0][..., None, :]) @ Vh
+        product = (U * grad_outputs[0][..., None, :]) @ Vh
         return torch.where(finite, product, torch.nan).to(W.dtype), None
 
 

@@ -31,7 +31,7 @@ class FlatMasters(torch.optim.Optimizer):
         super().__init__([self.flat], {"lr": lr})
         self.inner = torch.optim.AdamW([self.flat], lr=lr)
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self, set_to_none=True):  # noqa: ARG002
         for p in self.weights:
             p.grad = None
 
@@ -149,7 +149,9 @@ def test_a_resumed_training_goes_on(tmp_path):
     callback = HuggingFaceCallback(run_dir=tmp_path / "a", method="full")
     options = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
     hugging_face(llama(), tmp_path, [callback], 4, **options).train()
-    hugging_face(llama(), tmp_path, [callback], 6, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    hugging_face(llama(), tmp_path, [callback], 6, **options).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-3")
+    )
     assert steps(tmp_path / "a") == list(range(7)) and not (tmp_path / "a/fit-2").exists()
 
 
@@ -171,7 +173,9 @@ def test_the_loggers_of_the_trainer_get_the_metrics(tmp_path, monkeypatch):
     (folder,) = {path.parent for path in (tmp_path / "tb").rglob("events*") if path.stat().st_size > 2000}
     events = EventAccumulator(str(folder))
     events.Reload()
-    found = {(e.step, key): e.value for key in events.Tags()["scalars"] if "spectra" in key for e in events.Scalars(key)}
+    found = {
+        (e.step, key): e.value for key in events.Tags()["scalars"] if "spectra" in key for e in events.Scalars(key)
+    }
     assert found == pytest.approx(expected, rel=1e-6) and any(".weight.q/" in key for _, key in expected)
 
     mlflow.set_tracking_uri(f"file:{tmp_path}/mlruns")
@@ -179,12 +183,14 @@ def test_the_loggers_of_the_trainer_get_the_metrics(tmp_path, monkeypatch):
     client = mlflow.MlflowClient()
     for (step, key), value in expected.items():
         key = key if key in run.data.metrics else key.removeprefix("train/")
-        assert any(m.step == step and m.value == pytest.approx(value) for m in client.get_metric_history(run.info.run_id, key))
+        assert any(
+            m.step == step and m.value == pytest.approx(value) for m in client.get_metric_history(run.info.run_id, key)
+        )
     assert all(len(line) < 20 for line in trainer.state.log_history), "the console stays readable"
 
 
 class Broken(TensorBoardCallback):
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ARG002
         if any("spectra" in key for key in logs or {}):
             raise ConnectionError("no network")
 

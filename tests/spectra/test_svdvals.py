@@ -293,7 +293,9 @@ def test_the_gradient_is_that_of_torch(dtype):
     (S * weights).sum().backward()
     (torch.linalg.svdvals(theirs) * weights).sum().backward()
     assert ours.grad.dtype == dtype and ours.grad[1].isnan().all()
-    torch.testing.assert_close(ours.grad[::2].double(), theirs.grad, rtol=0, atol=16 * max(torch.finfo(dtype).eps, 1e-7))
+    torch.testing.assert_close(
+        ours.grad[::2].double(), theirs.grad, rtol=0, atol=16 * max(torch.finfo(dtype).eps, 1e-7)
+    )
     assert not sosd_fast.svdvals(given).requires_grad
     with torch.no_grad():
         assert not sosd_fast.svdvals(ours).requires_grad
