@@ -207,9 +207,7 @@ class Probe(View):
     def _follow_changes(self):
         """Takes up changes of the model before the weights change."""
         if (new := self._take_up_changes()) is not None:
-            found, latest = self._measure(Plan(new, []))[0], self._recorder.latest
-            # A matrix that was resized since has its record of this step.
-            self._recorder.add([m for m in found if m.name not in latest or latest[m.name].step < m.step])
+            self._recorder.add(self._measure(Plan(new, []))[0])
             self._calibrate()
 
     def _take_up_changes(self) -> list[int] | None:
