@@ -558,13 +558,12 @@ def test_parameters_that_are_cast_or_resized_midway(change, method, caplog):
     assert len(said) == 1 and "emb.weight" in said[0] and ("head.weight" in said[0]) != resized
     for name in ("emb.weight", "head.weight"):
         found = [r for r in probe.records() if r.name == name]
-        assert [r.step for r in found] == list(range(7))
-        assert all(r.shape == tuple(net.get_parameter(name).shape) for r in found[4:])
+        steps = [r.step for r in found]
+        assert sorted(set(steps)) == list(range(7)) and len(steps) - 7 <= resized  # of step 3 before and after, at most
+        assert all(r.shape == tuple(net.get_parameter(name).shape) for r in found if r.step >= 4)
         truth = torch.linalg.svdvals(net.get_parameter(name).detach().double())
         assert found[-1].sigma_max == pytest.approx(truth[0].item(), rel=1e-4)
-        moved = [r.sd_variation if method != "topk" else r.sd_variation_topk for r in found]
-        assert all(v is None or v > 0 for v in moved), "not what did not move: the same weights measured twice"
+        moved = {r.step: r.sd_variation if method != "topk" else r.sd_variation_topk for r in found}
+        assert all(v is None or v > 0 for v in moved.values()), "not what did not move: the same weights measured twice"
         if name == "head.weight" or not resized:
             assert all(moved[step] is not None for step in ((3, 6) if method == "auto" else (3, 5, 6)))
-        if resized and name == "emb.weight":
-            assert found[4].interval is None
