@@ -18,6 +18,7 @@ import statistics
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sosd_fast import kernels
 from sosd_fast.kernels import Backend
@@ -57,7 +58,8 @@ def newton_schulz(
         eps: the smallest Frobenius norm that is divided by: a smaller G is divided by eps, and its X stays small.
 
     Returns:
-        X, the shape and dtype of G; computed in the dtype of G, or float16 for bfloat16 on CUDA.
+        X, the shape and dtype of G; computed in the dtype of G, or float16 for bfloat16 on CUDA. Differentiable: the
+        backward pass computes the iteration again by torch's operations, at least in float32, and differentiates it.
 
     On CUDA in half precision the first call on a shape waits for the device, to time the candidates.
 
@@ -102,7 +104,33 @@ def newton_schulz(
         form = "gram" if long >= 2 * short and G.dtype not in HALF else "plain"
     else:
         form = method
-    return iterate(G.detach(), triples, eps, form, symmetric)
+    differentiate = torch.is_grad_enabled() and G.requires_grad
+    return (_Differentiable.apply if differentiate else iterate)(G, triples, eps, form, symmetric)
+
+
+class _Differentiable(torch.autograd.Function):
+    """`iterate`, and the derivative of `newton_schulz_ref`."""
+
+    @staticmethod
+    def forward(G: Tensor, triples, eps: float, form: str, symmetric: bool) -> Tensor:
+        return iterate(G.detach(), triples, eps, form, symmetric)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # noqa: ARG004
+        ctx.save_for_backward(inputs[0])
+        ctx.triples, ctx.eps = inputs[1:3]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (G,) = ctx.saved_tensors
+        dtype = torch.promote_types(G.dtype, torch.float32)
+        power = kernels.power_of_two(kernels.largest_entry(G).to(dtype))
+        with kernels.full_precision(G.device.type), torch.enable_grad():
+            scaled = (G.detach().to(dtype) / power).requires_grad_()  # whose squares stay in range
+            X = newton_schulz_ref(scaled, ctx.triples, ctx.eps / power)
+            (found,) = torch.autograd.grad(X, scaled, grad_outputs[0].to(dtype))
+        return (found / power).to(G.dtype), None, None, None, None
 
 
 def iterate(G: Tensor, triples, eps: float, form: str, symmetric: bool) -> Tensor:
@@ -194,8 +222,8 @@ def fastest_form(shape, dtype: torch.dtype, device: torch.device, steps: int, fo
     return min(candidates, key=lambda c: statistics.median(times[c]))
 
 
-def newton_schulz_ref(G: Tensor, triples, eps: float = 1e-7) -> Tensor:
-    """`newton_schulz` in plain torch, one triple (a, b, c) a step."""
+def newton_schulz_ref(G: Tensor, triples, eps: float | Tensor = 1e-7) -> Tensor:
+    """`newton_schulz` in plain torch, one triple (a, b, c) a step; `eps` of each matrix, or of all."""
     X = G.mT if G.shape[-2] > G.shape[-1] else G
     X = X / torch.linalg.matrix_norm(X, keepdim=True).clamp(min=eps)
     for a, b, c in triples:

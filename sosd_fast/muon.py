@@ -19,7 +19,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups; each a matrix. Embeddings, heads and gains belong to another optimizer.
-        lr: learning rate.
+        lr: learning rate, a number or a tensor of one element.
         weight_decay: decoupled, as in AdamW.
         momentum: of the running mean of gradients.
         nesterov: look ahead by one gradient.
@@ -35,7 +35,8 @@ class Muon(torch.optim.Optimizer):
     the gradient; torch's runs in bfloat16.
 
     Raises:
-        ValueError: a parameter that is no matrix, rows that split does not divide, or an unknown adjust_lr_fn.
+        ValueError: a parameter that is no matrix, rows that split does not divide, an option out of its range, or, at
+            a step, sparse gradients.
 
     Source: Jordan et al., Muon (2024); Liu et al., Muon is Scalable (arXiv 2502.16982) for match_rms_adamw.
     """
@@ -53,15 +54,6 @@ class Muon(torch.optim.Optimizer):
         adjust_lr_fn: str | None = None,
         split: int = 1,
     ):
-        if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
-            raise ValueError(
-                f"Muon: expected lr >= 0, weight_decay >= 0, 0 <= momentum < 1, got lr={lr}, "
-                f"weight_decay={weight_decay}, momentum={momentum}. Start from lr=0.02, momentum=0.95."
-            )
-        if adjust_lr_fn not in (None, "original", "match_rms_adamw"):
-            raise ValueError(
-                f"Muon: expected original or match_rms_adamw, got adjust_lr_fn={adjust_lr_fn!r}. Leave it at None."
-            )
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -76,20 +68,13 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group):
-        """Adds a group of matrices."""
+        """Adds a group of matrices; one that is refused leaves the optimizer as it was."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for p in group["params"]:
-            if p.ndim != 2:
-                raise ValueError(
-                    f"Muon: expected matrices, got a parameter of shape {tuple(p.shape)}. "
-                    "Give gains, biases and kernels to AdamW."
-                )
-            if group["split"] < 1 or p.shape[0] % group["split"]:
-                raise ValueError(
-                    f"Muon: expected a number of parts that divides {p.shape[0]} rows, got split={group['split']}. "
-                    "Give parameters that hold one matrix a group with split=1."
-                )
+        try:
+            _check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def __setstate__(self, state):
         """Takes up a state that was saved before there was `split`."""
@@ -104,6 +89,12 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if p.grad.layout != torch.strided:  # before anything is updated
+                raise ValueError(
+                    f"Muon: expected dense gradients, got one of layout {p.grad.layout} for a parameter of shape "
+                    f"{tuple(p.shape)}. Give embeddings with sparse=True to SparseAdam."
+                )
         for group in self.param_groups:
             alike: dict[object, list[Tensor]] = {}
             for p in group["params"]:
@@ -139,10 +130,42 @@ class Muon(torch.optim.Optimizer):
             updates = list(orthogonalise(torch.stack(updates)).unbind(0))
         ratio = 0.2 * math.sqrt(max(m, n)) if group["adjust_lr_fn"] == "match_rms_adamw" else math.sqrt(max(1, m / n))
         local = [_local(p) for p in params]
-        torch._foreach_mul_(local, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(
-            local, [u.to(p.dtype) for u, p in zip(updates, local, strict=True)], alpha=-group["lr"] * ratio
+        updates = [u.to(p.dtype) for u, p in zip(updates, local, strict=True)]
+        lr = group["lr"]
+        if isinstance(lr, Tensor):  # its value is not read, which would wait for a GPU
+            lr = lr.reshape(()).to(local[0].device)
+            torch._foreach_mul_(local, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(local, torch._foreach_mul(updates, -lr * ratio))
+        else:
+            torch._foreach_mul_(local, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(local, updates, alpha=-lr * ratio)
+
+
+def _check_group(group: dict):
+    """Raises ValueError for a group that cannot be updated."""
+    lr, weight_decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"Muon: expected one learning rate, got lr of shape {tuple(lr.shape)}. Give each its group.")
+    if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
+        raise ValueError(
+            f"Muon: expected lr >= 0, weight_decay >= 0, 0 <= momentum < 1, got lr={lr}, "
+            f"weight_decay={weight_decay}, momentum={momentum}. Start from lr=0.02, momentum=0.95."
         )
+    if group["adjust_lr_fn"] not in (None, "original", "match_rms_adamw"):
+        raise ValueError(
+            f"Muon: expected original or match_rms_adamw, got adjust_lr_fn={group['adjust_lr_fn']!r}. Leave it at None."
+        )
+    for p in group["params"]:
+        if p.ndim != 2:
+            raise ValueError(
+                f"Muon: expected matrices, got a parameter of shape {tuple(p.shape)}. "
+                "Give gains, biases and kernels to AdamW."
+            )
+        if group["split"] < 1 or p.shape[0] % group["split"]:
+            raise ValueError(
+                f"Muon: expected a number of parts that divides {p.shape[0]} rows, got split={group['split']}. "
+                "Give parameters that hold one matrix a group with split=1."
+            )
 
 
 def _local(t: Tensor) -> Tensor:

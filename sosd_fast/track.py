@@ -88,7 +88,8 @@ def track(
         The `Probe`; keep it to read the records, or not.
 
     Raises:
-        ValueError: a model without matrices or without any that can be measured, or a bad argument.
+        ValueError: a model without matrices or without any that can be measured, among them one that DeepSpeed's ZeRO
+            stage 3 partitioned, or a bad argument.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"track: expected an nn.Module, got model={type(model).__name__}. Pass the model itself.")
@@ -129,6 +130,12 @@ def track(
         raise ValueError(
             f"track: expected weights, got model={type(model).__name__} on the meta device. Track it later."
         )
+    partitioned = _partitioned(model)
+    if partitioned and not any(p.ndim >= 2 and p.numel() for p in model.parameters()):
+        raise ValueError(
+            f"track: expected whole parameters, got model={type(model).__name__}, whose {partitioned[0]} "
+            f"and others are {_ZERO_3}. Use stage 2, or measure the checkpoints: python -m sosd_fast analyze."
+        )
     this = weakref.ref(model)
     said: dict[str, str] = {}
 
@@ -139,6 +146,8 @@ def track(
         left_out: dict[str, str] = {}
         unreadable: dict[str, str] = {}
         found = share(model, find_matrices(model, include, exclude, split, left_out, unreadable))
+        for name in _partitioned(model):
+            left_out[name] = unreadable[name] = f"is {_ZERO_3}"
         new = {name: why for name, why in unreadable.items() if name not in said}
         if new:
             said.update(new)
@@ -164,3 +173,13 @@ def track(
     probe = Probe(this, find, optimizers, settings)
     probes_of.setdefault(model, []).append(probe)  # lives as long as the model does
     return probe
+
+
+_ZERO_3 = "partitioned by DeepSpeed's ZeRO stage 3"
+
+
+def _partitioned(model: nn.Module) -> list[str]:
+    """The names of parameters that hold no values, for DeepSpeed's ZeRO stage 3 gathers these while they are used."""
+    return [
+        name for name, p in model.named_parameters() if len(getattr(p, "ds_shape", ())) > 1 and not p.numel()
+    ]  # fmt: skip

@@ -133,3 +133,38 @@ def test_the_size_of_gradients_does_not_matter(dtype):
     for update in updates:
         torch.testing.assert_close(update, updates[0], rtol=1e-5, atol=1e-5)
     assert (torch.linalg.svdvals(updates[0].double()) > 0.5).all()
+
+
+def test_a_refused_group_leaves_no_trace():
+    kept, refused = (torch.nn.Parameter(torch.ones(6, 4)) for _ in range(2))
+    optimizer = sosd_fast.Muon([kept], lr=0.1)
+    for group in (
+        {"params": [refused, torch.nn.Parameter(torch.ones(3))]},
+        {"params": [refused], "split": 4},
+        {"params": [refused], "adjust_lr_fn": "rms"},
+        {"params": [refused], "lr": -1.0},
+        {"params": [refused], "lr": torch.ones(2)},
+    ):
+        with pytest.raises(ValueError, match="Muon: expected"):
+            optimizer.add_param_group(group)
+        assert [g["params"] for g in optimizer.param_groups] == [[kept]]
+    kept.grad, refused.grad = torch.ones(6, 4), torch.ones(6, 4)
+    optimizer.step()
+    assert torch.equal(refused, torch.ones(6, 4)) and not torch.equal(kept, refused)
+    optimizer.add_param_group({"params": [refused]})  # it was not taken for one that is there
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+def test_a_tensor_as_learning_rate(shape):
+    by_tensor = train(sosd_fast.Muon, lr=torch.full(shape, 0.02, dtype=torch.float64))
+    torch.testing.assert_close(by_tensor, train(sosd_fast.Muon, lr=0.02), rtol=1e-5, atol=1e-6)
+
+
+def test_sparse_gradients_are_refused_before_anything_is_updated():
+    other, embedding = torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Embedding(6, 4, sparse=True)
+    optimizer = sosd_fast.Muon([other, embedding.weight])
+    other.grad = torch.ones(3, 3)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match="Muon: expected dense gradients, got one of layout torch.sparse_coo"):
+        optimizer.step()
+    assert torch.equal(other, torch.ones(3, 3))

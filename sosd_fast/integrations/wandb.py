@@ -3,6 +3,7 @@
 sosd_fast.track(model, on_record=WandbWriter(wandb.init(...)))
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,21 +12,31 @@ import torch.distributed as dist
 from sosd_fast.integrations.common import METRICS, scalars
 from sosd_fast.runs.records import Record
 
+UNSAVED_STEPS = 100  # without a row of the loop's, before a message says so; some loops log each 50 steps
+
+log = logging.getLogger("sosd_fast")
+
 
 class WandbWriter:
-    """An `on_record` function that writes to Weights & Biases, against a step of its own, spectra/step.
+    """An `on_record` function that writes to Weights & Biases, against a metric of its own, spectra/step.
 
-    A step's values go into one row, which the next step, or the end of the W&B run, completes.
+    W&B drops a row whose step lies behind the one it has reached, so the writer never moves W&B's step: it adds to the
+    row that is open, and `run.log` of the training loop closes it, with or without `step=`. Where the loop logs at
+    every step, so are the spectra; where it logs more rarely, each row has the spectra of the last step before it.
 
     Args:
         run: what wandb.init returned; None takes the run that is active when the first record comes. Of several
             processes those without one write nothing, except the first, which must have one.
         metrics: fields of `Record`.
+        own_rows: give each step a row, for loops that log nothing themselves, or that never pass `step=`: the rows move
+            W&B's step on.
     """
 
-    def __init__(self, run: Any = None, metrics: Sequence[str] = METRICS):
+    def __init__(self, run: Any = None, metrics: Sequence[str] = METRICS, *, own_rows: bool = False):
         self._run: Any = run
-        self._metrics, self._step = metrics, None
+        self._metrics, self._own_rows = metrics, own_rows
+        self._step: int | None = None
+        self._at, self._unsaved = None, 0  # W&B's step, and steps since it moved
 
     def __call__(self, record: Record):
         """Writes one record."""
@@ -43,6 +54,19 @@ class WandbWriter:
             self._run.define_metric("spectra/step", hidden=True)
             self._run.define_metric("spectra/*", step_metric="spectra/step")
         elif self._step != record.step:
-            self._run.log({}, commit=True)
+            self._next_step()
         self._step = record.step
         self._run.log({"spectra/step": record.step} | scalars(record, self._metrics), commit=False)
+
+    def _next_step(self):
+        if self._own_rows:
+            self._run.log({}, commit=True)
+            return
+        self._unsaved = self._unsaved + 1 if self._at == self._run.step else 0
+        self._at = self._run.step
+        if self._unsaved == UNSAVED_STEPS:
+            log.warning(
+                "sosd_fast: W&B's row stayed open for %d steps, and keeps the spectra of the last step only. Call "
+                "run.log in the loop, or pass own_rows=True to WandbWriter where the loop logs nothing.",
+                UNSAVED_STEPS,
+            )

@@ -1,9 +1,9 @@
 """The matrices of a model that a probe follows."""
 
+import itertools
 import logging
 import weakref
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -17,6 +17,12 @@ from sosd_fast.probe.state import MatrixState, form_of
 _LOOK_EVERY = 20  # steps
 
 log = logging.getLogger("sosd_fast")
+
+
+def some(names: Collection[str], most: int = 4) -> str:
+    """Returns the first names, and how many there are where there are more."""
+    first = ", ".join(itertools.islice(names, most))
+    return first if len(names) <= most else f"{first}, ... ({len(names)})"
 
 
 class Found(NamedTuple):
@@ -112,9 +118,12 @@ class FollowedMatrices:
         alone = share.ranks == 1 and share.group is None  # ranks may exchange matrices
         missing = [t for t in self.states if t.name not in names] if alone else []
         unreadable = [t for t in missing if id(t.matrix.parameter) in hidden]
-        known = {(t.name, t.shape): t for t in self.states}
+        known, names_before = {(t.name, t.shape): t for t in self.states}, {t.name for t in self.states}
         self.states = [known.get((m.name, shape_of(m))) or self._make(m) for m in share.matrices]
+        other_form: list[str] = []
         for t, m in zip(self.states, share.matrices, strict=True):
+            if (t.name in names_before) if t.form is None else (t.form[1] != m.parameter.dtype):
+                other_form.append(t.name)
             t.follow(m)
         for t in unreadable:
             t.follow(t.matrix)
@@ -126,7 +135,14 @@ class FollowedMatrices:
         followed = set(map(id, known.values()))
         new = [t.place for t in self.states if id(t) not in followed]
         if step is not None:
-            log.info("sosd_fast: %d more matrices are measured from step %d on.", len(new), step)
+            if more := [self.states[place].name for place in new if self.states[place].name not in names_before]:
+                log.info("sosd_fast: %d more matrices are measured from step %d on.", len(more), step)
+            if other_form:
+                log.warning(
+                    "sosd_fast: %s got another shape or dtype after step %d; measured as they are now from there on.",
+                    some(other_form),
+                    step,
+                )
             if gone := [t.name for t in missing if t not in unreadable]:
                 log.warning("sosd_fast: %s are no longer measured from step %d on.", ", ".join(gone), step)
         return new
@@ -139,12 +155,6 @@ class FollowedMatrices:
                 f"track: expected at least one matrix that can be measured, got {measurements[0].name}, which raises "
                 f"{type(error).__name__}: {error}. Exclude such parameters, or track the model when they can be read."
             ) from error
-
-    @property
-    def summary(self) -> str:
-        """How many matrices are followed, how many parameters are left out, and why."""
-        reasons = [f"{why} ({count})" for why, count in Counter(self.left_out.values()).items()]
-        return f"{len(self.states)} matrices" + (f", left out: {', '.join(reasons)}" if reasons else "")
 
     def refer(self, reference: str | Mapping[str, Any] | None):
         """Sets what cosines are taken to, after the first measurement; see `sosd_fast.track`.

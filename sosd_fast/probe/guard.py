@@ -42,6 +42,16 @@ class Guarded:
             finally:
                 self._lock.release()
 
+    def close(self):
+        """Detaches; closing twice is fine."""
+        self.detach()
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *error: object):
+        self.close()
+
     def leave_to_parent(self):
         """Detaches in a forked process, whose parent goes on; `detach` of the arguments is not called."""
         self._lock = threading.RLock()  # another thread of the parent may have held it

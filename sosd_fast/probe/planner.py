@@ -48,6 +48,7 @@ class Planner:
 
     Attributes:
         leading: places of the matrices whose leading values are followed.
+        seen: training steps so far, measured or not.
     """
 
     def __init__(self, method: str, k: int = 32, every: int = 1, budget: float = 0.01):
@@ -59,6 +60,7 @@ class Planner:
         self._planned: float | None = None  # when the last plan within the budget was made
         self._required: set[int] = set()  # to be measured in full at the next step, whatever the budget
         self._said_coverage = False
+        self.seen = 0
         self._steps, self._full_shares, self._leading_shares = 0, 0.0, 0.0
 
     def follow(self, shapes: Sequence[tuple[int, int]], rows: "RowShards | None" = None):
@@ -102,12 +104,13 @@ class Planner:
             now: seconds on a clock.
             step: its number.
         """
+        self.seen += 1
         if step % self._every or not self._count:
             return None
-        if self._budget is None:
+        if self._method != "auto":
             without = set(self.leading)
             plan = Plan([i for i in range(self._count) if i not in without], self.leading)
-        elif self._planned is None:  # how long a step takes is not known yet
+        elif self._budget is None or self._planned is None:  # what a measurement, or a step, takes is not known yet
             plan = Plan(list(range(self._count)), self.leading)
         else:
             plan = self._budget.plan(now - self._planned)
@@ -126,10 +129,9 @@ class Planner:
         return plan
 
     @property
-    def summary(self) -> str:
-        """The shares of the matrices that a step measures on average."""
-        full, leading = (100 * total / max(self._steps, 1) for total in (self._full_shares, self._leading_shares))
-        return f"measured each step: {full:.3g} % in full, {leading:.3g} % by leading values"
+    def shares(self) -> tuple[float, float] | None:
+        """The shares of the matrices that a measured step measures in full, and by leading values, on average."""
+        return (self._full_shares / self._steps, self._leading_shares / self._steps) if self._steps else None
 
     def charge(self, seconds: float):
         """Takes what measurements cost out of the budget."""

@@ -14,26 +14,26 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from sosd_fast.matrices import Matrix
 from sosd_fast.probe import hooks
 from sosd_fast.probe.account import Account
-from sosd_fast.probe.audit import Audit, Auditor
+from sosd_fast.probe.audit import Auditor
 from sosd_fast.probe.executor import ExecutorOf, executor_of
 from sosd_fast.probe.followed import FollowedMatrices, Found
-from sosd_fast.probe.guard import Guarded, guarded
+from sosd_fast.probe.guard import guarded
 from sosd_fast.probe.measurement import Measurement
 from sosd_fast.probe.measurer import Measurer, PendingStep
 from sosd_fast.probe.planner import Plan, Planner
 from sosd_fast.probe.recorder import Recorder, close_quietly, open_writer
 from sosd_fast.probe.settings import Settings
 from sosd_fast.probe.steps import StepDetector
+from sosd_fast.probe.view import View
 from sosd_fast.runs.records import Record, RunWriter
 
 log = logging.getLogger("sosd_fast")
 probes_of: "weakref.WeakKeyDictionary[nn.Module, list[Probe]]" = weakref.WeakKeyDictionary()
 
 
-class Probe(Guarded):
+class Probe(View):
     """Measures this rank's matrices; made by `track`.
 
     Attributes:
@@ -86,38 +86,10 @@ class Probe(Guarded):
         if hold:  # no hook tells when the weights change next
             self._measurer.hold()
 
-    def latest(self) -> dict[str, Record]:
-        """Returns the last record of each matrix, by name."""
-        return dict(self._recorder.latest)
-
     def records(self) -> list[Record]:
         """Returns the records in the order of steps: those in the run directory, or else the last 10,000."""
         self._settle()
         return self._recorder.records()
-
-    @property
-    def audits(self) -> deque[Audit]:
-        """The comparisons with float64, the last 10,000."""
-        return self._auditor.audits if self._auditor else deque()
-
-    @property
-    def matrices(self) -> list[Matrix]:
-        """The matrices that this rank measures."""
-        return [t.matrix for t in self._matrices.states]
-
-    @property
-    def seconds(self) -> float:
-        """The seconds spent in the probe since the first step, on the host and on GPUs."""
-        return self._account.seconds
-
-    @property
-    def overhead(self) -> float:
-        """The fraction of the time since the first step that was spent in the probe, on the host and on GPUs."""
-        return self._account.overhead
-
-    def __repr__(self) -> str:
-        overhead = f"overhead {100 * self.overhead:.2g} %{'' if self.alive else ', closed'}"
-        return f"Probe({self._matrices.summary}; {self.step_count} steps, {self._planner.summary}, {overhead})"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs for its records to go on as if it had not stopped; see `load_state_dict`."""
@@ -153,12 +125,6 @@ class Probe(Guarded):
             with contextlib.suppress(ValueError):  # closed before, or by another thread
                 probes_of.get(model, []).remove(self)
 
-    def __enter__(self) -> "Probe":
-        return self
-
-    def __exit__(self, *error: object):
-        self.close()
-
     @guarded
     def before_step(self, optimizer: Optimizer, outer: Sequence[Optimizer]):
         """Is told by the hooks that an optimizer is about to step, inside of the `step` of others."""
@@ -190,13 +156,15 @@ class Probe(Guarded):
         """Counts a training step, launches what is planned for it, and keeps the results that are there."""
         optimizers_changed = self._steps.finish()
         began = self.clock()
-        if self._matrices.changed(self.step_count) or optimizers_changed:
-            self._follow_changes()
+        changed = self._matrices.changed(self.step_count) or optimizers_changed
+        changed = changed and self._take_up_changes() is not None
         self.step_count += 1
         if plan := self._planner.plan(began, self.step_count):
             self._pending.append(self._measurer.launch(plan, self.step_count))
             self._collect()
             self._planner.charge(self._account.add_step(began, self.clock()))
+        if changed:  # after the step's own measurement, which is compared with the one of the step before
+            self._calibrate()
 
     def _collect(self, wait: bool = False):
         """Keeps the records of measurements that are there, in the order of steps."""
@@ -230,18 +198,31 @@ class Probe(Guarded):
             if self._recorder.writer and reference == "initial" and written is not None:
                 reference = self._recorder.writer.first_spectra()
         self._matrices.refer(reference)
+        self._calibrate()
+
+    def _calibrate(self):
+        self._collect(wait=True)
         self._planner.calibrate(lambda plan: self._measure(plan)[1], self._matrices.on_gpu)
 
     def _follow_changes(self):
-        """Takes up matrices that the model has gained or put in the place of others since the last step."""
+        """Takes up changes of the model before the weights change."""
+        if (new := self._take_up_changes()) is not None:
+            self._recorder.add(self._measure(Plan(new, []))[0])
+            self._calibrate()
+
+    def _take_up_changes(self) -> list[int] | None:
+        """Follows what the model has gained or put in the place of other matrices; None where nothing has changed.
+
+        Returns:
+            The places of the new ones, which are not measured yet; `_calibrate` must follow.
+        """
         if (found := self._matrices.search(self.step_count)) is None:
-            return
+            return None
         self._collect(wait=True)  # pending results count the matrices as they were
         new = self._matrices.take(found, self.step_count)
         self._steps.follow(self._matrices.share.parameters)
         self._planner.follow(self._matrices.shapes, self._matrices.rows)
-        self._recorder.add(self._measure(Plan(new, []))[0])
-        self._planner.calibrate(lambda plan: self._measure(plan)[1], self._matrices.on_gpu)
+        return new
 
 
 def _detach(key: int, steps: StepDetector, writer: RunWriter | None):

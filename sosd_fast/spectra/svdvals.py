@@ -44,6 +44,8 @@ class Spectra(NamedTuple):
 def svdvals(W: Tensor, *, method: str = "auto", return_bound: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Computes all singular values of a matrix or a batch of matrices.
 
+    Differentiable: dL/dW = U diag(dL/dS) V^T, whose U and V are computed by `torch.linalg.svd` in the backward pass.
+
     Args:
         W: (..., m, n), float64, float32, bfloat16 or float16, any strides. Not modified.
         method: "auto" (the cheapest precision that meets the bound), "gram32", "gram64", or "exact"
@@ -52,7 +54,8 @@ def svdvals(W: Tensor, *, method: str = "auto", return_bound: bool = False) -> T
 
     Returns:
         S, (..., min(m, n)), descending; float64 for float64 input, else float32. With `return_bound` the pair
-        (S, bound), both of that shape. A matrix that holds NaN or Inf gives NaN, and leaves the others as they are.
+        (S, bound), both of that shape; no gradient flows through the bound. A matrix that holds NaN or Inf gives NaN,
+        and leaves the others as they are.
 
     Accuracy:
         "auto": |SD - SD_true|_2 <= 1e-6 for SD = S / sum(S), because a precision stands only where its bound on that,
@@ -75,18 +78,43 @@ def svdvals(W: Tensor, *, method: str = "auto", return_bound: bool = False) -> T
         raise ValueError(
             f"svdvals: expected one of {', '.join(METHODS)}, got method={method!r}. Use 'auto' unless comparing."
         )
-    *batch, m, n = W.shape
-    dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
-    matrices = W.detach().reshape(-1, m, n).unbind(0)
-    if not matrices:
-        empty = torch.empty(*batch, min(m, n), dtype=dtype, device=W.device)
-        return (empty, empty.clone()) if return_bound else empty
-    found = spectra(matrices, method)
-    S = found.S.to(dtype).reshape(*batch, -1)
-    if not return_bound:
-        return S
-    rounding = torch.finfo(dtype).eps / 2 * found.S  # of the conversion to dtype
-    return S, (found.bound + rounding).to(dtype).reshape(S.shape)
+    S, bound = _Differentiable.apply(W, method)
+    return (S, bound) if return_bound else S
+
+
+class _Differentiable(torch.autograd.Function):
+    """`svdvals` with its bounds, and its derivative."""
+
+    @staticmethod
+    def forward(W: Tensor, method: str) -> tuple[Tensor, Tensor]:
+        *batch, m, n = W.shape
+        dtype = _returned(W.dtype)
+        matrices = W.detach().reshape(-1, m, n).unbind(0)
+        if not matrices:
+            empty = torch.empty(*batch, min(m, n), dtype=dtype, device=W.device)
+            return empty, empty.clone()
+        found = spectra(matrices, method)
+        S = found.S.to(dtype).reshape(*batch, -1)
+        rounding = torch.finfo(dtype).eps / 2 * found.S  # of the conversion to dtype
+        return S, (found.bound + rounding).to(dtype).reshape(S.shape)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # of S and of the bound, which has none
+        (W,) = ctx.saved_tensors
+        finite = W.isfinite().all(-1).all(-1)[..., None, None]
+        U, _, Vh = torch.linalg.svd(torch.where(finite, W, 0).to(_returned(W.dtype)), full_matrices=False)
+        product = (U * grad_outputs[0][..., None, :]) @ Vh
+        return torch.where(finite, product, torch.nan).to(W.dtype), None
+
+
+def _returned(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the values of matrices of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def spectra(matrices: Sequence[Tensor], method: str | Method = "auto", previous: Tensor | None = None) -> Spectra:

@@ -39,9 +39,10 @@ MODELS = {
 
 
 def hugging_face(model, tmp_path, callbacks, steps=6, **options):
+    options = {"save_strategy": "no", "logging_steps": 1, "report_to": []} | options
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
-        report_to=[], use_cpu=True, disable_tqdm=True, seed=0, **{"save_strategy": "no"} | options,
+        output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True,
+        disable_tqdm=True, seed=0, **options,
     )  # fmt: skip
     rows = [{"input_ids": row, "labels": row} for row in TOKENS]
     return transformers.Trainer(

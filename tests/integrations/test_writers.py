@@ -63,21 +63,65 @@ def rows(folder):
 
 
 @pytest.mark.parametrize("own_logging", [False, True])
-def test_wandb_offline(tmp_path, own_logging):
+def test_wandb_rows_of_its_own(tmp_path, own_logging):
     run = wandb.init(dir=tmp_path, mode="offline", project="test")
     log = (lambda step: run.log({"loss": 1 / step})) if own_logging else None
-    expected = train(WandbWriter(), log=log)
+    expected = train(WandbWriter(own_rows=True), log=log)
     run.finish()
     wandb.teardown()  # waits for the process that writes the file
     found = list(rows(tmp_path))
-    assert expected == {
+    assert expected == spectra(found)
+    if own_logging:
+        assert [1 / row["spectra/step"] for row in found if "loss" in row] == [r["loss"] for r in found if "loss" in r]
+
+
+def spectra(found):
+    return {
         (row["spectra/step"], key): value
         for row in found
         for key, value in row.items()
         if key.startswith("spectra/") and key != "spectra/step"
     }
-    if own_logging:
-        assert [1 / row["spectra/step"] for row in found if "loss" in row] == [r["loss"] for r in found if "loss" in r]
+
+
+LOOPS = {
+    "no step": lambda run, step: run.log({"loss": step}),
+    "steps from 1": lambda run, step: run.log({"loss": step}, step=step),
+    "steps from 0": lambda run, step: run.log({"loss": step}, step=step - 1),
+    "tokens": lambda run, step: run.log({"loss": step}, step=4096 * step),
+    "epochs": lambda run, step: run.log({"loss": step}, step=step // 4) if step % 4 == 0 else None,
+    "every other step": lambda run, step: run.log({"loss": step}, step=step) if step % 2 == 0 else None,
+    "two calls": lambda run, step: [run.log({key: step}, step=step - 1) for key in ("loss", "lr")],
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_wandb_keeps_the_rows_of_the_loop(tmp_path, loop):
+    run = wandb.init(dir=tmp_path, mode="offline", project="test")
+    logged = []
+
+    def log(step):
+        LOOPS[loop](run, step)
+        if loop not in ("epochs", "every other step") or step % (4 if loop == "epochs" else 2) == 0:
+            logged.append(step)
+
+    expected = train(WandbWriter(run), steps=8, log=log)
+    run.finish()
+    wandb.teardown()
+    found = list(rows(tmp_path))
+    assert [row["loss"] for row in found if "loss" in row] == logged, "no row of the loop is dropped"
+    measured = spectra(found)
+    assert measured.items() <= expected.items() and {step for step, _ in measured} >= {8, *logged[1:]}
+    if loop not in ("epochs", "every other step"):
+        assert {step for step, _ in measured} >= set(range(2, 9)), "each row of the loop has spectra"
+
+
+def test_wandb_says_where_rows_stay_open(tmp_path, caplog):
+    run = wandb.init(dir=tmp_path, mode="offline", project="test")
+    train(WandbWriter(run), steps=110)
+    run.finish()
+    wandb.teardown()
+    assert sum("W&B's row stayed open for 100 steps" in m and "own_rows=True" in m for m in caplog.messages) == 1
 
 
 def test_wandb_without_a_run(monkeypatch):

@@ -30,7 +30,9 @@ def by_hugging_face():
         fully_shard(model)
     if kind == "fsdp1":
         model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
-    trainer = hugging_face(model, folder, [callback], ddp_backend="gloo")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tb")
+    options = {"report_to": ["tensorboard"], "logging_steps": 2, "remove_unused_columns": kind != "fsdp1"}
+    trainer = hugging_face(model, folder, [callback], ddp_backend="gloo", **options)
     if kind != "ddp":
         trainer.accelerator.prepare_model = lambda model, **_: model
     trainer.train()

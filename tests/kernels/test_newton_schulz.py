@@ -152,3 +152,25 @@ def test_below_eps_the_result_is_proportional(dtype):
         X = newton_schulz(G / G.norm() * norm, eps=1e-7)
         torch.testing.assert_close(X, 3.4445**5 * G / G.norm() * (norm / 1e-7), rtol=1e-3, atol=0)
     assert torch.equal(newton_schulz(torch.zeros(8, 20, dtype=dtype), eps=0.0), torch.zeros(8, 20, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 7), (1, 1), (2, 4, 3)], ids=str)
+@pytest.mark.parametrize("method", ["plain", "gram"])
+def test_it_is_differentiable(shape, method):
+    G = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda G: newton_schulz(G, steps=3, method=method), G)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("power", [-80, 0, 80])
+def test_the_gradient_is_that_of_the_reference(dtype, power):
+    """At any scale: beyond 2^64 squares leave float32."""
+    power = max(-10, min(power, 10)) if dtype == torch.float16 else power
+    G = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ours, theirs = (G * 2.0**power).requires_grad_(), G.double().requires_grad_()
+    newton_schulz(ours, eps=0.0).square().sum().backward()
+    newton_schulz_ref(theirs, COEFFICIENTS["muon"] * 5, 0.0).square().sum().backward()
+    assert ours.grad.dtype == dtype
+    error = (ours.grad.double() * 2.0**power - theirs.grad).norm() / theirs.grad.norm()
+    # The gradient flowing in is twice the forward pass, in the dtype of G.
+    assert error <= 64 * torch.finfo(dtype).eps

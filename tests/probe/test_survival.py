@@ -260,3 +260,57 @@ def test_fake_tensors_and_parameters_that_wait_for_their_shape(caplog):
     assert list(sosd_fast.track(net, method="full").latest()) == ["0.weight", "2.weight"]
     said = [m for m in caplog.messages if "left out" in m]
     assert len(said) == 1 and "1.weight is a FakeTensor" in said[0] and "3.weight is not initialized" in said[0]
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb, self.head = nn.Embedding(20, 16), nn.Linear(16, 24, bias=False)
+
+    def forward(self, tokens):
+        return self.head(self.emb(tokens))
+
+
+def resize(net):
+    """As a vocabulary grows."""
+    wider = nn.Embedding(30, 16)
+    wider.weight.data[:20] = net.emb.weight.data
+    net.emb = wider
+
+
+def grow(net):
+    net.emb.weight.data = torch.cat([net.emb.weight.data, torch.ones(10, 16)])
+
+
+@pytest.mark.parametrize("method", ["full", "topk", "auto"])
+@pytest.mark.parametrize("change", [lambda net: net.bfloat16(), lambda net: net.double(), grow, resize])
+def test_parameters_that_are_cast_or_resized_midway(change, method, caplog):
+    torch.manual_seed(0)
+    net = Tokens()
+    probe = sosd_fast.track(net, method=method, k=4, **({"budget": 1.0} if method == "auto" else {}))
+    probe.clock = itertools.count().__next__  # seconds, of which each measurement takes a small part
+
+    def run(count):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for _ in range(count):
+            net(torch.arange(8)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    run(3)
+    change(net)
+    run(3)
+    resized = net.emb.weight.shape[0] > 20
+    said = [m for m in caplog.messages if "another shape or dtype after step 3" in m]
+    assert len(said) == 1 and "emb.weight" in said[0] and ("head.weight" in said[0]) != resized
+    for name in ("emb.weight", "head.weight"):
+        found = [r for r in probe.records() if r.name == name]
+        steps = [r.step for r in found]
+        assert sorted(set(steps)) == list(range(7)) and len(steps) - 7 <= resized  # of step 3 before and after, at most
+        assert all(r.shape == tuple(net.get_parameter(name).shape) for r in found if r.step >= 4)
+        truth = torch.linalg.svdvals(net.get_parameter(name).detach().double())
+        assert found[-1].sigma_max == pytest.approx(truth[0].item(), rel=1e-4)
+        moved = {r.step: r.sd_variation if method != "topk" else r.sd_variation_topk for r in found}
+        assert all(v is None or v > 0 for v in moved.values()), "not what did not move: the same weights measured twice"
+        if name == "head.weight" or not resized:
+            assert all(moved[step] is not None for step in ((3, 6) if method == "auto" else (3, 5, 6)))

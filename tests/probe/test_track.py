@@ -331,13 +331,30 @@ def test_a_probe_says_what_it_does():
     net = model()
     net.register_parameter("scale", nn.Parameter(torch.ones(1, 1, dtype=torch.int64), requires_grad=False))
     probe = sosd_fast.track(net, method="topk", k=14, exclude=["4.weight"])
+    assert "steps seen: 0 (where no optimizer of torch trains, call Probe.step after each)" in str(probe)
     train(net, [adamw(net)], 3)
-    assert repr(probe).startswith(
-        "Probe(2 matrices, left out: has dtype torch.int64 (1), has fewer than two dimensions (2), is excluded (1); "
-        "3 steps, measured each step: 50 % in full, 50 % by leading values, overhead "
-    )
+    lines = str(probe).split("\n  ")
+    assert lines[0] == "Probe of 2 matrices of Sequential" and lines[4:6] == [
+        "steps seen: 3, the last is step 3",
+        "measured each step: 50 % of the matrices in full, 50 % by leading values",
+    ]
+    assert sorted(lines[1:4]) == [
+        "left out: 1 (4.weight), each is excluded",
+        "left out: 1 (scale), each has dtype torch.int64",
+        "left out: 2 (2.bias, 4.bias), each has fewer than two dimensions",
+    ]
+    assert lines[6].startswith("overhead: ") and lines[6].endswith(" % of the time") and len(lines) == 7
     probe.close()
-    assert repr(probe).endswith("closed)") and not probe.alive and 0 < probe.seconds
+    assert repr(probe) == "Probe(2 matrices, step 3, closed)" and not probe.alive and 0 < probe.seconds
+    assert str(probe).startswith("Probe of 2 matrices of Sequential, closed")
+
+
+def test_a_probe_names_what_cannot_be_measured(caplog):
+    net = model()
+    probe = sosd_fast.track(net, method="full", optimizers=[])
+    net[0].weight.data = torch.zeros(0)
+    probe.step()
+    assert "cannot be measured at present: 0.weight" in str(probe)
 
 
 @pytest.mark.parametrize(

@@ -195,8 +195,9 @@ def test_parameters_added_midway():
     train(net, optimizer, torch.randn(5, 8), 3)
     probe.flush()
     added = [r for r in probe.records() if r.name == "extra.weight"]
-    assert added[0].sd_variation is None and added[-1].sd_variation > 0
-    assert [r.step for r in added] == [2, 3, 4, 5]
+    assert added[0].sd_variation is None
+    assert all(r.sd_variation > 0 for r in added[1:]), "not what the same weights give when they are measured twice"
+    assert [r.step for r in added][-3:] == [3, 4, 5]
     assert steps(probe) == [0, 1, 2, 3, 4, 5]
 
 

@@ -171,7 +171,7 @@ def test_views(path, view):
     assert_svdvals_close(sosd_fast.svdvals(view(W)), truth(view(W)), eps=1.2e-7, size=120)
 
 
-def test_gradients_autocast_and_matmul_precision_do_not_reach_in(path):
+def test_autocast_and_matmul_precision_do_not_reach_in(path):
     W = matrix("gaussian", 96, 384)
     plain = sosd_fast.svdvals(W)
     before = torch.get_float32_matmul_precision()
@@ -182,7 +182,7 @@ def test_gradients_autocast_and_matmul_precision_do_not_reach_in(path):
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert not S.requires_grad
+    S = S.detach()
     if path == "extension":
         assert torch.equal(S, plain)
     else:  # there products are taken in float64, which differs by the rounding of float32
@@ -274,3 +274,36 @@ def test_random_spectra(m, n, seed, decay, zeros, scale, dtype):
     assert_svdvals_close(result.S[0], S_ref, eps=1.2e-7, size=max(m, n), limit=result.bound[0])
     if S_ref[0] > 0:
         assert sd_distance(result.S[0], S_ref) <= min(SD_TOLERANCE, result.sd_error[0] + 1e-15)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (4, 4), (1, 3), (2, 4, 3)], ids=str)
+@pytest.mark.parametrize("method", ["auto", "exact"])
+def test_it_is_differentiable(shape, method):
+    W = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(lambda W: sosd_fast.svdvals(W, method=method), W)
+    assert torch.autograd.gradgradcheck(lambda W: sosd_fast.svdvals(W, method=method), W)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_is_that_of_torch(dtype):
+    given = torch.randn(3, 20, 30, generator=torch.Generator().manual_seed(0)).to(dtype)
+    given[1, 2, 3] = torch.nan
+    ours, theirs = given.clone().requires_grad_(), given[::2].double().requires_grad_()
+    S, bound = sosd_fast.svdvals(ours, return_bound=True)
+    assert S.requires_grad and not bound.requires_grad
+    weights = torch.linspace(-1, 1, 20)
+    (S * weights).sum().backward()
+    (torch.linalg.svdvals(theirs) * weights).sum().backward()
+    assert ours.grad.dtype == dtype and ours.grad[1].isnan().all()
+    torch.testing.assert_close(
+        ours.grad[::2].double(), theirs.grad, rtol=0, atol=16 * max(torch.finfo(dtype).eps, 1e-7)
+    )
+    assert not sosd_fast.svdvals(given).requires_grad
+    with torch.no_grad():
+        assert not sosd_fast.svdvals(ours).requires_grad
+
+
+def test_a_function_transform_differentiates_it():
+    W = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+    torch.testing.assert_close(torch.func.grad(lambda W: sosd_fast.svdvals(W).sum())(W), U @ Vh)

@@ -1,0 +1,74 @@
+"""What a probe tells those who ask it."""
+
+from collections import deque
+
+from sosd_fast.matrices import Matrix
+from sosd_fast.probe.account import Account
+from sosd_fast.probe.audit import Audit, Auditor
+from sosd_fast.probe.followed import FollowedMatrices, some
+from sosd_fast.probe.guard import Guarded
+from sosd_fast.probe.planner import Planner
+from sosd_fast.probe.recorder import Recorder
+from sosd_fast.runs.records import Record
+
+
+class View(Guarded):
+    """What can be read of a probe; `Probe` makes the parts that are named here."""
+
+    step_count: int
+    _matrices: FollowedMatrices
+    _planner: Planner
+    _auditor: Auditor | None
+    _account: Account
+    _recorder: Recorder
+
+    def latest(self) -> dict[str, Record]:
+        """Returns the last record of each matrix, by name."""
+        return dict(self._recorder.latest)
+
+    @property
+    def audits(self) -> deque[Audit]:
+        """The comparisons with float64, the last 10,000."""
+        return self._auditor.audits if self._auditor else deque()
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """The matrices that this rank measures."""
+        return [t.matrix for t in self._matrices.states]
+
+    @property
+    def seconds(self) -> float:
+        """The seconds spent in the probe since the first step, on the host and on GPUs."""
+        return self._account.seconds
+
+    @property
+    def overhead(self) -> float:
+        """The fraction of the time since the first step that was spent in the probe, on the host and on GPUs."""
+        return self._account.overhead
+
+    def __repr__(self) -> str:
+        return f"Probe({len(self._matrices)} matrices, step {self.step_count}{'' if self.alive else ', closed'})"
+
+    def __str__(self) -> str:
+        closed = "" if self.alive else ", closed"
+        model = self._matrices.model()
+        of = "a model that is gone" if model is None else type(model).__name__
+        follows = f"{len(self._matrices)} matrices of {of}"
+        if self._matrices.share.ranks > 1:
+            follows += f", the share of rank {self._matrices.share.rank} of {self._matrices.share.ranks}"
+        lines = [f"Probe of {follows}{closed}"]
+        reasons: dict[str, list[str]] = {}
+        for name, why in self._matrices.left_out.items():
+            reasons.setdefault(why, []).append(name)
+        lines += [f"left out: {len(names)} ({some(names)}), each {why}" for why, names in reasons.items()]
+        if lost := [t.name for t in self._matrices.states if t.lost]:
+            lines.append(f"cannot be measured at present: {some(lost)}")
+        seen, remedy = self._planner.seen, " (where no optimizer of torch trains, call Probe.step after each)"
+        lines.append(f"steps seen: {seen}{f', the last is step {self.step_count}' if seen else remedy}")
+        if (shares := self._planner.shares) is None:
+            lines.append("measured: the weights as they were when the model was tracked")
+        else:
+            full, leading = (100 * share for share in shares)
+            lines.append(f"measured each step: {full:.3g} % of the matrices in full, {leading:.3g} % by leading values")
+        lines.append(f"overhead: {100 * self.overhead:.2g} % of the time")
+        return "\n  ".join(lines)
