@@ -126,7 +126,7 @@ class Probe(View):
                 probes_of.get(model, []).remove(self)
 
     @guarded
-    def before_step(self, optimizer: Optimizer, outer: Sequence[Optimizer]):
+    def before_step(self, optimizer: Optimizer, outer: Sequence[Optimizer] = ()):
         """Is told by the hooks that an optimizer is about to step, inside of the `step` of others."""
         if self._steps.ends_before(optimizer, outer):
             self._finish_step()
@@ -135,7 +135,7 @@ class Probe(View):
         self._measurer.hold()
 
     @guarded
-    def after_step(self, optimizer: Optimizer, outer: Sequence[Optimizer], hold: bool = False):
+    def after_step(self, optimizer: Optimizer, outer: Sequence[Optimizer] = (), hold: bool = False):
         """Is told by the hooks that an optimizer has stepped; `hold` as of `step`."""
         if self._steps.ends_after(optimizer, outer):
             self._finish_step()

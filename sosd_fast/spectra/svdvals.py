@@ -111,6 +111,10 @@ class _Differentiable(torch.autograd.Function):
         product = (U * grad_outputs[0][..., None, :]) @ Vh
         return torch.where(finite, product, torch.nan).to(W.dtype), None
 
+    @staticmethod
+    def vmap(info, in_dims, W: Tensor, method: str):  # noqa: ARG004
+        return _Differentiable.apply(W.movedim(in_dims[0], 0), method), (0, 0)
+
 
 def _returned(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the values of matrices of a dtype."""

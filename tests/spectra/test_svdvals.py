@@ -307,3 +307,11 @@ def test_a_function_transform_differentiates_it():
     W = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     U, _, Vh = torch.linalg.svd(W, full_matrices=False)
     torch.testing.assert_close(torch.func.grad(lambda W: sosd_fast.svdvals(W).sum())(W), U @ Vh)
+
+
+def test_vmap_and_the_gradients_of_each_matrix():
+    W = torch.randn(5, 4, 3, dtype=torch.float64)
+    assert torch.equal(torch.func.vmap(sosd_fast.svdvals, in_dims=1)(W), sosd_fast.svdvals(W.movedim(1, 0)))
+    found = torch.func.vmap(torch.func.grad(lambda A: sosd_fast.svdvals(A).sum()))(W)
+    U, _, Vh = torch.linalg.svd(W, full_matrices=False)
+    torch.testing.assert_close(found, U @ Vh)
