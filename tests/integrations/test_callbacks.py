@@ -87,7 +87,7 @@ class TwoOptimizers(Module):
 
     def __init__(self, make):
         super().__init__(make)
-        self.critic, self.automatic_optimization = nn.Linear(64, 1), False
+        self.critic, self.automatic_optimization = nn.Linear(64, 2), False
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.model.parameters(), lr=0.1), torch.optim.SGD(self.critic.parameters(), lr=0.1)
