@@ -112,7 +112,8 @@ class _Differentiable(torch.autograd.Function):
         return torch.where(finite, product, torch.nan).to(W.dtype), None
 
     @staticmethod
-    def vmap(info, in_dims, W: Tensor, method: str):  # noqa: ARG004
+    def vmap(info, in_dims, *args):  # noqa: ARG004
+        W, method = args
         return _Differentiable.apply(W.movedim(in_dims[0], 0), method), (0, 0)
 
 
