@@ -98,9 +98,16 @@ def check(matrices: list[Tensor]) -> list[tuple[str, float, float, float]]:
 def main():
     """Table, JSON; fails where a matrix is beyond a bound."""
     p = parser(__doc__.splitlines()[0])
-    p.add_argument("--few", type=int, default=300_000, help="Matrices of few distinct values to draw (default 300000).")
-    p.add_argument("--ordinary", type=int, default=100_000, help="Ordinary matrices to draw (default 100000).")
-    p.add_argument("--seed", type=int, default=0, help="Seed of the first batch (default 0).")
+    p.add_argument(
+        "--few",
+        type=int,
+        default=300_000,
+        help="The number of matrices of few distinct values to draw, %(default)s by default.",
+    )
+    p.add_argument(
+        "--ordinary", type=int, default=100_000, help="The number of ordinary matrices to draw, %(default)s by default."
+    )
+    p.add_argument("--seed", type=int, default=0, help="The seed of the first batch, %(default)s by default.")
     args = p.parse_args()
     print("  ".join(f"{k} {v}" for k, v in card().items() if v))
     torch.set_num_threads(1)  # small matrices

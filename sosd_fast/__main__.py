@@ -97,7 +97,7 @@ def _table(path, records):
         from rich.table import Table
     except ImportError:
         raise ImportError(
-            "analyze: expected rich to be installed for tables. Run `pip install sosd_fast[analyze]`, or pass --json."
+            "analyze: expected rich to be installed for tables. Run `pip install rich`, or pass --json."
         ) from None
     fields = {
         "σ max": ("sigma_max", ".4g"), "σ min": ("sigma_min", ".3g"), "‖W‖_F": ("frobenius_norm", ".4g"),

@@ -75,7 +75,7 @@ def find_matrices(
         - whatever is named after experts is a stack;
         - (1, m, n) is one matrix.
 
-        A single row or column is no matrix, nor is a bias, a table (1, ...) of three dimensions or more, or the gain
+        A single row or column is no matrix, nor is a bias, a table (1, ...) of four dimensions or more, or the gain
         of a normalization. Of a parametrized weight the originals are listed, for computing the weight itself may
         change state (spectral_norm's); nothing here computes it. Its name is the weight's, with a part [original0]
         where there are several. Where computing changes nothing (weight_norm), `sosd_fast.svdvals(module.weight)`

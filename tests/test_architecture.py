@@ -223,6 +223,15 @@ def test_a_planted_fault_is_found(case, tmp_path):
     assert expected in faults(tmp_path)
 
 
+def test_the_page_draws_the_arrows_of_the_table():
+    """All rooms of the library; `matrices` and what stands beside it, which most may import, have no arrows."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    drawn = {row: set(to.split(", ")) for row, to in re.findall(r"^([\w.]+) +→ (.*)$", page, re.M)}
+    for row in ("spectra", "distributed", "probe", "track", "integrations", "checkpoints", "runs.report"):
+        allowed = {name.removeprefix("sosd_fast.") for name in MAY_IMPORT[f"sosd_fast.{row}"]}
+        assert drawn[row] == allowed - {"matrices", "places", "fused", "stored"}, row
+
+
 def test_what_is_allowed_is_no_fault(tmp_path):
     files = {
         "kernels/__init__.py": "import sosd_fast._C", "kernels/a.py": "from sosd_fast import kernels\n_b = 1",

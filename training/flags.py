@@ -33,7 +33,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     # The probe
     add("--tracker", choices=[*METHODS, "off"], default="fast",
         help="How spectra are measured: fast keeps within the budget, full takes all singular values at every step, "
-        "topk the leading ones, exact a float64 SVD, off nothing; %(default)s by default.")
+        "topk the leading ones, exact all by torch.linalg.svdvals in the dtype of the weights, off nothing; "
+        "%(default)s by default.")
     add("--tracker-budget", type=number(float, 1e-6, 1), default=0.03,
         help="The fraction of the step time that the fast tracker may take, %(default)s by default.")
     add("--tracker-k", type=positive, default=32,

@@ -104,7 +104,7 @@ void Tensor::expect(const char* name, DType wanted, const std::vector<int64_t>& 
     if (dtype == wanted && size == wanted_size && contiguous()) return;
     throw py::value_error("sosd_fast._C: expected " + std::string(name) + " contiguous of shape " + to_string(wanted_size) +
                           ", got shape " + to_string(size) + (contiguous() ? "" : ", not contiguous") +
-                          (dtype == wanted ? "" : ", of another dtype") + ". Make it so.");
+                          (dtype == wanted ? "" : ", of another dtype") + ". Call it through sosd_fast.kernels, and install anew after a change there.");
 }
 
 }  // namespace sosd_fast

@@ -1,4 +1,4 @@
-"""The formats that weights are saved in. Each has a class with two methods; code in a file is never run.
+"""The formats that weights are saved in, a class each; code in a file is never run.
 
 `WeightFile` says what they are; `FORMATS` has the class of each suffix, in the order in which a folder is searched.
 """
@@ -131,7 +131,7 @@ def _safe_open(file: Path):
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise ImportError(
-            f"analyze: expected safetensors to be installed, got path={file}. Run `pip install sosd_fast[analyze]`."
+            f"analyze: expected safetensors to be installed, got path={file}. Run `pip install safetensors`."
         ) from None
     try:
         return safe_open(file, framework="pt")

@@ -153,7 +153,8 @@ class FollowedMatrices:
         if error and self.share.ranks == 1 and all(found.lost for found in measurements):
             raise ValueError(
                 f"track: expected at least one matrix that can be measured, got {measurements[0].name}, which raises "
-                f"{type(error).__name__}: {error}. Exclude such parameters, or track the model when they can be read."
+                f"{type(error).__name__}: {str(error).rstrip('.')}. Exclude such parameters, or track the model "
+                "when they can be read."
             ) from error
 
     def refer(self, reference: str | Mapping[str, Any] | None):

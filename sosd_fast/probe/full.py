@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sosd_fast.kernels.distribution import singular_distribution
+from sosd_fast.kernels.distribution import Distribution, singular_distribution
 from sosd_fast.probe.measurement import FullValues, Kind, of_each
 from sosd_fast.probe.state import MatrixState
 from sosd_fast.spectra.bounds import theory_bound
@@ -19,7 +19,7 @@ from sosd_fast.spectra.svdvals import spectra
 
 
 class FullTensors(NamedTuple):
-    """What is computed of B matrices where they are, float64."""
+    """What is computed of B matrices where they are, float64; but for S by the names of `FullValues`."""
 
     S: Tensor  # (B, r) descending; the others (B,)
     sd_error: Tensor
@@ -32,9 +32,13 @@ class FullTensors(NamedTuple):
     spectral_entropy: Tensor
     participation_ratio: Tensor
     cosine: Tensor | None  # to the references
-    variation: Tensor | None  # of the singular distribution since the last spectra
-    variation_topk: Tensor | None  # what of it lies in the k leading values
-    bound: Tensor | None  # on the variation, by the size of the update
+    sd_variation: Tensor | None  # since the last spectra
+    sd_variation_topk: Tensor | None  # what of it lies in the k leading values
+    theory_bound: Tensor | None  # on the variation, by the size of the update
+
+
+_SUMMARIES = tuple(name for name in FullTensors._fields if name in Distribution._fields)
+_CHANGES = ("sd_variation", "sd_variation_topk", "theory_bound")
 
 
 @dataclass(slots=True)
@@ -90,21 +94,14 @@ class FullGroup:
         consecutive = [t.S_step is not None and step - t.S_step == every for t in states]
         for t, W, S in zip(states, matrices, result.S, strict=True):
             t.hand_on_full(W, S, step)
+        summaries: dict[str, Any] = {name: getattr(d, name) for name in _SUMMARIES}
         tensors = FullTensors(
-            result.S,
-            result.sd_error,
-            d.nuclear_norm,
-            d.frobenius_norm,
-            d.sigma_max,
-            d.sigma_min,
-            d.stable_rank,
-            d.effective_rank,
-            d.spectral_entropy,
-            d.participation_ratio,
-            d.cosine if references is not None else None,
-            variation,
-            variation_topk,
-            bound,
+            S=result.S,
+            sd_error=result.sd_error,
+            sd_variation=variation,
+            sd_variation_topk=variation_topk,
+            theory_bound=bound,
+            **summaries,
         )
         return cls(states, k, every, tensors, result.methods, compared, consecutive)
 
@@ -113,23 +110,18 @@ class FullGroup:
         found = FullTensors._make(host)
         S = found.S.numpy().copy()  # the record's own: neither the probe's state nor pinned memory
         k = min(self.k, S.shape[1])
-        columns: list[Any] = [None if column is None else column.tolist() for column in found[1:]]
-        rows: list[tuple[float, ...]] = list(zip(*columns[:9], strict=True))  # of sd_error and the summaries
-        cosine, variation, variation_topk, bound = columns[9:]
+        columns: dict[str, list[float]] = {
+            name: column.tolist() for name, column in found._asdict().items() if name != "S" and column is not None
+        }
 
         def values(j: int) -> FullValues:
-            full = FullValues(
-                str(self.methods[j]),
-                S[j],
-                tuple(S[j, :k].tolist()),
-                *rows[j],  # pyright: ignore[reportArgumentType]
-                cosine=cosine[j] if cosine and self.compared[j] else None,
+            missing = () if self.compared[j] else ("cosine",)
+            missing = missing if self.consecutive[j] else (*missing, *_CHANGES)
+            own = {name: column[j] for name, column in columns.items() if name not in missing}
+            interval = self.every if "sd_variation" in own else None
+            return FullValues(
+                method=str(self.methods[j]), spectrum=S[j], topk=tuple(S[j, :k].tolist()), interval=interval, **own
             )
-            if self.consecutive[j] and variation and variation_topk:
-                full.interval = self.every
-                full.sd_variation, full.sd_variation_topk = variation[j], variation_topk[j]
-                full.theory_bound = bound[j] if bound else None
-            return full
 
         return of_each(len(self.states), values)
 

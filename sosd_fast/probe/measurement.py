@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -43,7 +43,8 @@ class FullValues:
     def unmeasured(cls, shape: tuple[int, int], k: int, method: str) -> "FullValues":
         """The values of a matrix that could not be measured, which are those of one that holds NaN."""
         r, nan = min(shape), math.nan
-        return cls(method, np.full(r, nan), (nan,) * min(k, r), nan, nan, nan, nan, nan, nan, nan, nan, nan)
+        numbers: dict[str, Any] = {f.name: nan for f in fields(cls) if f.type is float}
+        return cls(method=method, spectrum=np.full(r, nan), topk=(nan,) * min(k, r), **numbers)
 
 
 @dataclass(slots=True)
@@ -137,30 +138,16 @@ class Measurement:
             if interval is None:
                 interval, floor = leading.interval, leading.sd_variation_floor
                 variation_topk = leading.sd_variation_topk
+        values: dict[str, Any] = {name: getattr(full, name) for name in FullValues.__dataclass_fields__}
+        values |= {"interval": interval, "sd_variation_topk": variation_topk}
         return Record(
             step=self.step,
             name=self.name,
             shape=self.shape,
-            method=full.method,
-            interval=interval,
-            sd_variation=full.sd_variation,
-            sd_variation_topk=variation_topk,
             sd_variation_carried=carried,
             sd_variation_floor=floor,
-            cosine=full.cosine,
-            nuclear_norm=full.nuclear_norm,
-            frobenius_norm=full.frobenius_norm,
-            sigma_max=full.sigma_max,
-            sigma_min=full.sigma_min,
-            stable_rank=full.stable_rank,
-            effective_rank=full.effective_rank,
-            spectral_entropy=full.spectral_entropy,
-            participation_ratio=full.participation_ratio,
-            sd_error=full.sd_error,
             audit_error=self.audit_error,
-            theory_bound=full.theory_bound,
-            topk=full.topk,
-            spectrum=full.spectrum,
+            **values,
         )
 
 

@@ -40,7 +40,8 @@ class MatrixState:
     Results may reach the host some steps after their measurement was launched. So the memory has two parts. What the
     next measurement starts from stays where the matrix is, and is handed on when a measurement is launched
     (`hand_on_full`, `hand_on_leading`). What the host knows is written when the results are there (`update`).
-    `lose` drops of both what a measurement that raised may have spoiled. No other code writes here.
+    `lose` drops of both what a measurement that raised may have spoiled. `follow`, `set_reference`, `refer` and
+    `measure_more_strictly` change what is measured, and `load_state_dict` takes up what was saved.
     """
 
     def __init__(self, matrix: Matrix, method: str = "auto", keep_weights: bool = False):

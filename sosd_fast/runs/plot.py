@@ -158,9 +158,7 @@ def _figure(caller: str, width: float, height: float, *subplots, **options):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError(
-            f"{caller}: expected matplotlib to be installed. Run `pip install sosd_fast[plots]`."
-        ) from None
+        raise ImportError(f"{caller}: expected matplotlib to be installed. Run `pip install matplotlib`.") from None
     figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
     return figure, figure.subplots(*subplots, **options)
 

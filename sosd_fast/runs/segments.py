@@ -356,7 +356,7 @@ def _pyarrow(path: Path):
         import pyarrow.parquet
     except ImportError:
         raise ImportError(
-            f"load: expected pyarrow to be installed, got path={path}. Run `pip install sosd_fast[parquet]`."
+            f"load: expected pyarrow to be installed, got path={path}. Run `pip install pyarrow`."
         ) from None
     return pyarrow.parquet
 

@@ -8,13 +8,14 @@ from torch._subclasses import FakeTensorMode
 
 import sosd_fast
 from sosd_fast import kernels
-from sosd_fast.kernels.distribution import singular_distribution
+from sosd_fast.kernels.distribution import Distribution, singular_distribution
 from sosd_fast.kernels.subspace import advance_subspaces
 from sosd_fast.spectra.precision import MODELS
 from sosd_fast.spectra.svdvals import spectra
 
 pytestmark = pytest.mark.skipif(kernels._C is None, reason="the C++ extension is not built")
 CPP = MODELS[kernels.Backend.CPP]
+STATISTICS = len(Distribution._fields) - 1  # columns, without the distribution itself
 
 
 class Wrapper(torch.Tensor):
@@ -86,7 +87,7 @@ def test_what_cannot_be_read_is_refused(kind):
     basis, values = torch.randn(1, 2, 6), torch.empty(1, 2)
     with pytest.raises(ValueError, match="expected a plain tensor on the CPU, got matrices"):
         kernels._C.advance_subspaces([W], 4.0, basis, basis, basis.clone(), basis.clone(), values, values.clone(), 1)
-    spectra, statistics = torch.rand(6, 9), torch.empty(6, 12, dtype=torch.float64)
+    spectra, statistics = torch.rand(6, 9), torch.empty(6, STATISTICS, dtype=torch.float64)
     with pytest.raises(ValueError, match="expected a plain tensor|in float32 or float64"):
         kernels._C.singular_distribution(W, None, None, spectra, statistics)
     with pytest.raises(ValueError, match="expected a plain tensor|expected sd"):
@@ -180,7 +181,7 @@ def test_outputs_of_the_other_kernels():
     with pytest.raises(ValueError, match="a stride of 1"):
         kernels._C.advance_subspaces([torch.randn(18, 12)[::2, ::2]], *good[1:])
     S = torch.rand(3, 5)
-    statistics = torch.empty(3, 12, dtype=torch.float64)
+    statistics = torch.empty(3, STATISTICS, dtype=torch.float64)
     for bad in (
         [S, S[:2], None, S, statistics],
         [S, None, S.double(), S, statistics],

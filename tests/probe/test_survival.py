@@ -167,6 +167,15 @@ def test_a_matrix_that_cannot_be_measured(method, caplog):
     )
 
 
+def test_why_no_matrix_can_be_measured_is_said_in_whole_sentences():
+    net = nn.Linear(40, 40, bias=False)
+    net.weight.untyped_storage().resize_(0)  # as FSDP1 frees the weights that are not in use
+    with pytest.raises(
+        ValueError, match=r"at least one matrix that can be .*raises \w+: .*\w\. Exclude such parameters"
+    ):
+        sosd_fast.track(net, method="full")
+
+
 @pytest.mark.parametrize("method", ["full", "topk"])
 def test_what_raises_in_a_group_is_measured_alone(method, caplog):
     net = nn.Sequential(*(nn.Linear(40, 40, bias=False) for _ in range(3)))
