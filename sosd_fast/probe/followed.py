@@ -6,7 +6,8 @@ import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sosd_fast.distributed.layout import RankAssignment, shape_of
 from sosd_fast.distributed.spectra import RowShards
@@ -61,6 +62,7 @@ class FollowedMatrices:
         self.share = found.share
         self._in_model = self._parameters()
         self.take(found, step=None)
+        self._first_entries = self._entries()
 
     def __len__(self) -> int:
         return len(self.states)
@@ -84,6 +86,24 @@ class FollowedMatrices:
         if any(t.form != form_of(t.matrix.parameter) for t in self.states):
             return True
         return step % _LOOK_EVERY == 0 and self.rows is None and self._parameters() != self._in_model
+
+    def moved(self) -> bool:
+        """Whether weights differ from those first followed, by some of their entries; waits for a device."""
+        now = self._entries()
+        return any(
+            old is not None and new is not None and old.shape == new.shape and not torch.equal(old, new)
+            for old, new in zip(self._first_entries, now, strict=False)
+        )
+
+    def _entries(self) -> list[Tensor | None]:
+        """The first row of some matrices; of tensors that are plain, for others may be computed or spread."""
+        found: list[Tensor | None] = []
+        for p in [p for p in (t.matrix.parameter for t in self.states) if type(p) in (nn.Parameter, Tensor)][:4]:
+            try:
+                found.append(p.detach()[0].clone())
+            except (RuntimeError, IndexError):  # its memory may have been taken away
+                found.append(None)
+        return found
 
     def search(self, step: int) -> Found | None:
         """Returns the matrices of the model as they are now, to be given to `take`; None where they are the same."""

@@ -125,6 +125,16 @@ class Probe(View):
             with contextlib.suppress(ValueError):  # closed before, or by another thread
                 probes_of.get(model, []).remove(self)
 
+    def detach(self, seconds: float = -1):
+        """Keeps what is under way and ends; says so where the weights moved and no step was seen."""
+        if self.alive and not self._steps.ended:
+            self._look_for_moves()
+        super().detach(seconds)
+
+    @guarded
+    def _look_for_moves(self):
+        self._steps.moved = self._matrices.moved()
+
     @guarded
     def before_step(self, optimizer: Optimizer, outer: Sequence[Optimizer] = ()):
         """Is told by the hooks that an optimizer is about to step, inside of the `step` of others."""

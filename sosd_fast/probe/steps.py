@@ -62,6 +62,8 @@ class StepDetector:
 
     Attributes:
         pending: whether optimizers have stepped since the end of the last training step.
+        ended: how many training steps are over.
+        moved: whether the weights were seen to have changed though none is.
     """
 
     def __init__(self, parameters: Sequence[Tensor], optimizers: Iterable[Optimizer] | None):
@@ -75,7 +77,7 @@ class StepDetector:
         self._sizes: dict[int, int] = {}  # how many parameters they held then
         self._counted = _Optimizers()  # that have been counted, even if they were replaced since
         self._idled = _Optimizers()  # whose first step changed nothing
-        self._ended = 0  # training steps
+        self.ended, self.moved = 0, False
         self._foreign = 0  # steps of optimizers that do not count, before the first training step
         self._covered: set[int] = set()  # parameters that the known optimizers held when one of them last stepped
         self._trainable: set[int] = set()  # parameters that required a gradient at any time
@@ -129,7 +131,7 @@ class StepDetector:
         elif self._given is None:
             return False  # the other one counts
         if not counts:
-            if not (outer or self._ended or self.pending):
+            if not (outer or self.ended or self.pending):
                 self._foreign += 1
                 if self._foreign == PATIENCE:
                     self.say_unseen()
@@ -167,8 +169,8 @@ class StepDetector:
             changed.
         """
         self.pending, self._stepped = False, _Optimizers()
-        first = not self._ended
-        self._ended += 1
+        first = not self.ended
+        self.ended += 1
         held = self._covered if self._given is None else _held(self._given)
         uncovered, orphans = self._trainable - held, self._ids - held
         self._since = self._since + 1 if uncovered == self._uncovered else 0
@@ -176,16 +178,16 @@ class StepDetector:
         return not len(self._seen) if first else bool(lost)
 
     def say_unseen(self):
-        """Logs that no training step was seen, where only optimizers stepped that do not count."""
-        if self._ended or not self._foreign:
+        """Logs that no training step was seen, where optimizers stepped that do not count, or the weights moved."""
+        if self.ended or not (self._foreign or self.moved):
             return
         whose = "that hold none of the tracked parameters" if self._given is None else "other than the given ones"
+        seen = f"{self._foreign} steps of optimizers {whose}" if self._foreign else "the weights changed without a step"
         log.warning(
-            "sosd_fast: %d steps of optimizers %s, so none was counted. Pass the optimizers that train the tracked "
-            "model, or none to take every one that holds its parameters. Where copies of the weights are trained, "
-            "pass optimizers=[] and call Probe.step after each step.",
-            self._foreign,
-            whose,
+            "sosd_fast: %s, so none was counted. Pass the optimizers that train the tracked model, or none to take "
+            "every one that holds its parameters. Where copies of the weights are trained, or something else than an "
+            "optimizer of torch trains them, pass optimizers=[] and call Probe.step after each step.",
+            seen,
         )
 
     def _counts_as(self, optimizer: Optimizer) -> list[Optimizer]:

@@ -348,3 +348,27 @@ def test_the_walk_up_the_stack_stops_at_hooks_of_our_own():
 def test_ranks_agree_on_what_a_step_is():
     done = run_ranks(3, Path(__file__).with_name("steps_worker.py"))
     assert done.returncode == 0 and done.stdout.count("the ranks agree") == 3, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("given", [None, []])
+@pytest.mark.parametrize("change", ["in place", "data", "not at all"])
+def test_weights_that_move_without_a_step_are_told_at_the_end(given, change, caplog):
+    net = model()
+    probe = sosd_fast.track(net, given, method="full")
+    for _ in range(3):
+        backward(net)
+        for p in net.parameters():
+            if change == "data":
+                p.data -= 0.1 * p.grad.data
+            elif change == "in place":
+                with torch.no_grad():
+                    p.sub_(0.1 * p.grad)
+    assert not caplog.messages
+    probe.close()
+    probe.close()
+    said = [
+        m
+        for m in caplog.messages
+        if "the weights changed without a step" in m and "call Probe.step after each step" in m
+    ]
+    assert len(said) == len(caplog.messages) == (change != "not at all")
