@@ -87,6 +87,7 @@ class StepDetector:
     def follow(self, parameters: Sequence[Tensor]):
         """Takes another list of parameters."""
         self._parameters, self._ids = parameters, set(map(id, parameters))
+        self._versions = _versions(parameters)
         self._look()
 
     def may_have_changed(self, optimizer: Optimizer, outer: Sequence[Optimizer]) -> bool:
@@ -176,17 +177,23 @@ class StepDetector:
         return not len(self._seen) if first else bool(lost)
 
     def say_unseen(self):
-        """Logs that no training step was seen, where only optimizers stepped that do not count."""
-        if self._ended or not self._foreign:
+        """Logs that no training step was seen, where other optimizers stepped, or none did and the weights changed."""
+        if self._ended:
             return
-        whose = "that hold none of the tracked parameters" if self._given is None else "other than the given ones"
-        log.warning(
-            "sosd_fast: %d steps of optimizers %s, so none was counted. Pass the optimizers that train the tracked "
-            "model, or none to take every one that holds its parameters. Where copies of the weights are trained, "
-            "pass optimizers=[] and call Probe.step after each step.",
-            self._foreign,
-            whose,
-        )
+        if self._foreign:
+            whose = "that hold none of the tracked parameters" if self._given is None else "other than the given ones"
+            log.warning(
+                "sosd_fast: %d steps of optimizers %s, so none was counted. Pass the optimizers that train the tracked "
+                "model, or none to take every one that holds its parameters. Where copies of the weights are trained, "
+                "pass optimizers=[] and call Probe.step after each step.",
+                self._foreign,
+                whose,
+            )
+        elif not (self._by_hand or self._sizes) and _versions(self._parameters) != self._versions:
+            log.warning(
+                "sosd_fast: the weights changed, but no torch optimizer stepped, so no step was counted. Where other "
+                "optimizers train them, as Keras's do, pass optimizers=[] and call Probe.step after each step."
+            )
 
     def _counts_as(self, optimizer: Optimizer) -> list[Optimizer]:
         """The optimizers that a step of this one is a step of.
@@ -244,6 +251,11 @@ def _share(one: Optimizer, other: Optimizer) -> bool:
 def _has_hooks(optimizer: Optimizer) -> bool:
     """Whether torch calls the hooks when an optimizer steps; `Optimizer.__init__` sees to that."""
     return getattr(type(optimizer).step, "hooked", False)
+
+
+def _versions(parameters: Sequence[Tensor]) -> list[int]:
+    """How often each parameter was written in place; of inference tensors nobody counts."""
+    return [0 if p.is_inference() else p._version for p in parameters]
 
 
 def _skipped(optimizer: Optimizer) -> bool:

@@ -262,6 +262,16 @@ def test_where_no_step_is_seen_it_is_said_within_20_and_at_the_end(given, caplog
     assert len(caplog.messages) == 2
 
 
+def test_weights_that_change_without_a_torch_optimizer_are_said_at_the_end(caplog):
+    for optimizers, changes in ((None, True), (None, False), ([], True)):
+        net = model()
+        with sosd_fast.track(net, optimizers), torch.no_grad():
+            for p in net.parameters():
+                p.sub_(0.1) if changes else p.abs()
+    (said,) = caplog.messages
+    assert "no torch optimizer stepped, so no step was counted" in said and "call Probe.step after each step" in said
+
+
 class ScheduleFree(torch.optim.Optimizer):
     """The weights between two steps are y; `eval` puts the averaged ones in their place, and `train` puts y back."""
 
