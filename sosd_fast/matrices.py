@@ -26,14 +26,17 @@ class Matrix:
     parameter: Tensor
     index: tuple[int, ...] = ()  # into the leading dimensions, for stacks of matrices
     part: tuple[int, int, int] | None = None  # (dim, start, length), for fused matrices
-    flatten: bool = False  # a convolution's (out, in, *kernel) as (out, rest)
+    flatten: int = 0  # leading dimensions that make the rows: 1 of a convolution's (out, in, *kernel)
     period: int = 0  # the part stands in each so many rows or columns, for those fused head by head; 0: it stands once
     read: Callable[[Tensor], Tensor] | None = None  # returns the parameter's values, where they are not plain
 
     def tensor(self) -> Tensor:
         """Returns the detached (m, n) values: a view, or a copy where they are converted or their rows stand apart."""
         W = self.read(self.parameter) if self.read else self.parameter.detach()
-        W = W.flatten(1) if self.flatten else W[self.index] if self.index else W
+        if self.flatten:
+            W = W.flatten(0, self.flatten - 1).flatten(1)
+        elif self.index:
+            W = W[self.index]
         if self.part is None:
             return W
         dim, start, length = self.part
@@ -69,7 +72,7 @@ def find_matrices(
         Matrices in the model's order. What a parameter of three or more dimensions holds:
 
         - a convolution's kernel, pruned or parametrized ones too, is one matrix (out, rest), and so is any parameter
-          of four or more dimensions;
+          of four or more dimensions; Keras's (*kernel, in, out) is (rest, out);
         - one of three dimensions (b, m, n) is a stack of b matrices, named [i], where b is at most min(m, n), else one
           matrix (b, m n): XLNet's weights (d, heads, head_dim);
         - whatever is named after experts is a stack;
@@ -162,6 +165,8 @@ def _matrices_in(
     convolution = isinstance(owner, nn.modules.conv._ConvNd) or (
         hasattr(owner, "kernel_size") and any(hasattr(owner, name) for name in ("stride", "padding", "dilation"))
     )
+    if isinstance(owner, nn.ParameterDict):  # which knows nothing of the layer: Keras's
+        convolution = None
     fused = fused_in(place.weight, max(place.parameter.shape), place.around)
     return matrices_of(
         place.weight, place.parameter, split, convolution=convolution, fused=fused, read=read, original=place.original
@@ -196,14 +201,18 @@ def matrices_of(
     if re.search(r"(^|_)bias(es)?(_|$)", lower.rpartition(".")[2]):
         return "is a bias"
     shown, stacked = name + (original and f"[{original}]"), re.search(r"expert|(^|[._])moe", lower) is not None
+    out_last = False  # Keras and Flax call (*kernel, in, out) kernel
     if convolution is None:
         convolution = "conv" in ".".join(lower.split(".")[-2:])
+        out_last = lower.endswith("kernel") and (convolution or len(shape) > 3)
     if len(shape) > 2 and not convolution and not stacked and shape[0] == 1:
         if max(shape[:-2]) > 1:
             return "is a table that is broadcast"
         found = [Matrix(shown, parameter, index=(0,) * (len(shape) - 2), read=read)]
     elif len(shape) > 2 and (convolution or not (stacked or (len(shape) == 3 and shape[0] <= min(shape[1:])))):
-        found, shape = [Matrix(shown, parameter, flatten=True, read=read)], (shape[0], math.prod(shape[1:]))
+        rows = len(shape) - (2 if "depthwise" in lower else 1) if out_last else 1
+        found = [Matrix(shown, parameter, flatten=rows, read=read)]
+        shape = math.prod(shape[:rows]), math.prod(shape[rows:])
     elif len(shape) > 2:
         indices = itertools.product(*map(range, shape[:-2]))
         found = [Matrix(f"{shown}[{','.join(map(str, i))}]", parameter, index=i, read=read) for i in indices]

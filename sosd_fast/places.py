@@ -8,8 +8,12 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-# In the names of saved weights, where no module can be asked: torch.compile, Fabric, FSDP, activation checkpointing.
-_PRIVATE = r"_(orig_mod|forward_module|original_module|fsdp_wrapped_module|checkpoint_wrapped_module)\."
+# In the names of saved weights, where no module can be asked: torch.compile, Fabric, FSDP, activation checkpointing,
+# Keras.
+_PRIVATE = (
+    r"_(orig_mod|forward_module|original_module|fsdp_wrapped_module|checkpoint_wrapped_module|functional|"
+    r"torch_params)\."
+)
 _WRAPPERS = re.compile(rf"^(module\.|{_PRIVATE})+|(?<=\.)({_PRIVATE})+")
 
 
@@ -69,12 +73,14 @@ def places_of(model: nn.Module) -> Iterator[Place]:
                 shown.append(part)
         around = modules[-2] if len(modules) > 1 else modules[-1]
         shown = [part for part in shown if part != "parametrizations"]  # whose modules have parameters of their own
+        *path, own = own.split("/")  # Keras keeps the weights of all layers in one ParameterDict, by their paths
+        shown += path
         yield Place(".".join([*shown, own]), original, parameter, own, modules[-1], around)
 
 
 def plain_name(key: str) -> tuple[str, str]:
     """Returns a weight's name and its original from the name that a state dict has, as `places_of` does."""
-    name = _WRAPPERS.sub("", key)
+    name = _WRAPPERS.sub("", key).replace("/", ".")
     found = re.fullmatch(r"(.*?)parametrizations\.(\w+)\.original(\d*)", name)
     if found:
         return found[1] + found[2], found[3] and f"original{found[3]}"
@@ -85,13 +91,16 @@ def _wraps(module: nn.Module, part: str, child: nn.Module, outermost: bool) -> b
     """Whether a module only wraps its child, which then stands for it.
 
     It has no parameters but the child's, holds it under a private name or as `module`, and hands on what is asked of
-    it, or is known not to. Whatever wraps the whole model as `module` counts too: copies with averaged weights.
+    it, or is known not to. Whatever wraps the whole model as `module` counts too: copies with averaged weights. So does
+    what keeps its parameters in a private ParameterDict: Keras's models.
     """
     if part != "module" and not part.startswith("_"):
         return False
     parallel = isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel)
     hands_on = type(module).__getattr__ is not nn.Module.__getattr__
-    if not (parallel or hands_on or (outermost and part == "module")):
+    inner = ((part, child), *child.named_children())
+    keeps = any(name.startswith("_") and isinstance(m, nn.ParameterDict) for name, m in inner)
+    if not (parallel or hands_on or keeps or (outermost and part == "module")):
         return False
     inside = set(map(id, child.parameters()))
     return all(id(p) in inside for p in module.parameters())

@@ -132,6 +132,11 @@ FORMS = {
     "gate": (nn.Linear(12, 1, bias=False), "has a single row or column"),
     "experts' bias": (Holder("down_proj_bias", 4, 12), "is a bias"),
     "norm": (nn.LayerNorm((6, 4), bias=False), "is the gain of a normalization"),
+    "keras": (nn.ParameterDict({"a/conv1d/kernel": torch.randn(3, 5, 8)}), [(15, 8)]),
+    "keras, named": (nn.ParameterDict({"a/stem/kernel": torch.randn(3, 3, 5, 8)}), [(45, 8)]),
+    "keras, depthwise": (nn.ParameterDict({"depthwise_conv2d/kernel": torch.randn(3, 3, 5, 1)}), [(9, 5)]),
+    "keras, attention": (nn.ParameterDict({"attention/query/kernel": torch.randn(12, 3, 4)}), [(12, 12)]),
+    "keras, biases": (nn.ParameterDict({"attention/query/bias": torch.randn(3, 4)}), "is a bias"),
 }
 
 

@@ -46,7 +46,7 @@ def test_every_row_is_held_once(ranks):
 
 
 def test_conv_kernels_flatten():
-    assert shape_of(Matrix("conv", nn.Conv2d(2, 13, 3).weight, flatten=True)) == (13, 18)
+    assert shape_of(Matrix("conv", nn.Conv2d(2, 13, 3).weight, flatten=1)) == (13, 18)
 
 
 @pytest.mark.parametrize(("ranks", "kind"), [(3, "rows"), (4, "hybrid")])

@@ -3,14 +3,21 @@
 from collections import Counter
 
 import accelerate
+import datasets
+import keras
 import peft
 import pytest
+import pytorch_optimizer
 import schedulefree
+import tokenizers
 import torch
+import torchao
 import transformers
+import trl
 from lightning.fabric import Fabric
+from optimum import quanto
 from test_trainers import Module, fit, hugging_face, llama
-from torch import nn
+from torch import Tensor, nn
 
 import sosd_fast
 from sosd_fast.integrations.hugging_face import HuggingFaceCallback
@@ -75,8 +82,41 @@ def image_loss(net):
     return net(pixel_values=IMAGES).logits.square().mean()
 
 
-def lora(**options):
+def graph():
+    import torch_geometric  # which warns when it is imported
+
+    return torch_geometric.nn.GCN(8, 16, num_layers=2, out_channels=4)
+
+
+def graph_loss(net):
+    return net(torch.eye(20, 8), torch.arange(120).view(2, 60) * 7 % 20).square().mean()
+
+
+def to_torchao(net):
+    torchao.quantization.quantize_(net, torchao.quantization.Int8WeightOnlyConfig())
+
+
+def to_quanto(net):
+    quanto.quantize(net, weights=quanto.qint8)
+    quanto.freeze(net)
+
+
+def resnet18():
+    return pytest.importorskip("torchvision").models.resnet18(num_classes=4)
+
+
+def timm_vit():
+    return pytest.importorskip("timm").create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=4)
+
+
+def by_forward(net):
+    return net(IMAGES).square().mean()
+
+
+def lora(quantize=None, **options):
     net = architecture("llama")
+    if quantize:
+        quantize(net.model)
     return peft.get_peft_model(net, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], **options))
 
 
@@ -96,23 +136,27 @@ def schedule_free(net):
     return optimizer
 
 
-def bare(loss=text_loss, optimizers=adamw):
-    """A loop of one's own."""
+def sam(net):
+    return pytorch_optimizer.SAM(net.parameters(), torch.optim.SGD, lr=1e-2)
 
-    def train(net, track):
+
+def bare(loss=text_loss, optimizers=adamw, closures=False):
+    """A loop of one's own; some optimizers want a closure, which computes the gradients again."""
+
+    def train(net, track, *_):
         made = optimizers(net)
         probe = track(net)
         for _ in range(STEPS):
             loss(net).backward()
             for optimizer in made if isinstance(made, list) else [made]:
-                optimizer.step()
+                optimizer.step(*[lambda: loss(net).backward()] * closures)
                 optimizer.zero_grad()
         return probe
 
     return train
 
 
-def accelerated(net, track):
+def accelerated(net, track, *_):
     accelerator = accelerate.Accelerator(cpu=True)
     prepared, optimizer = accelerator.prepare(net, adamw(net))
     probe = track(prepared)
@@ -123,7 +167,7 @@ def accelerated(net, track):
     return probe
 
 
-def by_fabric(net, track):
+def by_fabric(net, track, *_):
     fabric = Fabric(accelerator="cpu", devices=1)
     prepared, optimizer = fabric.setup(net, adamw(net))
     probe = track(prepared)
@@ -147,17 +191,79 @@ def by_lightning(net, track, tmp_path):
     return callbacks and callbacks[0].probe
 
 
+def by_sft_trainer(net, track, tmp_path):
+    words = ["[pad]", "[eos]", *"a cat sat on the mat and dog ran over hill".split()]
+    split = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}))
+    split.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    callbacks = [HuggingFaceCallback(method="full")] if track(None) else []
+    trl.SFTTrainer(
+        net,
+        trl.SFTConfig(
+            str(tmp_path), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True,
+            disable_tqdm=True, report_to=[], save_strategy="no", bf16=False,
+        ),
+        train_dataset=datasets.Dataset.from_dict({"text": ["the cat sat on a mat", "a dog ran over the hill"] * 4}),
+        processing_class=transformers.PreTrainedTokenizerFast(
+            tokenizer_object=split, pad_token="[pad]", eos_token="[eos]"
+        ),
+        callbacks=callbacks,
+    ).train()  # fmt: skip
+    return callbacks and callbacks[0].probe
+
+
+def keras_model():
+    keras.utils.clear_session()  # which gives layers the same names again
+    keras.utils.set_random_seed(0)
+    layers = keras.layers
+    return keras.Sequential([
+        layers.Input((8, 8, 3)), layers.Conv2D(5, 3), layers.Reshape((36, 5)), layers.Conv1D(8, 2), layers.LSTM(6),
+        layers.Dense(4),
+    ])  # fmt: skip
+
+
+class StepOfKeras(keras.callbacks.Callback):
+    """As docs/integrations.md has it."""
+
+    def __init__(self, probe):
+        super().__init__()
+        self.probe = probe
+
+    def on_train_batch_end(self, batch, logs=None):  # noqa: ARG002
+        self.probe.step()
+
+
+def by_keras(net, track, *_):
+    probe = track(net, optimizers=[])
+    net.compile("adam", "mse")
+    inputs = IMAGES.permute(0, 2, 3, 1)[:, :8, :8].numpy()
+    callbacks = [StepOfKeras(probe)] if probe else []
+    net.fit(inputs, inputs[:, 0, :4, 0], batch_size=1, verbose=0, callbacks=callbacks)
+    return probe
+
+
 TABLE = {f"transformers {name}": (lambda name=name: architecture(name), bare()) for name in ARCHITECTURES} | {
     "transformers vit": (vision, bare(image_loss)),
     "transformers resnet": (convolutions, bare(image_loss)),
     "peft LoRA": (lora, bare()),
     "peft DoRA": (lambda: lora(use_dora=True), bare()),
+    "peft LoRA on torchao int8": (lambda: lora(to_torchao), bare()),
+    "peft LoRA on quanto int8": (lambda: lora(to_quanto), bare()),
     "accelerate": (llama, accelerated),
     "Lightning Fabric": (llama, by_fabric),
     "transformers Trainer": (llama, by_trainer),
     "Lightning Trainer": (llama, by_lightning),
+    "trl SFTTrainer": (llama, by_sft_trainer),
+    "Keras 3 on torch": (keras_model, by_keras),
+    "torch_geometric GCN": (graph, bare(graph_loss)),
+    "torchvision resnet18": (resnet18, bare(by_forward)),
+    "timm vit_tiny": (timm_vit, bare(by_forward)),
     "torch.optim.Muon and AdamW": (llama, bare(optimizers=muon_and_adamw)),
     "schedulefree AdamW": (llama, bare(optimizers=schedule_free)),
+    "pytorch_optimizer Lookahead": (
+        llama,
+        bare(optimizers=lambda net: pytorch_optimizer.Lookahead(adamw(net), k=2)),
+    ),
+    "pytorch_optimizer SAM": (llama, bare(optimizers=sam, closures=True)),
     "torch TransformerEncoder": (
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2),
         bare(lambda net: net(torch.ones(2, 5, 16) * torch.arange(5)[:, None]).square().mean()),
@@ -165,17 +271,21 @@ TABLE = {f"transformers {name}": (lambda name=name: architecture(name), bare()) 
 }
 
 
+def values(p):
+    """A copy of a parameter, of a quantised one what it stands for."""
+    return p.detach().clone() if type(p) in (nn.Parameter, Tensor) else p.dequantize().detach()
+
+
 @pytest.mark.parametrize("library", TABLE)
 def test_a_library_trains_as_without_the_probe(library, tmp_path):
     make, train = TABLE[library]
-    more = (tmp_path,) if train in (by_trainer, by_lightning) else ()
     weights, probe = [], None
-    for track in (lambda _: None, lambda net: net is None or sosd_fast.track(net, method="full")):
+    for track in (lambda *_, **__: None, lambda net, **how: net is None or sosd_fast.track(net, method="full", **how)):
         torch.manual_seed(0)
         net = make()
         torch.manual_seed(1)  # of dropout
-        found = train(net, track, *more)
-        weights.append({name: p.detach().clone() for name, p in net.named_parameters()})
+        found = train(net, track, tmp_path)
+        weights.append({name: values(p) for name, p in net.named_parameters()})
         probe = found or probe
     plain, tracked = weights
     assert all(torch.equal(plain[name], W) for name, W in tracked.items()), "training is untouched"
@@ -185,12 +295,13 @@ def test_a_library_trains_as_without_the_probe(library, tmp_path):
     records = probe.records()
     assert {r.name for r in records} == set(names)
     assert all([r.step for r in records if r.name == name] == list(range(STEPS + 1)) for name in names)
-    assert all(any(name.split("[")[0].endswith(p.removeprefix("model.")) or p.endswith(name.split("[")[0])
-                   for p in tracked) for name in names), "named as the parameters are"  # fmt: skip
+    given = [p.replace("/", ".").removeprefix("model.") for p in tracked]  # Keras writes paths
+    plain_names = [name.split("[")[0] for name in names]
+    assert all(any(n.endswith(p) or p.endswith(n) for p in given) for n in plain_names), "named as the parameters are"
     errors = []
     for m in probe.matrices:
         S, truth = torch.from_numpy(probe.latest()[m.name].spectrum), torch.linalg.svdvals(m.tensor().double())
         errors.append(sd_distance(S, truth) if truth[0] > 0 else 0.0)
     assert max(errors) <= 1e-6, "of the weights after the last step"
     kinds = ", ".join(f"{count} {each}" for each, count in sorted(Counter(map(kind, names)).items()))
-    print(f"\n| {library} | {len(names)} ({kinds}) | {probe.step_count} | {max(errors):.0e} | yes |")
+    print(f"\n| {library} | {len(names)} ({kinds}) | {max(errors):.0e} |")
