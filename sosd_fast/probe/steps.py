@@ -263,7 +263,9 @@ def _is_idle(optimizer: Optimizer) -> bool:
     groups: Any = getattr(optimizer, "param_groups", ())
     if not groups or not all(_is_zero_rate(group.get("lr")) for group in groups):
         return False
-    return all(p.grad is None or _is_zero(p.grad) for p in _parameters(optimizer))
+    # DTensors first: ranks ask one another for theirs, and must do so alike.
+    parameters = sorted(_parameters(optimizer), key=lambda p: not hasattr(p, "placements"))
+    return all(p.grad is None or _is_zero(p.grad) for p in parameters)
 
 
 def _is_zero_rate(rate: Any) -> bool:
