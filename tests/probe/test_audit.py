@@ -140,3 +140,16 @@ def test_a_full_measurement_knows_its_leading_part():
         assert 0 < r.sd_variation_topk == r.sd_variation_floor <= r.sd_variation
         assert r.sd_variation_carried is None
         assert {f.name for f in dataclasses.fields(r)} >= {"audit_error", "theory_bound"}
+
+
+def test_an_audit_that_raises_ends_alone(caplog, monkeypatch):
+    def fails(*args):
+        raise MemoryError("no room for a float64 copy")
+
+    monkeypatch.setattr("sosd_fast.probe.audit.audit", fails)
+    net = model()
+    probe = sosd_fast.track(net, method="full")
+    train(net, 410)
+    said = [m for m in caplog.messages if "cannot be audited" in m and "MemoryError: no room for a float64 copy" in m]
+    assert probe.alive and probe.step_count == 410 and not probe.audits
+    assert len(said) == len(caplog.messages) == len({m.split()[1] for m in said}) > 0, "once a matrix"

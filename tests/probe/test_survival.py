@@ -10,7 +10,9 @@ from torch import nn
 
 import sosd_fast
 from sosd_fast.probe.audit import Auditor
+from sosd_fast.probe.full import FullGroup
 from sosd_fast.probe.hooks import live
+from sosd_fast.probe.leading import LeadingGroup
 
 
 def model(seed=0):
@@ -174,6 +176,27 @@ def test_why_no_matrix_can_be_measured_is_said_in_whole_sentences():
         ValueError, match=r"at least one matrix that can be .*raises \w+: .*\w\. Exclude such parameters"
     ):
         sosd_fast.track(net, method="full")
+
+
+@pytest.mark.parametrize("method", ["full", "topk"])
+def test_results_that_cannot_be_read_are_lost_alone(method, caplog, monkeypatch):
+    net = nn.Sequential(nn.Linear(40, 40, bias=False), nn.Linear(40, 48, bias=False))
+    probe = sosd_fast.track(net, method=method, k=4, optimizers=[])
+    group = FullGroup if method == "full" else LeadingGroup
+    read = group.read
+
+    def fails(self, tensors):
+        if self.states[0].shape == (40, 40) and probe.step_count == 2:
+            raise RuntimeError("an error of the device, told late")
+        return read(self, tensors)
+
+    monkeypatch.setattr(group, "read", fails)
+    for _ in range(4):
+        probe.step()
+    (said,) = caplog.messages
+    assert "0.weight cannot be measured at step 2" in said and "told late" in said
+    values = {(r.name, r.step): r.sigma_max for r in probe.records()}
+    assert [key for key, value in values.items() if math.isnan(value)] == [("0.weight", 2)] and len(values) == 10
 
 
 @pytest.mark.parametrize("method", ["full", "topk"])

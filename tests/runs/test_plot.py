@@ -58,3 +58,16 @@ def test_the_figure_says_what_it_shows(run, tmp_path):
 def test_an_empty_run(tmp_path):
     RunWriter(tmp_path).close()
     plot_run(load(tmp_path)).savefig(tmp_path / "run.png")
+
+
+def test_a_long_curve_is_drawn_with_its_extremes(tmp_path):
+    steps, spike = np.arange(1, 4001), 2345
+    writer = RunWriter(tmp_path)
+    for step in steps.tolist():
+        variation = 0.5 if step == spike else 1e-3
+        writer.append([Record(step=step, name="h.0.mlp.w", shape=(4, 4), method="gram32", sd_variation=variation)])
+    writer.close()
+    _, bottom = plot_run(load(tmp_path)).axes
+    assert len(bottom.lines[0].get_xdata()) < 1000 and set(bottom.lines[0].get_ydata()) == {1e-3}, "the median"
+    band = np.concatenate([path.vertices for path in bottom.collections[0].get_paths()])
+    assert abs(band[band[:, 1].argmax(), 0] - spike) <= 4 and band[:, 1].max() == 0.5

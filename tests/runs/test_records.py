@@ -364,3 +364,13 @@ def test_pandas(tmp_path):
     assert isinstance(frame, pandas.DataFrame) and frame["name"].tolist() == ["a", "b", "c"] * 3
     assert frame["shape"].tolist()[2] == (2, 3) and frame["sd_variation"][3] == 1.5
     assert "topk" not in frame and frame["cosine"].isna().all()
+
+
+def test_parquet_file_of_all_records(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    write(tmp_path / "run", range(5))
+    run = load(tmp_path / "run")
+    run.to_parquet(tmp_path / "all.parquet")
+    table = parquet.read_table(tmp_path / "all.parquet").to_pylist()
+    assert [(row["step"], row["name"]) for row in table] == [(r.step, r.name) for r in run.records]
+    assert repr(run) == f"Run({str(tmp_path / 'run')!r})"

@@ -9,6 +9,7 @@ import torch
 import sosd_fast
 from sosd_fast.__main__ import main
 from sosd_fast.runs.records import JsonLines, Record, RunWriter
+from sosd_fast.runs.report import write_report
 
 
 @pytest.fixture
@@ -133,3 +134,8 @@ def test_bounds_and_audits(tmp_path):
 def test_no_run_directory(tmp_path, capsys):
     assert main(["report", str(tmp_path), "-o", str(tmp_path / "r.html")]) == 2
     assert "expected a run directory" in capsys.readouterr().err and not (tmp_path / "r.html").exists()
+
+
+def test_no_run_at_all():
+    with pytest.raises(ValueError, match="expected at least one run directory"):
+        write_report([])
