@@ -60,7 +60,9 @@ class View(Guarded):
         reasons: dict[str, list[str]] = {}
         for name, why in self._matrices.left_out.items():
             reasons.setdefault(why, []).append(name)
-        lines += [f"left out: {len(names)} ({some(names)}), each {why}" for why, names in reasons.items()]
+        for why, names in reasons.items():
+            shown = some(names).removesuffix(f" ({len(names)})")
+            lines.append(f"left out: {len(names)} ({shown}), each {why}")
         if lost := [t.name for t in self._matrices.states if t.lost]:
             lines.append(f"cannot be measured at present: {some(lost)}")
         seen, remedy = self._planner.seen, " (where no optimizer of torch trains, call Probe.step after each)"

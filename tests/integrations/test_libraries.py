@@ -4,6 +4,7 @@ from collections import Counter
 
 import accelerate
 import datasets
+import diffusers
 import keras
 import peft
 import pytest
@@ -80,6 +81,12 @@ def convolutions():
 
 def image_loss(net):
     return net(pixel_values=IMAGES).logits.square().mean()
+
+
+def unet():
+    down, up = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
+    sizes = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 4}
+    return diffusers.UNet2DModel(16, down_block_types=down, up_block_types=up, **sizes)
 
 
 def graph():
@@ -254,6 +261,10 @@ TABLE = {f"transformers {name}": (lambda name=name: architecture(name), bare()) 
     "Lightning Trainer": (llama, by_lightning),
     "trl SFTTrainer": (llama, by_sft_trainer),
     "Keras 3 on torch": (keras_model, by_keras),
+    "diffusers UNet2DModel": (
+        unet,
+        bare(lambda net: net(IMAGES[..., :16, :16], torch.arange(4)).sample.square().mean()),
+    ),
     "torch_geometric GCN": (graph, bare(graph_loss)),
     "torchvision resnet18": (resnet18, bare(by_forward)),
     "timm vit_tiny": (timm_vit, bare(by_forward)),
