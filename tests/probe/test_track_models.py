@@ -282,3 +282,19 @@ def test_a_model_that_gains_a_matrix(method):
     assert probe.alive and {name: r.step >= 4 for name, r in probe.latest().items()} == dict.fromkeys(
         ("0.weight", "1.weight"), True
     )
+
+
+def test_weights_that_zero_stage_3_partitioned_are_refused_or_left_out_by_name(caplog):
+    def partition(linear):  # as DeepSpeed leaves a parameter between its uses
+        linear.weight.ds_shape = linear.weight.shape
+        linear.weight.data = torch.empty(0)
+
+    net = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 3))
+    partition(net[0])
+    with sosd_fast.track(net, method="full") as probe:
+        assert list(probe.latest()) == ["1.weight"] and "0.weight), each is partitioned" in str(probe)
+    (said,) = caplog.messages
+    assert "0.weight is partitioned by DeepSpeed's ZeRO stage 3" in said
+    partition(net[1])
+    with pytest.raises(ValueError, match=r"whose 0\.weight and others are partitioned .* Use stage 2"):
+        sosd_fast.track(net)
