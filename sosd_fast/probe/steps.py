@@ -7,6 +7,7 @@ What a person calls a step of an optimizer is the outermost `step`: an optimizer
 # Most of torch has no complete types.
 # pyright: reportUnknownMemberType=false
 
+import itertools
 import logging
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,6 +50,9 @@ class _Optimizers:
         return {id(o) for o in self} == {id(o) for o in other}
 
 
+_Gradient = tuple["weakref.ref[Tensor]", "weakref.ref[Tensor]", int]  # a parameter, its gradient, that one's version
+
+
 class StepDetector:
     """Tells when a training step is over: when all optimizers that change the parameters have stepped once.
 
@@ -72,9 +76,12 @@ class StepDetector:
         self._known = _Optimizers()  # that step in training steps
         self._stepped = _Optimizers()  # those of them that stepped in this one
         self.pending = False
+        self._first = _Optimizers()  # that stepped first in this training step
+        self._gradients: list[_Gradient] = []  # of some of its parameters, as they were then
+        self._leader = _Optimizers()  # that stepped first in the last training step in which all stepped
         self._inside: dict[int, list[Optimizer]] = {}  # given ones that stepped inside of another, by the other's id
         self._seen = _Optimizers()  # that were about to step
-        self._sizes: dict[int, int] = {}  # how many parameters they held then
+        self._held_by: dict[int, int] = {}  # a hash of the parameters that they held then
         self._counted = _Optimizers()  # that have been counted, even if they were replaced since
         self._idled = _Optimizers()  # whose first step changed nothing
         self.ended, self.moved = 0, False
@@ -92,7 +99,7 @@ class StepDetector:
         self._look()
 
     def may_have_changed(self, optimizer: Optimizer, outer: Sequence[Optimizer]) -> bool:
-        """Whether this optimizer, about to step, never did or holds more or fewer parameters: the model may be another.
+        """Whether this optimizer, about to step, never did or holds other parameters: the model may be another.
 
         Args:
             optimizer: any.
@@ -100,10 +107,10 @@ class StepDetector:
         """
         if outer or self._by_hand:
             return False
-        size = sum(map(len, _groups(optimizer)))
-        same = optimizer in self._seen and self._sizes[id(optimizer)] == size
+        held = hash(tuple(map(id, _parameters(optimizer))))
+        same = optimizer in self._seen and self._held_by[id(optimizer)] == held
         self._seen.add(optimizer)
-        self._sizes[id(optimizer)] = size
+        self._held_by[id(optimizer)] = held
         return not same
 
     def ends_before(self, optimizer: Optimizer, outer: Sequence[Optimizer]) -> bool:
@@ -114,6 +121,8 @@ class StepDetector:
             return False
         counts = self._counts_as(optimizer)
         gone = self.pending and not len(self._stepped)  # those that stepped
+        if self.pending and any(o in self._leader for o in counts) and any(map(_is_renewed, self._gradients)):
+            return True  # it steps first in a training step, and gradients are those of the next one
         return any(gone or o in self._stepped for o in counts)
 
     def ends_after(self, optimizer: Optimizer, outer: Sequence[Optimizer]) -> bool:
@@ -147,6 +156,11 @@ class StepDetector:
         if enclosing is not None:
             self._inside.setdefault(id(enclosing), []).extend(counts)
             return False
+        if not self.pending:
+            self._first = _Optimizers(counts)
+            self._gradients = [
+                (weakref.ref(p), weakref.ref(p.grad), _version(p.grad)) for p in _with_gradients(optimizer)
+            ]
         self.pending = True
         for o in counts:
             self._stepped.add(o)
@@ -168,6 +182,8 @@ class StepDetector:
             Whether this was the first one, done by hand, or parameters have lost their optimizers: the model may have
             changed.
         """
+        if len(self._stepped) > 1 and self._known.same(self._stepped):  # a step of all, which shows their order
+            self._leader = self._first
         self.pending, self._stepped = False, _Optimizers()
         first = not self.ended
         self.ended += 1
@@ -282,3 +298,23 @@ def _is_zero(gradient: Tensor) -> bool:
     if hasattr(total, "full_tensor"):  # a DTensor: ranks must agree
         total = total.full_tensor()
     return not torch.count_nonzero(total).item()
+
+
+def _with_gradients(optimizer: Optimizer, most: int = 4) -> list[Any]:
+    """Some of the parameters of an optimizer that have a gradient."""
+    return list(itertools.islice((p for p in _parameters(optimizer) if p.grad is not None), most))
+
+
+def _is_renewed(seen: _Gradient) -> bool:
+    """Whether a parameter has another gradient than it had, or the same one was added to."""
+    parameter, gradient, version = seen
+    p = parameter()
+    return p is not None and p.grad is not None and (p.grad is not gradient() or _version(p.grad) != version)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; 0 where it does not count, as one made in inference mode."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0

@@ -46,6 +46,10 @@ class View(Guarded):
         """The fraction of the time since the first step that was spent in the probe, on the host and on GPUs."""
         return self._account.overhead
 
+    def __reduce__(self):
+        """A copy is None, so that a model that keeps its probe can be copied and saved."""
+        return type(None), ()
+
     def __repr__(self) -> str:
         return f"Probe({len(self._matrices)} matrices, step {self.step_count}{'' if self.alive else ', closed'})"
 

@@ -159,6 +159,7 @@ def test_the_loggers_of_the_trainer_get_the_metrics(tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/mlruns")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE", "1")  # whose threads race to make one folder
     seen = []
     callback = HuggingFaceCallback(method="full", on_record=seen.append)
     # GPT-2's fused matrices have brackets in their names, which MLflow refuses.

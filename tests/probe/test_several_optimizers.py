@@ -1,0 +1,90 @@
+"""Where one of several optimizers misses steps, steps seldom, or they change their order, records stay in step."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from arranged import backward, model, sgd, sigma_max
+from torch import nn
+
+import sosd_fast
+
+
+@pytest.mark.parametrize("missed", [[3], [20, 21], [5, 9, 10, 11, 30], [39]])
+@pytest.mark.parametrize("who", [0, 1])
+def test_records_stay_in_step_where_an_optimizer_misses_some(who, missed):
+    """As where a gradient scaler skips one of several optimizers."""
+    net = model()
+    optimizers = [sgd(layer.parameters(), 0.01) for layer in net]
+    probe = sosd_fast.track(net, method="full")
+    truth = [sigma_max(net[0].weight)]
+    for i in range(40):
+        backward(net)
+        for n, optimizer in enumerate(optimizers):
+            if n != who or i not in missed:
+                optimizer.step()
+            optimizer.zero_grad()
+        truth.append(sigma_max(net[0].weight))
+    probe.close()
+    found = {r.step: r.sigma_max for r in probe.records() if r.name == "0.weight"}
+    assert [found[step] for step in range(41)] == pytest.approx(truth, rel=1e-6)
+
+
+@pytest.mark.parametrize("every", [2, 5])
+def test_an_optimizer_that_steps_seldom_and_first(every):
+    net = model()
+    seldom, often = (sgd(layer.parameters(), 0.01) for layer in net)
+    probe = sosd_fast.track(net, method="full")
+    truth = [sigma_max(net[0].weight)]
+    for i in range(40):
+        backward(net)
+        if i % every == 0:
+            seldom.step()
+        often.step()
+        net.zero_grad()
+        truth.append(sigma_max(net[0].weight))
+    probe.close()
+    found = {r.step: r.sigma_max for r in probe.records() if r.name == "0.weight"}
+    assert [found[step] for step in range(41)] == pytest.approx(truth, rel=1e-6)
+
+
+def test_optimizers_whose_order_alternates():
+    net = model()
+    optimizers = [sgd(layer.parameters(), 0.01) for layer in net]
+    probe = sosd_fast.track(net, method="full")
+    truth = [sigma_max(net[0].weight)]
+    for i in range(12):
+        backward(net)
+        for optimizer in optimizers[:: 1 if i % 2 else -1]:
+            optimizer.step()
+        net.zero_grad()
+        truth.append(sigma_max(net[0].weight))
+    probe.close()
+    found = {r.step: r.sigma_max for r in probe.records() if r.name == "0.weight"}
+    assert [found[step] for step in range(13)] == pytest.approx(truth, rel=1e-6)
+
+
+def test_an_optimizer_that_is_given_other_parameters_of_the_same_number():
+    """As a model whose state is loaded with assign=True."""
+    net = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 8))
+    optimizer = sgd(net.parameters(), 0.01)
+    probe = sosd_fast.track(net, method="full")
+    for i in range(8):
+        if i == 5:
+            net.load_state_dict({name: p.clone() for name, p in net.state_dict().items()}, assign=True)
+            optimizer.param_groups[0]["params"] = list(net.parameters())
+        backward(net)
+        optimizer.step()
+        optimizer.zero_grad()
+    probe.close()
+    assert probe.step_count == 8
+    assert probe.latest()["0.weight"].sigma_max == pytest.approx(sigma_max(net[0].weight), rel=1e-6)
+
+
+def test_a_model_that_keeps_its_probe_is_copied_and_saved(tmp_path):
+    net = model()
+    net.probe = sosd_fast.track(net, method="full")
+    assert copy.deepcopy(net).probe is None and pickle.loads(pickle.dumps(net)).probe is None
+    torch.save(net, tmp_path / "net.pt")
+    assert torch.load(tmp_path / "net.pt", weights_only=False).probe is None and net.probe.alive
