@@ -18,7 +18,6 @@ import statistics
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sosd_fast import kernels
 from sosd_fast.kernels import Backend
@@ -58,8 +57,8 @@ def newton_schulz(
         eps: the smallest Frobenius norm that is divided by: a smaller G is divided by eps, and its X stays small.
 
     Returns:
-        X, the shape and dtype of G; computed in the dtype of G, or float16 for bfloat16 on CUDA. Differentiable: the
-        backward pass computes the iteration again by torch's operations, at least in float32, and differentiates it.
+        X, the shape and dtype of G; computed in the dtype of G, or float16 for bfloat16 on CUDA. Differentiable, any
+        number of times: the backward pass computes the iteration again by torch's operations, at least in float32.
 
     On CUDA in half precision the first call on a shape waits for the device, to time the candidates.
 
@@ -121,24 +120,27 @@ class _Differentiable(torch.autograd.Function):
         ctx.triples, ctx.eps = inputs[1:3]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grad_outputs: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (G,) = ctx.saved_tensors
         dtype = torch.promote_types(G.dtype, torch.float32)
-        power = kernels.power_of_two(kernels.largest_entry(G).to(dtype))
-        with kernels.full_precision(G.device.type), torch.enable_grad():
-            scaled = (G.detach().to(dtype) / power).requires_grad_()  # whose squares stay in range
-            X = newton_schulz_ref(scaled, ctx.triples, ctx.eps / power)
-            (found,) = torch.autograd.grad(X, scaled, grad_outputs[0].to(dtype))
-        return (found / power).to(G.dtype), None, None, None, None
+        power = kernels.power_of_two(kernels.largest_entry(G.detach()).to(dtype))
+
+        def reference(G: Tensor) -> Tensor:
+            return newton_schulz_ref(G.to(dtype) / power, ctx.triples, ctx.eps / power)  # whose squares stay in range
+
+        again = torch.is_grad_enabled()  # where the derivative is to be differentiated, too
+        with kernels.full_precision(G.device.type), torch.set_grad_enabled(again):
+            _, pull_back = torch.func.vjp(reference, G)
+            (found,) = pull_back(grad_outputs[0].to(dtype))
+        return found, None, None, None, None
 
 
 def iterate(G: Tensor, triples, eps: float, form: str, symmetric: bool) -> Tensor:
     """Runs one form, with half of the symmetric products left out or not."""
-    X = G.mT if G.shape[-2] > G.shape[-1] else G
-    X = _normalised(X, eps)
     quick = G.dtype in HALF and (G.is_cuda or form == "gram")  # CPUs multiply float16 slowly
-    X = (_gram if form == "gram" else _plain)(X.to(torch.float16 if quick else G.dtype), triples, symmetric)
+    with torch.autocast(G.device.type, enabled=False):
+        X = _normalised(G.mT if G.shape[-2] > G.shape[-1] else G, eps)
+        X = (_gram if form == "gram" else _plain)(X.to(torch.float16 if quick else G.dtype), triples, symmetric)
     X = X.to(G.dtype)
     return X.mT if G.shape[-2] > G.shape[-1] else X
 

@@ -159,6 +159,23 @@ def test_below_eps_the_result_is_proportional(dtype):
 def test_it_is_differentiable(shape, method):
     G = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert torch.autograd.gradcheck(lambda G: newton_schulz(G, steps=3, method=method), G)
+    assert torch.autograd.gradgradcheck(lambda G: newton_schulz(G, steps=2, method=method), G)
+
+
+def test_second_derivatives_function_transforms_and_autocast():
+    G = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    seconds = []
+    for function in (newton_schulz, lambda G: newton_schulz_ref(G, COEFFICIENTS["muon"] * 5)):
+        (first,) = torch.autograd.grad(function(G).pow(3).sum(), G, create_graph=True)
+        assert first.requires_grad
+        seconds.append(torch.autograd.grad(first.square().sum(), G)[0])
+        seconds.append(torch.func.grad(lambda G, function=function: function(G).pow(3).sum())(G.detach()))
+    for ours, theirs in zip(seconds[:2], seconds[2:], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    half = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = newton_schulz(half)
+    assert torch.equal(found, newton_schulz(half))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
