@@ -94,9 +94,11 @@ def newton_schulz(
     if isinstance(triples[0], int | float):
         triples = (triples,)
     triples = tuple(triples[min(i, len(triples) - 1)] for i in range(steps))
+    if not G.numel():
+        return G.clone()
     short, long = sorted(G.shape[-2:])
     symmetric = False
-    if G.dtype in HALF and G.is_cuda and kernels.backend_of("newton_schulz", G) is Backend.TRITON and G.numel():
+    if G.dtype in HALF and G.is_cuda and kernels.backend_of("newton_schulz", G) is Backend.TRITON:
         shape = (G.shape[:-2].numel(), short, long)
         form, symmetric = fastest_form(shape, G.dtype, G.device, steps, None if method == "auto" else method)
     elif method == "auto":

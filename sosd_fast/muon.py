@@ -119,7 +119,7 @@ class Muon(torch.optim.Optimizer):
         m //= group["split"]
 
         def orthogonalise(X: Tensor) -> Tensor:  # (B, split m, n)
-            parts = X.reshape(-1, m, n)
+            parts = X.reshape(len(X) * group["split"], m, n)
             options = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"], "eps": group["eps"]}
             return newton_schulz(parts, **options).reshape(X.shape)
 

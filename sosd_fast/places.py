@@ -54,10 +54,10 @@ def places_of(model: nn.Module) -> Iterator[Place]:
         modules, shown, original = [model], list[str](), ""
         for i, part in enumerate(path):
             module = modules[-1]
-            child = module._modules.get(part)
-            if child is None:  # the model names its parameters in a way of its own
+            if part not in module._modules:  # the model names its parameters in a way of its own
                 shown += path[i:]
                 break
+            child = module._modules[part]  # TorchScript's mapping has no get
             if isinstance(child, ParametrizationList) and own.startswith("original") and part == path[-1]:
                 shown.pop()  # parametrizations
                 modules.pop()

@@ -64,15 +64,15 @@ def test_muon_agrees_with_torch(options):
 
 def test_muon_refuses_what_is_no_matrix():
     with pytest.raises(ValueError, match=r"Muon: expected matrices, got a parameter of shape \(3,\)"):
-        sosd_fast.Muon([torch.nn.Parameter(torch.ones(3))])
+        sosd_fast.Muon([torch.torch.nn.Parameter(torch.ones(3))])
     with pytest.raises(ValueError, match="got adjust_lr_fn='rms'"):
-        sosd_fast.Muon([torch.nn.Parameter(torch.ones(3, 3))], adjust_lr_fn="rms")
+        sosd_fast.Muon([torch.torch.nn.Parameter(torch.ones(3, 3))], adjust_lr_fn="rms")
     with pytest.raises(ValueError, match="got lr=-1"):
-        sosd_fast.Muon([torch.nn.Parameter(torch.ones(3, 3))], lr=-1)
+        sosd_fast.Muon([torch.torch.nn.Parameter(torch.ones(3, 3))], lr=-1)
 
 
 def test_muon_takes_a_closure_and_skips_what_has_no_gradient():
-    used, unused = (torch.nn.Parameter(torch.ones(3, 3)) for _ in range(2))
+    used, unused = (torch.torch.nn.Parameter(torch.ones(3, 3)) for _ in range(2))
     optimizer = sosd_fast.Muon([used, unused], lr=0.1, weight_decay=0.0)
 
     def closure():
@@ -107,11 +107,11 @@ def test_fused_matrices_are_orthogonalised_apart():
 
 def test_a_split_that_does_not_divide():
     with pytest.raises(ValueError, match="divides 10 rows, got split=3"):
-        sosd_fast.Muon([torch.nn.Parameter(torch.ones(10, 4))], split=3)
+        sosd_fast.Muon([torch.torch.nn.Parameter(torch.ones(10, 4))], split=3)
 
 
 def test_a_state_from_before_split():
-    optimizer = sosd_fast.Muon([torch.nn.Parameter(torch.ones(6, 4))])
+    optimizer = sosd_fast.Muon([torch.torch.nn.Parameter(torch.ones(6, 4))])
     state = optimizer.state_dict()
     del state["param_groups"][0]["split"]
     optimizer.load_state_dict(state)
@@ -136,10 +136,10 @@ def test_the_size_of_gradients_does_not_matter(dtype):
 
 
 def test_a_refused_group_leaves_no_trace():
-    kept, refused = (torch.nn.Parameter(torch.ones(6, 4)) for _ in range(2))
+    kept, refused = (torch.torch.nn.Parameter(torch.ones(6, 4)) for _ in range(2))
     optimizer = sosd_fast.Muon([kept], lr=0.1)
     for group in (
-        {"params": [refused, torch.nn.Parameter(torch.ones(3))]},
+        {"params": [refused, torch.torch.nn.Parameter(torch.ones(3))]},
         {"params": [refused], "split": 4},
         {"params": [refused], "adjust_lr_fn": "rms"},
         {"params": [refused], "lr": -1.0},
@@ -161,10 +161,20 @@ def test_a_tensor_as_learning_rate(shape):
 
 
 def test_sparse_gradients_are_refused_before_anything_is_updated():
-    other, embedding = torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Embedding(6, 4, sparse=True)
+    other, embedding = torch.torch.nn.Parameter(torch.ones(3, 3)), torch.nn.Embedding(6, 4, sparse=True)
     optimizer = sosd_fast.Muon([other, embedding.weight])
     other.grad = torch.ones(3, 3)
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(ValueError, match="Muon: expected dense gradients, got one of layout torch.sparse_coo"):
         optimizer.step()
     assert torch.equal(other, torch.ones(3, 3))
+
+
+@pytest.mark.parametrize("shape", [(0, 12), (12, 0)], ids=str)
+def test_an_empty_parameter_is_left_alone(shape):
+    weights = [torch.nn.Parameter(torch.ones(*shape)), torch.nn.Parameter(torch.ones(4, 3))]
+    for w in weights:
+        w.grad = torch.ones_like(w)
+    sosd_fast.Muon(weights, lr=0.1).step()
+    assert weights[0].shape == shape and (weights[1] < 1).all()
+    assert sosd_fast.newton_schulz(weights[0]).shape == shape

@@ -166,3 +166,16 @@ def test_the_weight_itself_can_be_measured_where_computing_it_changes_nothing():
     g, v = before["0.parametrizations.weight.original0"], before["0.parametrizations.weight.original1"]
     assert torch.allclose(S.double(), torch.linalg.svdvals((g * v / v.norm(dim=1, keepdim=True)).double()), rtol=1e-5)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda net: torch.jit.trace(net, torch.ones(2, 6))])
+def test_torchscript_modules_are_followed(compiled):
+    """Alone, and inside of another module."""
+    inner = compiled(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)))
+    for net, prefix in ((inner, ""), (nn.Sequential(inner), "0.")):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        with sosd_fast.track(net, method="full") as probe:
+            net(torch.ones(2, 6)).square().mean().backward()
+            optimizer.step()
+        assert {(name, r.step) for name, r in probe.latest().items()} == {(f"{prefix}{i}.weight", 1) for i in (0, 1)}
