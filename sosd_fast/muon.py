@@ -98,7 +98,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             alike: dict[object, list[Tensor]] = {}
             for p in group["params"]:
-                if p.grad is not None:
+                if p.grad is not None and p.numel():
                     alike.setdefault((p.shape, p.dtype, p.grad.dtype, p.device, is_sharded(p)), []).append(p)
             for params in alike.values():
                 self._update(params, group)

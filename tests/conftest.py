@@ -69,11 +69,12 @@ if importlib.util.find_spec("triton"):  # before sosd_fast, which then defines i
     def equal(self, other, compare=tl_core.tuple.__eq__):
         return same if self is other else compare(self, other)
 
-    same = tl_core.constexpr(True)
-    tl_core.tuple.__eq__ = equal
-    tl_core.block_type.with_element_ty = lambda self, scalar: block_type(None, scalar, self.shape)
+    if not torch.cuda.is_available():  # these are the compiler's, too
+        same = tl_core.constexpr(True)
+        tl_core.tuple.__eq__ = equal
+        tl_core.block_type.with_element_ty = lambda self, scalar: block_type(None, scalar, self.shape)
+        tl_core.tensor.__init__ = init_tensor
     interpreter.InterpreterBuilder.get_block_ty = block_type
-    tl_core.tensor.__init__ = init_tensor
     interpreter._get_np_dtype = np_dtype
     interpreter._patch_lang = patch_once
     interpreter._patch_lang_tensor = patch_tensor

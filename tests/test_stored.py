@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from safetensors.torch import save_file
+from scaled import Scaled
 from torch import nn
 
 import sosd_fast
@@ -12,15 +13,8 @@ from sosd_fast.checkpoints.analyze import analyze
 from sosd_fast.matrices import find_matrices
 
 
-class Quantized(torch.Tensor):
-    """Eight-bit values with a scale per row: no memory of its own, and nothing computed but what it offers."""
-
-    @staticmethod
-    def __new__(cls, values, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32, requires_grad=False)
-
-    def __init__(self, values, scale):
-        self.values, self.scale = values, scale
+class Quantized(Scaled):
+    """Eight-bit values with a scale per row, which offers its conversion."""
 
     @classmethod
     def of(cls, W):
@@ -36,12 +30,6 @@ class Quantized(torch.Tensor):
 
     def dequantize(self):
         return self.values * self.scale
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.detach.default:
-            return cls(args[0].values, args[0].scale)
-        raise NotImplementedError(str(function))
 
 
 class Broken(Quantized):

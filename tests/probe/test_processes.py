@@ -9,19 +9,11 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import torch
+from plain_loop import train
 from prepared import Process, run
 from torch import nn
 
 import sosd_fast
-
-
-def train(net, steps=1, lr=1e-3):
-    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
-    for _ in range(steps):
-        net(torch.ones(2, net[0].in_features)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def steps_of(probe, name="0.weight"):

@@ -11,58 +11,57 @@ from torch import nn
 import sosd_fast
 
 
+def records_and_truth(rounds, step):
+    """The largest values of the first weight, by records and by an SVD after each round of `step(i, first, second)`."""
+    net = model()
+    first, second = (sgd(layer.parameters(), 0.01) for layer in net)
+    truth = [sigma_max(net[0].weight)]
+    with sosd_fast.track(net, method="full") as probe:
+        for i in range(rounds):
+            backward(net)
+            step(i, first, second)
+            net.zero_grad()
+            truth.append(sigma_max(net[0].weight))
+    found = {r.step: r.sigma_max for r in probe.records() if r.name == "0.weight"}
+    assert list(found) == list(range(rounds + 1))
+    return list(found.values()), pytest.approx(truth, rel=1e-6)
+
+
 @pytest.mark.parametrize("missed", [[3], [20, 21], [5, 9, 10, 11, 30], [39]])
 @pytest.mark.parametrize("who", [0, 1])
-def test_records_stay_in_step_where_an_optimizer_misses_some(who, missed):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_records_stay_in_step_where_an_optimizer_misses_some(who, missed, at_once):
     """As where a gradient scaler skips one of several optimizers."""
-    net = model()
-    optimizers = [sgd(layer.parameters(), 0.01) for layer in net]
-    probe = sosd_fast.track(net, method="full")
-    truth = [sigma_max(net[0].weight)]
-    for i in range(40):
-        backward(net)
+
+    def step(i, *optimizers):
         for n, optimizer in enumerate(optimizers):
             if n != who or i not in missed:
                 optimizer.step()
-            optimizer.zero_grad()
-        truth.append(sigma_max(net[0].weight))
-    probe.close()
-    found = {r.step: r.sigma_max for r in probe.records() if r.name == "0.weight"}
-    assert [found[step] for step in range(41)] == pytest.approx(truth, rel=1e-6)
+            if at_once:
+                optimizer.zero_grad()
+
+    found, truth = records_and_truth(40, step)
+    assert found == truth
 
 
 @pytest.mark.parametrize("every", [2, 5])
 def test_an_optimizer_that_steps_seldom_and_first(every):
-    net = model()
-    seldom, often = (sgd(layer.parameters(), 0.01) for layer in net)
-    probe = sosd_fast.track(net, method="full")
-    truth = [sigma_max(net[0].weight)]
-    for i in range(40):
-        backward(net)
+    def step(i, seldom, often):
         if i % every == 0:
             seldom.step()
         often.step()
-        net.zero_grad()
-        truth.append(sigma_max(net[0].weight))
-    probe.close()
-    found = {r.step: r.sigma_max for r in probe.records() if r.name == "0.weight"}
-    assert [found[step] for step in range(41)] == pytest.approx(truth, rel=1e-6)
+
+    found, truth = records_and_truth(40, step)
+    assert found == truth
 
 
 def test_optimizers_whose_order_alternates():
-    net = model()
-    optimizers = [sgd(layer.parameters(), 0.01) for layer in net]
-    probe = sosd_fast.track(net, method="full")
-    truth = [sigma_max(net[0].weight)]
-    for i in range(12):
-        backward(net)
+    def step(i, *optimizers):
         for optimizer in optimizers[:: 1 if i % 2 else -1]:
             optimizer.step()
-        net.zero_grad()
-        truth.append(sigma_max(net[0].weight))
-    probe.close()
-    found = {r.step: r.sigma_max for r in probe.records() if r.name == "0.weight"}
-    assert [found[step] for step in range(13)] == pytest.approx(truth, rel=1e-6)
+
+    found, truth = records_and_truth(12, step)
+    assert found == truth
 
 
 def test_an_optimizer_that_is_given_other_parameters_of_the_same_number():

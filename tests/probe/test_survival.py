@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from plain_loop import train
+from scaled import Scaled
 from torch import nn
 
 import sosd_fast
@@ -18,14 +20,6 @@ from sosd_fast.probe.leading import LeadingGroup
 def model(seed=0):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(48, 64, bias=False), nn.Linear(64, 64, bias=False), nn.Linear(64, 40, bias=False))
-
-
-def train(net, steps=1, lr=1e-3):
-    optimizer = torch.optim.SGD(net.parameters(), lr=lr)
-    for _ in range(steps):
-        net(torch.ones(2, net[0].in_features)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 def steps_of(probe, name="0.weight"):
@@ -245,23 +239,6 @@ def test_data_of_another_form(form, method, caplog):
     expected = torch.linalg.svdvals(new.double())[0].item()
     assert latest["1.weight"].sigma_max == pytest.approx(expected, rel=1e-2)
     probe.records()
-
-
-class Scaled(torch.Tensor):
-    """Values with a scale, as quantised weights are: no memory of its own."""
-
-    @staticmethod
-    def __new__(cls, values, scale):
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32, requires_grad=False)
-
-    def __init__(self, values, scale):
-        self.values, self.scale = values, scale
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.detach.default:
-            return cls(args[0].values, args[0].scale)
-        raise NotImplementedError(str(function))
 
 
 class Marked(nn.Parameter):
