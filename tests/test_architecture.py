@@ -1,4 +1,4 @@
-"""The import graph: no circle, one direction, no private name of another room, and no code in a room's __init__.
+"""The import graph: no circle, one direction, no private name of another room, and no code in a room's __init__; sizes.
 
 Imports inside functions count as those at a module's top. Imports for type checkers alone may form a circle, which
 never runs, but keep the direction.
@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
+
+import sosd_fast
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -245,3 +248,16 @@ def test_what_is_allowed_is_no_fault(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(code)
     assert not faults(tmp_path)
+
+
+def test_files_stay_small():
+    folders = ("sosd_fast", "kernels", "training", "bench", "tests")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    long = [f"{file.relative_to(ROOT)}" for file in files if len(file.read_text().splitlines()) > 400]
+    assert len(files) > 150 and not long
+    assert len((ROOT / "sosd_fast/probe/probe.py").read_text().splitlines()) <= 250
+
+
+def test_a_probe_has_few_parts():
+    with sosd_fast.track(torch.nn.Linear(4, 4), method="full") as probe:
+        assert 5 < len(vars(probe)) <= 12, list(vars(probe))
