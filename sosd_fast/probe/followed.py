@@ -164,7 +164,7 @@ class FollowedMatrices:
                     step,
                 )
             if gone := [t.name for t in missing if t not in unreadable]:
-                log.warning("sosd_fast: %s are no longer measured from step %d on.", ", ".join(gone), step)
+                log.warning("sosd_fast: %s are not measured after step %d any more.", ", ".join(gone), step)
         return new
 
     def check_measurable(self, measurements: list[Measurement]):
