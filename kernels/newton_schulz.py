@@ -132,7 +132,7 @@ class _Differentiable(torch.autograd.Function):
 
         again = torch.is_grad_enabled()  # where the derivative is to be differentiated, too
         with kernels.full_precision(G.device.type), torch.set_grad_enabled(again):
-            _, pull_back = torch.func.vjp(reference, G)
+            pull_back = torch.func.vjp(reference, G)[1]
             (found,) = pull_back(grad_outputs[0].to(dtype))
         return found, None, None, None, None
 

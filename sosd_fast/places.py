@@ -58,6 +58,7 @@ def places_of(model: nn.Module) -> Iterator[Place]:
                 shown += path[i:]
                 break
             child = module._modules[part]  # TorchScript's mapping has no get
+            assert child is not None  # a parameter lies in it
             if isinstance(child, ParametrizationList) and own.startswith("original") and part == path[-1]:
                 shown.pop()  # parametrizations
                 modules.pop()
