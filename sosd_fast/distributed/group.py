@@ -94,6 +94,13 @@ def group_of(mesh: "DeviceMesh", dims: Sequence[int]) -> "ProcessGroup":
         return world if world is not None and world.size() == len(ranks) else _group_of_ranks(ranks)
 
 
+def rank_in_world() -> tuple[int, int]:
+    """This process's rank, and how many processes there are; (0, 1) where torch.distributed is not initialised."""
+    import torch.distributed as dist
+
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
 def _current_board() -> "_Board":
     """The board of the default process group; another default group has another one, and other groups."""
     global _default, _defaults, _board
@@ -104,7 +111,7 @@ def _current_board() -> "_Board":
         raise ValueError("track: expected torch.distributed to be initialised, got no process group. Initialise it.")
     if _board is None or _default is None or _default() is not world:
         _groups.clear()
-        _default, _defaults, _board = weakref.ref(world), _defaults + 1, _Board(_store())
+        _default, _defaults, _board = weakref.ref(world), _defaults + 1, _Board(default_store())
     return _board
 
 
@@ -157,8 +164,8 @@ def _time_limit(group: "ProcessGroup") -> timedelta:
     return default_pg_timeout
 
 
-def _store() -> "Store":
-    """The store that the default process group met in."""
+def default_store() -> "Store":
+    """The store that the default process group met in, with keys of this library's own."""
     import torch.distributed as dist
     from torch.distributed import distributed_c10d
 

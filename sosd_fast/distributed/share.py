@@ -1,19 +1,17 @@
 """What each rank measures of a model: its share of copies (DDP), or of what ranks hold together (FSDP2)."""
 
-import weakref
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sosd_fast.distributed.copies import group_of_copies
+from sosd_fast.distributed.group import lockstep
 from sosd_fast.distributed.layout import assign, cost, is_sharded, row_dimension, shape_of
 from sosd_fast.matrices import Matrix
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-# Models that the ranks of a group hold copies of, though nothing about them says so: what a Trainer passes to callbacks
-copies: "weakref.WeakKeyDictionary[nn.Module, ProcessGroup]" = weakref.WeakKeyDictionary()
 
 
 class RankAssignment(NamedTuple):
@@ -24,29 +22,28 @@ class RankAssignment(NamedTuple):
     group: "ProcessGroup | None"  # the ranks that hold rows of these matrices, where they are sharded
     rank: int  # of all ranks
     ranks: int
+    members: tuple[int, ...] = ()  # their numbers in the world, where there are several
 
 
 def share(model: nn.Module, matrices: list[Matrix]) -> RankAssignment:
     """Finds what this rank measures.
 
     Args:
-        model: DistributedDataParallel, among `copies`, sharded by `fully_shard`, or none of these.
+        model: whose copies are known to be kept equal, sharded by `fully_shard`, or none of these.
         matrices: all of its matrices, in the same order on every rank.
 
     Raises:
         ValueError: a parameter that is sharded other than by rows over one dimension of a mesh, or parameters on
             several meshes.
     """
-    model = getattr(model, "_orig_mod", model)
     parameters = [m.parameter for m in matrices]
     sharded = [p for p in parameters if is_sharded(p)]
     if not sharded:
-        ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-        group = model.process_group if ddp else copies.get(model)
+        group = group_of_copies(model, parameters)
         if group is None:
             return RankAssignment(matrices, parameters, None, 0, 1)
         rank, ranks = group.rank(), group.size()
-        return RankAssignment(_own(matrices, rank, ranks), parameters, None, rank, ranks)
+        return RankAssignment(_own(matrices, rank, ranks), parameters, None, rank, ranks, _numbers(group))
     mesh, placements = sharded[0].device_mesh, sharded[0].placements
     for m in matrices:
         p = m.parameter
@@ -65,7 +62,15 @@ def share(model: nn.Module, matrices: list[Matrix]) -> RankAssignment:
     replica, replicas = (mesh.get_local_rank(1 - at), mesh.size(1 - at)) if mesh.ndim == 2 else (0, 1)
     group = mesh.get_group(at)
     rank = replica * group.size() + group.rank()
-    return RankAssignment(_own(matrices, replica, replicas), parameters, group, rank, replicas * group.size())
+    everyone = lockstep(mesh.mesh.flatten().tolist(), {m.name: str(tuple(m.parameter.shape)) for m in matrices})
+    members = _numbers(everyone)
+    return RankAssignment(_own(matrices, replica, replicas), parameters, group, rank, len(members), members)
+
+
+def _numbers(group: "ProcessGroup") -> tuple[int, ...]:
+    import torch.distributed as dist
+
+    return tuple(dist.get_process_group_ranks(group))
 
 
 def _own(matrices, part, parts):

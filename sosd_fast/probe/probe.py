@@ -23,7 +23,7 @@ from sosd_fast.probe.guard import guarded
 from sosd_fast.probe.measurement import Measurement
 from sosd_fast.probe.measurer import Measurer, PendingStep
 from sosd_fast.probe.planner import Plan, Planner
-from sosd_fast.probe.recorder import Recorder, close_quietly, open_writer
+from sosd_fast.probe.recorder import close_quietly, open_recorder
 from sosd_fast.probe.settings import Settings
 from sosd_fast.probe.steps import StepDetector
 from sosd_fast.probe.view import View
@@ -57,8 +57,8 @@ class Probe(View):
         self._auditor = Auditor() if settings.audit and settings.method != "exact" else None
         self._account, self._pending = Account(), deque[PendingStep]()
         share = self._matrices.share
-        writer = open_writer(settings, [t.name for t in self._matrices.states], share.rank, share.ranks)
-        self._recorder = Recorder(writer, settings.on_record)
+        self._recorder = open_recorder(settings, [t.name for t in self._matrices.states], share)
+        writer = self._recorder.writer
         written = writer.step if writer else None
         self.step_count = settings.step if settings.step is not None else written or 0
         self._steps = StepDetector(share.parameters, optimizers)

@@ -1,5 +1,6 @@
 """Run by test_group.py on several ranks, with the name of a case: whom a rank meets, and what it is told of others."""
 
+import re
 import sys
 import tempfile
 import time
@@ -75,8 +76,10 @@ def missing(rank, ranks):
     if rank == late:
         await_files(range(late))  # the others have given up
     text = refused(lockstep, range(ranks), "all", patience=1.0)
-    who = range(late) if rank == late else [late]
-    assert f"no call of track on ranks {', '.join(map(str, who))} within 1 seconds of the call on ranks" in text, text
+    said = re.search(r"no call of track on ranks ([\d, ]+) within 1 seconds of the call on ranks [\d, ]+\.", text)
+    assert said, text
+    absent = set(map(int, said[1].split(", ")))  # on a busy machine others come late, too
+    assert rank not in absent and (rank == late or late in absent), text
     assert "Call track on every rank" in text
     Path(folder, str(rank)).touch()
     await_files(range(ranks))

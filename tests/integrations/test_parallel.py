@@ -13,6 +13,7 @@ from sosd_fast.integrations.common import METRICS, scalars
 from sosd_fast.testing import sd_distance
 
 WORKER = Path(__file__).with_name("trainers_worker.py")
+RANKS = Path(__file__).parents[1] / "distributed" / "ranks_worker.py"
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
@@ -54,3 +55,8 @@ def test_flat_parameters_are_refused_and_end_no_training(tmp_path):
     done = torchrun(2, WORKER, "hugging_face", "fsdp1", tmp_path, timeout=600)
     assert done.returncode == 0 and "Shard with fully_shard: fsdp_version=2 in accelerate" in done.stdout
     assert "training goes on without the spectra" in done.stdout and (tmp_path / "weights.pt").exists()
+
+
+def test_what_libraries_put_around_copies_is_looked_through(tmp_path):
+    done = torchrun(2, RANKS, "libraries", tmp_path, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("as it should be") == 2, done.stdout
