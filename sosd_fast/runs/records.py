@@ -212,9 +212,9 @@ class Run:
         found: dict[tuple[int, str], Record] = {}
         for part, shown in zip(self._parts, self._shown, strict=True):
             for row in _rows(part.path):
-                name = row["name"]
-                row["name"] = name = shown.get(name, name)
-                found.setdefault((row["step"], name), from_line(row))
+                name: str = row["name"]
+                row["name"] = shown.get(name, name)
+                found.setdefault((row["step"], shown.get(name, name)), from_line(row))
         order = {name: i for i, name in enumerate(self.names)}
         return sorted(found.values(), key=lambda r: (r.step, order[r.name]))
 
@@ -362,11 +362,11 @@ def load(run_dir: str | os.PathLike[str]) -> Run:
         return _load_part(run_dir)
     if (run_dir / "meta.json").exists():  # it began, or goes on, as a run of one process
         folders.append(run_dir)
-    run = Run.merge([_load_part(folder) for folder in folders])
+    parts = [_load_part(folder) for folder in folders]
+    run = Run.merge(parts)
     run.run_dir = run_dir
-    recorded = {name for part in run._parts for name in part.matrices}
-    apart = [name for name in run.meta.get("matrices", ()) if name not in recorded]
-    say_faults(run_dir, run.missing_ranks, apart)
+    recorded = {name for part in parts for name in part.meta.get("matrices", ())}
+    say_faults(run_dir, run.missing_ranks, [name for name in run.meta.get("matrices", ()) if name not in recorded])
     return run
 
 

@@ -161,7 +161,7 @@ def libraries():
     from accelerate import Accelerator
     from lightning.fabric import Fabric
 
-    fabric = Fabric("cpu", strategy="ddp", devices=dist.get_world_size())
+    fabric = Fabric(accelerator="cpu", strategy="ddp", devices=dist.get_world_size())
     fabric.launch()
     prepared = Accelerator(cpu=True).prepare(Layers(range(4)))
     for model in (fabric.setup(Layers(range(4))), prepared, torch.compile(prepared)):
