@@ -101,7 +101,10 @@ def box_at(
             continue
         dim = getattr(placement, "dim", None)
         if placement.is_partial() or dim is None:
-            raise ValueError(f"holds {placement}, which no rank has the values of")
+            raise ValueError(
+                f"has the placement {placement}, of whose values each rank has a part of a sum; redistribute it to "
+                "Shard or Replicate first"
+            )
         before, factor = splits[dim], int(getattr(placement, "split_factor", 1))
         sizes = [math.prod(mesh_shape[each] for each in before[:j]) for j in range(len(before) + 1)]
         if factor not in sizes:
