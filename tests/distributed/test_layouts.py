@@ -1,7 +1,11 @@
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from prepared import run_ranks
+
+import sosd_fast
 
 WORKER = Path(__file__).with_name("layouts_worker.py")
 
@@ -14,3 +18,41 @@ def test_spectra_are_those_of_one_process(kind, ranks):
     done = run_ranks(ranks, WORKER, kind)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all as in one process") == ranks, done.stdout
+
+
+TRAINING = Path(__file__).with_name("training_layouts_worker.py")
+
+
+def trained(folder, kind, method, ranks):
+    done = run_ranks(ranks, TRAINING, kind, method, folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained") == ranks
+    result = json.loads((folder / f"{kind}-{method}.json").read_text())
+    return result, None if method == "none" else sosd_fast.load(folder / f"{kind}-{method}").records
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("fsdp+tp", 4), ("without root", 4), ("tp", 2)])
+def test_records_of_a_training_run_are_those_of_one_process(kind, ranks, tmp_path):
+    untouched, _ = trained(tmp_path, kind, "none", ranks)
+    for method in ("full", "exact", "auto", "topk"):
+        one, expected = trained(tmp_path, "alone", method, 1)
+        result, records = trained(tmp_path, kind, method, ranks)
+        assert result == untouched, method  # bit for bit
+        assert np.allclose(result["losses"], one["losses"], rtol=1e-5)
+        assert sorted((r.step, r.name) for r in records) == sorted((r.step, r.name) for r in expected)
+        known = {(r.step, r.name): r for r in expected}
+        for r in records:
+            other = known[r.step, r.name]
+            assert r.shape == other.shape
+            if method in ("full", "exact"):
+                assert r.method == other.method
+                assert np.linalg.norm(sd(r) - sd(other)) < 1e-5, r.name
+                assert (r.sd_variation is None) == (other.sd_variation is None)
+                if r.sd_variation is not None:
+                    assert abs(r.sd_variation - other.sd_variation) < 1e-5
+            elif r.topk is not None and r.method == other.method:
+                assert np.allclose(r.topk[:4], other.topk[:4], rtol=1e-3), (r, other)
+
+
+def sd(record):
+    return record.spectrum / record.spectrum.sum()
