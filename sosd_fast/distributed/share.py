@@ -118,7 +118,9 @@ def _together(
         return known._replace(matrices=found, parameters=parameters)
     if group is not None:  # copies of models whose matrices are spread
         members = members | set(dist.get_process_group_ranks(group))
-    group = lockstep(members, {each.name: f"{each.shape} {each.dtype}" for each in told if each.mesh})
+    known_groups = [p.device_mesh.get_group(d) for p in parameters if is_sharded(p) for d in range(p.device_mesh.ndim)]
+    digest = {each.name: f"{each.shape} {each.dtype}" for each in told if each.mesh}
+    group = lockstep(members, digest, groups=dict.fromkeys(known_groups))
     device = next(p.device for p in parameters if is_sharded(p))
     prints: dict[int, int] = {}
     for p, m in ((id(m.parameter), m) for m in matrices if not is_sharded(m.parameter)):

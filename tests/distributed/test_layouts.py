@@ -20,6 +20,12 @@ def test_spectra_are_those_of_one_process(kind, ranks):
     assert done.stdout.count("all as in one process") == ranks, done.stdout
 
 
+def test_what_is_sent_and_held_is_bounded():
+    done = run_ranks(4, Path(__file__).with_name("traffic_worker.py"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all within bounds") == 4, done.stdout
+
+
 TRAINING = Path(__file__).with_name("training_layouts_worker.py")
 
 
@@ -28,31 +34,33 @@ def trained(folder, kind, method, ranks):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained") == ranks
     result = json.loads((folder / f"{kind}-{method}.json").read_text())
-    return result, None if method == "none" else sosd_fast.load(folder / f"{kind}-{method}").records
+    return result, None if method == "none" else sosd_fast.load(folder / f"{kind}-{method}")
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("fsdp+tp", 4), ("without root", 4), ("tp", 2)])
 def test_records_of_a_training_run_are_those_of_one_process(kind, ranks, tmp_path):
     untouched, _ = trained(tmp_path, kind, "none", ranks)
     for method in ("full", "exact", "auto", "topk"):
-        one, expected = trained(tmp_path, "alone", method, 1)
-        result, records = trained(tmp_path, kind, method, ranks)
+        one, alone = trained(tmp_path, "alone", method, 1)
+        result, run = trained(tmp_path, kind, method, ranks)
+        expected, records = alone.records, run.records
         assert result == untouched, method  # bit for bit
         assert np.allclose(result["losses"], one["losses"], rtol=1e-5)
         assert sorted((r.step, r.name) for r in records) == sorted((r.step, r.name) for r in expected)
+        for name in alone.names:
+            (steps, S), (known_steps, known_S) = run.spectra(name), alone.spectra(name)
+            if method != "topk":
+                assert np.array_equal(steps, known_steps) and len(steps) >= 2
+            for own, other in zip(S, known_S, strict=method != "topk"):
+                assert np.linalg.norm(own / own.sum() - other / other.sum()) < 1e-5, name
         known = {(r.step, r.name): r for r in expected}
         for r in records:
             other = known[r.step, r.name]
             assert r.shape == other.shape
             if method in ("full", "exact"):
                 assert r.method == other.method
-                assert np.linalg.norm(sd(r) - sd(other)) < 1e-5, r.name
                 assert (r.sd_variation is None) == (other.sd_variation is None)
                 if r.sd_variation is not None:
                     assert abs(r.sd_variation - other.sd_variation) < 1e-5
             elif r.topk is not None and r.method == other.method:
                 assert np.allclose(r.topk[:4], other.topk[:4], rtol=1e-3), (r, other)
-
-
-def sd(record):
-    return record.spectrum / record.spectrum.sum()
