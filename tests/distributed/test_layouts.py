@@ -26,6 +26,12 @@ def test_what_is_sent_and_held_is_bounded():
     assert done.stdout.count("all within bounds") == 4, done.stdout
 
 
+def test_odd_parameters(tmp_path):
+    done = run_ranks(4, Path(__file__).with_name("odd_layouts_worker.py"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all said") == 4, done.stdout
+
+
 TRAINING = Path(__file__).with_name("training_layouts_worker.py")
 
 
@@ -46,16 +52,19 @@ def test_records_of_a_training_run_are_those_of_one_process(kind, ranks, tmp_pat
         expected, records = alone.records, run.records
         assert result == untouched, method  # bit for bit
         assert np.allclose(result["losses"], one["losses"], rtol=1e-5)
-        assert sorted((r.step, r.name) for r in records) == sorted((r.step, r.name) for r in expected)
+        keys = [(r.step, r.name) for r in records]
+        assert len(keys) == len(set(keys)) and run.names == alone.names
+        if method != "auto":  # which the clock decides on
+            assert sorted(keys) == sorted((r.step, r.name) for r in expected)
         for name in alone.names:
             (steps, S), (known_steps, known_S) = run.spectra(name), alone.spectra(name)
-            if method != "topk":
-                assert np.array_equal(steps, known_steps) and len(steps) >= 2
-            for own, other in zip(S, known_S, strict=method != "topk"):
+            both = np.intersect1d(steps, known_steps)
+            assert 0 in both and (method == "auto" or len(both) == len(steps) == len(known_steps))
+            for own, other in zip(S[np.isin(steps, both)], known_S[np.isin(known_steps, both)], strict=True):
                 assert np.linalg.norm(own / own.sum() - other / other.sum()) < 1e-5, name
         known = {(r.step, r.name): r for r in expected}
         for r in records:
-            other = known[r.step, r.name]
+            other = known.get((r.step, r.name), r)
             assert r.shape == other.shape
             if method in ("full", "exact"):
                 assert r.method == other.method
