@@ -279,9 +279,10 @@ def spread(
             with the same block that one sends it to the owner whose coordinates differ least from the owner's, then
             the one next in number.
     """
-    blocks = [
-        tuple(NOTHING if box is None else block_of(m, box) for box in of) for m, of in zip(matrices, boxes, strict=True)
-    ]
+    blocks = []
+    for m, of in zip(matrices, boxes, strict=True):
+        each = {box: NOTHING if box is None else block_of(m, box) for box in set(of)}
+        blocks.append(tuple(each[box] for box in of))
     shapes, ranks = [shape_of(m) for m in matrices], len(boxes[0]) if boxes else 1
     whole = [
         [p for p, block in enumerate(of) if block.size == math.prod(shape)] or range(ranks)

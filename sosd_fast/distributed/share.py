@@ -182,13 +182,14 @@ def agreed(everyone: Sequence[Sequence[Held]], ranks: Sequence[int]) -> tuple[li
             key = None if spread_out else (each.shape, each.dtype, each.view, each.fingerprint)
             alike.setdefault(key, []).append(p)
         for those in alike.values():
+            some = set(those)
             shown = name if len(alike) == 1 else f"{name}[rank {ranks[those[0]]}]"
             held = having[those[0]][1]
-            boxes = tuple(having[p][1].box if p in those else None for p in range(len(ranks)))
+            boxes = tuple(having[p][1].box if p in some else None for p in range(len(ranks)))
             if why := _why_not([having[p][1] for p in those]):
                 left_out[re.sub(r"\[[^]]*\]$", "", name)] = why
                 continue
-            places = tuple(having[p][0] if p in those else None for p in range(len(ranks)))
+            places = tuple(having[p][0] if p in some else None for p in range(len(ranks)))
             mesh = _joined([having[p][1].mesh for p in those], number)
             common.append(Common(shown, held, places, boxes, mesh))
     return common, left_out
