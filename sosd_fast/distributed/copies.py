@@ -61,6 +61,8 @@ def _replicated_over(module: nn.Module) -> "ProcessGroup | None":
         if "replicate" not in (_composable._get_registry(module) or ()):
             return None
         state: Any = _composable.replicate.state(module)  # pyright: ignore[reportFunctionMemberAccess]
+        if state is None:  # another function of that name made it, with DTensors
+            return None
         made = getattr(state, "_ddp", None)  # since the first forward pass
         options = getattr(state, "_init_kwargs", None) or {}
         mesh = options.get("device_mesh")
