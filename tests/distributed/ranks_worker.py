@@ -120,6 +120,7 @@ class Engine(nn.Module):
 
 def wrapped():
     from torch.distributed._composable import replicate
+    from torch.distributed._composable.replicate_with_fsdp import replicate as replicate_as_dtensors
 
     def ddp():
         return DistributedDataParallel(Layers(range(4)))
@@ -148,6 +149,9 @@ def wrapped():
     replicated = made["replicate"]
     replicated(batch(0)).sum().backward()  # which makes the group inside
     assert len(sosd_fast.track(replicated, method="full").matrices) == 4 // ranks
+    spread_copies = replicate_as_dtensors(Layers(range(4)), mesh=init_device_mesh("cpu", (ranks,)))
+    dist.all_gather_object(everyone, list(sosd_fast.track(spread_copies, method="full").latest()))
+    assert sorted(sum(everyone, [])) == [f"layers.{i}.weight" for i in range(4)], everyone
     apart = nn.ModuleList([ddp(), layer(9)])  # the last is no copy: each rank's own
     assert len(sosd_fast.track(apart, method="full").matrices) == 5
     ignoring = Layers(range(4))
