@@ -60,7 +60,8 @@ def track(
     on, which `sosd_fast.load(run_dir)` merges. DTensors may be placed in any way on any meshes, beside plain parameters
     too; those that hold partial sums are left out. Plain ones that differ from rank to rank get the rank in their name.
     What the ranks hold parts of they measure in steps that all of them take together: what stops the probe of one of
-    them stops the run at the ranks' time limit.
+    them stops the run at the ranks' time limit. Copies are known by the DistributedDataParallel or the like that keeps
+    them equal, whatever is around it. Stages of a pipeline each track their own modules, all with one run_dir.
 
     Args:
         model: any nn.Module. Measured once right away, so that the first step has something to compare with.
@@ -91,7 +92,8 @@ def track(
 
     Raises:
         ValueError: a model without matrices or without any that can be measured, among them one that DeepSpeed's ZeRO
-            stage 3 partitioned, or a bad argument.
+            stage 3 partitioned, or a bad argument; parts of matrices whose other parts lie on ranks that do not make
+            the same call within 45 seconds.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"track: expected an nn.Module, got model={type(model).__name__}. Pass the model itself.")
