@@ -142,10 +142,11 @@ def local_rows(matrix: Matrix, rank: int, ranks: int) -> Tensor:
     assert is_sharded(p)
     local, start = p.to_local().detach(), rank * -(-p.shape[0] // ranks)
     first, end = row_range(matrix, rank, ranks)
+    if matrix.index and not end:
+        return local.new_empty(0, shape_of(matrix)[1])
     if matrix.index:
-        return local[(matrix.index[0] - start, *matrix.index[1:])] if end else local.new_empty(0, p.shape[-1])
-    if matrix.flatten:
-        return local.flatten(1)
+        local = local[(matrix.index[0] - start, *matrix.index[1:])]
+    local = matrix.unfolded(local)
     if matrix.part is None:
         return local
     dim, offset, length = matrix.part
