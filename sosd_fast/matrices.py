@@ -238,7 +238,7 @@ def matrices_of(
     Returns:
         The matrices, or why there are none.
     """
-    shape, lower = tuple(parameter.shape), name.lower()
+    shape, lower = parameter.shape, name.lower()
     if re.search(r"(^|_)bias(es)?(_|$)", lower.rpartition(".")[2]):
         return "is a bias"
     if _is_gain(lower, of_module=kernel is not None):
@@ -250,21 +250,21 @@ def matrices_of(
         out_last = lower.endswith("kernel") and (convolution or len(shape) > 3)
         kernel = len(shape) if out_last else _kernel_by_shape(shape) if convolution else 0
     # Of the dimensions, so many count matrices; of the rest, so many make the rows, the first of them at a place.
-    counted, rows, first, labels = 0, 1, 0, None
-    if len(shape) == 2:
+    ndim, counted, rows, first, labels = parameter.ndim, 0, 1, 0, None
+    if ndim == 2:
         rows = 0
     elif kernel:
-        counted = len(shape) - kernel
-        rows = len(shape) - (2 if "depthwise" in lower else 1) if out_last else 1
+        counted = ndim - kernel
+        rows = ndim - (2 if "depthwise" in lower else 1) if out_last else 1
     elif stacked:
-        counted, rows = len(shape) - 2, 0
+        counted, rows = ndim - 2, 0
     elif shape[0] == 3 and split is DEFAULT_SPLIT and not isinstance(fused, str) and is_fused(name):
         counted, labels = 1, "qkv"
-        width = max(range(len(shape) - 1), key=lambda i: (shape[1 + i], i == len(shape) - 3))
-        rows, first = (0, 0) if len(shape) == 3 else (len(shape) - 2, 0) if width == len(shape) - 2 else (1, width)
+        width = max(range(ndim - 1), key=lambda i: (shape[1 + i], i == ndim - 3))
+        rows, first = (0, 0) if ndim == 3 else (ndim - 2, 0) if width == ndim - 2 else (1, width)
     elif shape[0] == 1:
         return "has a single row or column" if math.prod(shape) == max(shape) else "is a table that is broadcast"
-    elif len(shape) == 3 and shape[0] <= min(shape[1:]):
+    elif ndim == 3 and shape[0] <= min(shape[1:]):
         counted, rows = 1, 0
     indices = list(itertools.product(*map(range, shape[:counted])))
     one = Matrix("", parameter, index=indices[0], flatten=rows, first=first, read=read)

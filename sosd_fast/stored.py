@@ -174,7 +174,7 @@ def _repeats(shape: torch.Size, scales: torch.Size, blocks: tuple[int, ...]) -> 
     return tuple(repeats)
 
 
-def _scaled(scale: Tensor, repeats: tuple[int, ...], parameter: Tensor, index: tuple[int, ...] = ()) -> Tensor:
+def _scaled(scale: Tensor, repeats: tuple[int, ...], parameter: Tensor, index: tuple[int, ...]) -> Tensor:
     values = parameter.detach()
     scale = scale.reshape(*scale.shape, *(1,) * (values.ndim - scale.ndim)) if scale.numel() > 1 else scale.reshape(())
     for place in index:  # one matrix of a stack

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sosd_fast.checkpoints.formats import FORMATS, INDEX, WeightFile, open_weights
-from sosd_fast.kinds import kind
+from sosd_fast.matrices import kind
 from sosd_fast.places import plain_name
 
 
@@ -61,7 +61,7 @@ class Checkpoint:
             if kind(plain_name(key)[0]) in ("embedding", "head"):
                 groups.setdefault((shape, self._bytes[key]), []).append(key)
         for keys in groups.values():
-            # A model names what is tied where it comes first: before a head, and before an encoder's or a decoder's own.
+            # A model names what is tied where it comes first: before a head, and before an encoder's own.
             keys.sort(key=lambda key: (kind(plain_name(key)[0]) == "head", key.count(".")))
             for i, key in enumerate(keys[1:], 1):
                 if any(first in self.shapes and self._tied(first, key) for first in keys[:i]):

@@ -127,9 +127,10 @@ class Measurer:
         """Begins the measurements that a plan names."""
         states = self._matrices.states
         pending = PendingStep(step, plan, states, self._k)
+        planned: tuple[tuple[Kind, Sequence[int]], ...] = ("leading", plan.leading), ("full", plan.full)
         groups: list[tuple[Kind, list[MatrixState]]] = []
-        groups += [("leading", group) for group in self._groups("leading", [states[i] for i in plan.leading])]
-        groups += [("full", group) for group in self._groups("full", [states[i] for i in plan.full])]
+        for kind, places in planned:
+            groups.extend((kind, group) for group in self._groups(kind, [states[i] for i in places]))
         # Matrices of a converted stack come one after another, so that it is converted once.
         groups.sort(key=lambda item: id(matrix.parameter) if (matrix := item[1][0].matrix).read else 0)
         with keeping_stack():
