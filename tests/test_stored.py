@@ -11,6 +11,7 @@ from torch import nn
 import sosd_fast
 from sosd_fast.checkpoints.analyze import analyze
 from sosd_fast.matrices import find_matrices
+from sosd_fast.probe.planner import Plan
 
 
 class Quantized(Scaled):
@@ -161,15 +162,18 @@ class Sliceable(Stack):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-@pytest.mark.parametrize("method", ["full", "auto"])
-@pytest.mark.parametrize(("kind", "conversions"), [(Stack, 2 * [(6, 8, 12)]), (Sliceable, 12 * [(8, 12)])])
-def test_a_stack_is_converted_once_or_by_its_slices(kind, conversions, method):
+def experts(kind):
     torch.manual_seed(0)
     net = nn.ModuleDict({"a": nn.Module(), "b": nn.Module()})
     for module in net.values():
         module.experts = nn.Parameter(kind.of(torch.randn(6, 8, 12)), requires_grad=False)
-    probe = sosd_fast.track(net, method=method, optimizers=[], k=2, audit=False)
-    probe.clock = itertools.count().__next__
+    return net
+
+
+@pytest.mark.parametrize(("kind", "conversions"), [(Stack, 2 * [(6, 8, 12)]), (Sliceable, 12 * [(8, 12)])])
+def test_a_stack_is_converted_once_or_by_its_slices(kind, conversions):
+    net = experts(kind)
+    probe = sosd_fast.track(net, method="full", optimizers=[], audit=False)
     probe.step()  # after which the matrices are looked for again
     for _ in range(3):
         Stack.conversions.clear()
@@ -179,6 +183,15 @@ def test_a_stack_is_converted_once_or_by_its_slices(kind, conversions, method):
     for i in range(6):
         record, W = probe.latest()[f"b.experts[{i}]"], net["b"].experts.dequantize()[i]
         assert record.step == 4 and record.sigma_max == pytest.approx(torch.linalg.matrix_norm(W, 2).item(), rel=1e-3)
+
+
+def test_a_stack_is_converted_once_for_all_that_a_step_measures():
+    net = experts(Stack)
+    probe = sosd_fast.track(net, method="full", optimizers=[], audit=False, k=2)
+    Stack.conversions.clear()
+    pending = probe._measurer.launch(Plan(full=[0, 3, 7, 11], leading=[0, 1, 2, 6, 8]), 1)
+    assert Stack.conversions == 2 * [(6, 8, 12)]
+    assert not any(found.lost for found in pending.result())
 
 
 class EightBits(nn.Module):
