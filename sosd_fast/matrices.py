@@ -89,7 +89,7 @@ def find_matrices(
         - whatever is named after experts is a stack.
 
         A single row or column is no matrix, nor is a table (1, ...) that is broadcast, as position embeddings are (of
-        912 models of transformers, timm, diffusers and torchvision none multiplies by a parameter of such a shape but
+        1119 models of transformers, timm, diffusers and torchvision none has a layer's weight of such a shape but
         kernels), a bias, or a gain: what a module whose class is named a Norm has of its own, and what is itself named
         after a scale or a shift. Of a parametrized weight the originals are listed, for computing the weight itself
         may change state (spectral_norm's); nothing here computes it. Its name is the weight's, with a part
