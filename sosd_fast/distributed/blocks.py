@@ -52,7 +52,7 @@ class Blocks(Exchange):
             return torch.empty(0, 0, dtype=p.dtype, device=p.device)
         if is_sharded(p):
             p = p.to_local()
-        return local_block(m, box, m.read(p) if m.read else p.detach())
+        return local_block(m, box, m.read(p, ()) if m.read else p.detach())
 
     def chunks(self, indices: Sequence[int], bytes_of: Callable[[int], int]) -> list[list[int]]:
         """Positions in a list of matrices, those in turn that owners measure at once, each its own.

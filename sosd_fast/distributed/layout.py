@@ -154,24 +154,46 @@ def box_of(tensor: "DTensor") -> Box:
 
 def block_of(matrix: Matrix, box: Box) -> Block:
     """The entries of a matrix that lie in a box of its parameter."""
-    if any(start >= stop for start, stop in box):
+    sides = _sides(matrix, box)
+    if sides is None:
         return NOTHING
-    shape = tuple(matrix.parameter.shape)
-    if matrix.flatten:
-        f = matrix.flatten
-        return Block(_flat(shape[:f], box[:f]), _flat(shape[f:], box[f:]))
-    if not all(start <= i < stop for i, (start, stop) in zip(matrix.index, box, strict=False)):
-        return NOTHING
-    sides = [range(*each) for each in box[len(matrix.index) :]]
     if matrix.part is not None:
-        dim, offset, length = matrix.part
-        period = matrix.period or shape[len(matrix.index) + dim]
-        within = [
-            i // period * length + min(max(i % period - offset, 0), length) for i in (sides[dim].start, sides[dim].stop)
-        ]
-        sides[dim] = range(*within)
+        dim = matrix.part[0]
+        sides[dim], _ = _of_part(matrix, sides[dim])
     block = Block(*sides)
     return block if block.size else NOTHING
+
+
+def _sides(matrix: Matrix, box: Box) -> list[range | Tensor] | None:
+    """The rows and columns in a box, those of other parts of a fused matrix included; None where it holds nothing."""
+    if any(start >= stop for start, stop in box):
+        return None
+    if not all(start <= i < stop for i, (start, stop) in zip(matrix.index, box, strict=False)):
+        return None
+    shape, box = tuple(matrix.parameter.shape)[len(matrix.index) :], box[len(matrix.index) :]
+    if not matrix.flatten:
+        return [range(*each) for each in box]
+    order = [matrix.first, *(d for d in range(len(shape)) if d != matrix.first)]
+    rows, columns = order[: matrix.flatten], order[matrix.flatten :]
+    return [_flat([shape[d] for d in dims], tuple(box[d] for d in dims)) for dims in (rows, columns)]
+
+
+def _of_part(matrix: Matrix, side: range | Tensor) -> tuple[range | Tensor, Tensor | range]:
+    """The rows or columns of a part of a fused matrix among some: their numbers in the part, and their places."""
+    assert matrix.part is not None
+    dim, offset, length = matrix.part
+    whole = torch.empty(matrix.parameter.shape[len(matrix.index) :], device="meta")
+    period = matrix.period or matrix.unfolded(whole).shape[dim]
+    if not isinstance(side, range):
+        places = ((side % period >= offset) & (side % period < offset + length)).nonzero()[:, 0]
+        numbers = side[places]
+        return numbers // period * length + numbers % period - offset, places
+    ends = (i // period * length + min(max(i % period - offset, 0), length) for i in (side.start, side.stop))
+    numbers = range(*ends)
+    if not matrix.period:
+        return numbers, range(numbers.start + offset - side.start, numbers.stop + offset - side.start)
+    at = torch.arange(numbers.start, numbers.stop, device="cpu")
+    return numbers, at // length * period + at % length + offset - side.start
 
 
 def _flat(shape: Sequence[int], box: Box) -> range | Tensor:
@@ -200,22 +222,19 @@ def local_block(matrix: Matrix, box: Box, local: Tensor) -> Tensor:
     Returns:
         A view, or a copy where the entries stand apart; (0, 0) where there is none.
     """
-    block = block_of(matrix, box)
-    if not block.size:
+    sides = _sides(matrix, box)
+    if sides is None:
         return local.new_empty(0, 0)
-    if matrix.flatten:
-        return local.flatten(0, matrix.flatten - 1).flatten(1)
-    local = local[tuple(i - start for i, (start, _) in zip(matrix.index, box, strict=False))]
+    local = matrix.unfolded(local[tuple(i - start for i, (start, _) in zip(matrix.index, box, strict=False))])
     if matrix.part is None:
         return local
-    dim, offset, length = matrix.part
-    start, _ = box[len(matrix.index) + dim]
-    numbers = (block.rows, block.columns)[dim]
-    assert isinstance(numbers, range)
-    if not matrix.period:
-        return local.narrow(dim, numbers.start + offset - start, len(numbers))
-    at = torch.arange(numbers.start, numbers.stop, device=local.device)
-    return local.index_select(dim, at // length * matrix.period + at % length + offset - start)
+    dim = matrix.part[0]
+    _, places = _of_part(matrix, sides[dim])
+    if not len(places):
+        return local.new_empty(0, 0)
+    if isinstance(places, range):
+        return local.narrow(dim, places.start, len(places))
+    return local.index_select(dim, places.to(local.device))
 
 
 def put(whole: Tensor, block: Block, values: Tensor):

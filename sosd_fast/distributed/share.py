@@ -121,7 +121,7 @@ def _together(
     prints: dict[int, int] = {}
     for p, m in ((id(m.parameter), m) for m in matrices if not is_sharded(m.parameter)):
         if p not in prints:
-            prints[p] = fingerprint(m.read(m.parameter) if m.read else m.parameter)
+            prints[p] = fingerprint(m.read(m.parameter, ()) if m.read else m.parameter)
     complete = [
         each._replace(fingerprint=prints.get(id(m.parameter), 0)) for each, m in zip(told, matrices, strict=True)
     ]

@@ -11,6 +11,7 @@ from sosd_fast.probe.leading import LeadingGroup
 from sosd_fast.probe.measurement import FullValues, Kind, LeadingValues, Measurement
 from sosd_fast.probe.planner import Cost, Plan
 from sosd_fast.probe.state import MatrixState
+from sosd_fast.stored import keeping_stack
 
 _NAMES = {"auto": "gram32", "exact64": "exact"}  # of methods, in the records of matrices that cannot be measured
 
@@ -126,10 +127,15 @@ class Measurer:
         """Begins the measurements that a plan names."""
         states = self._matrices.states
         pending = PendingStep(step, plan, states, self._k)
-        for group in self._groups("leading", [states[i] for i in plan.leading]):
-            self._launch_group(pending, step, "leading", group)
-        for group in self._groups("full", [states[i] for i in plan.full]):
-            self._launch_group(pending, step, "full", group)
+        planned: tuple[tuple[Kind, Sequence[int]], ...] = ("leading", plan.leading), ("full", plan.full)
+        groups: list[tuple[Kind, list[MatrixState]]] = []
+        for kind, places in planned:
+            groups.extend((kind, group) for group in self._groups(kind, [states[i] for i in places]))
+        # Matrices of a converted stack come one after another, so that it is converted once.
+        groups.sort(key=lambda item: id(matrix.parameter) if (matrix := item[1][0].matrix).read else 0)
+        with keeping_stack():
+            for kind, group in groups:
+                self._launch_group(pending, step, kind, group)
         return pending
 
     def hold(self):
