@@ -61,7 +61,7 @@ class Probe(View):
         self._recorder = Recorder(writer, settings.on_record)
         written = writer.step if writer else None
         self.step_count = settings.step if settings.step is not None else written or 0
-        self._steps = StepDetector(share.parameters, optimizers)
+        self._steps = StepDetector(share.parameters, optimizers, self.step_count)
         super().__init__(_detach, key := hooks.new_key(), self._steps, writer)
         try:
             with self._lock:  # steps of other threads wait

@@ -9,6 +9,7 @@ from sosd_fast.probe.followed import FollowedMatrices, some
 from sosd_fast.probe.guard import Guarded
 from sosd_fast.probe.planner import Planner
 from sosd_fast.probe.recorder import Recorder
+from sosd_fast.probe.steps import StepDetector
 from sosd_fast.runs.records import Record
 
 
@@ -21,6 +22,7 @@ class View(Guarded):
     _auditor: Auditor | None
     _account: Account
     _recorder: Recorder
+    _steps: StepDetector
 
     def latest(self) -> dict[str, Record]:
         """Returns the last record of each matrix, by name."""
@@ -71,6 +73,7 @@ class View(Guarded):
             lines.append(f"cannot be measured at present: {some(lost)}")
         seen, remedy = self._planner.seen, " (where no optimizer of torch trains, call Probe.step after each)"
         lines.append(f"steps seen: {seen}{f', the last is step {self.step_count}' if seen else remedy}")
+        lines += [f"doubtful: {doubt}" for doubt in self._steps.doubts]
         if (shares := self._planner.shares) is None:
             lines.append("measured: the weights as they were when the model was tracked")
         else:
