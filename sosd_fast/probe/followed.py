@@ -13,6 +13,7 @@ from sosd_fast.distributed.layout import RankAssignment, shape_of
 from sosd_fast.distributed.spectra import RowShards
 from sosd_fast.matrices import Matrix
 from sosd_fast.probe.measurement import Measurement
+from sosd_fast.probe.optimizers import version_of
 from sosd_fast.probe.state import MatrixState, form_of
 
 _LOOK_EVERY = 20  # steps
@@ -57,12 +58,13 @@ class FollowedMatrices:
         self.left_out: Mapping[str, str] = {}
         self._refer_to_first = False
         self._in_model: frozenset[int] = frozenset()  # the parameters at the last search
+        self._noted: list[tuple[Tensor, Tensor | None, int]] = []  # parameters, some entries, their version
         found = find()
         assert found is not None
         self.share = found.share
         self._in_model = self._parameters()
         self.take(found, step=None)
-        self._first_entries = self._entries()
+        self.note_weights()
 
     def __len__(self) -> int:
         return len(self.states)
@@ -87,23 +89,25 @@ class FollowedMatrices:
             return True
         return step % _LOOK_EVERY == 0 and self.rows is None and self._parameters() != self._in_model
 
-    def moved(self) -> bool:
-        """Whether weights differ from those first followed, by some of their entries; waits for a device."""
-        now = self._entries()
-        return any(
-            old is not None and new is not None and old.shape == new.shape and not torch.equal(old, new)
-            for old, new in zip(self._first_entries, now, strict=False)
-        )
+    def note_weights(self):
+        """Notes some entries of some matrices, for `moves`; of tensors that are plain, for others may be computed."""
+        chosen: list[Tensor] = []
+        for states in (self.states, self.states[::-1]):
+            plain = (p for p in (t.matrix.parameter for t in states) if type(p) in (nn.Parameter, Tensor))
+            first = next(plain, None)
+            if first is not None:
+                chosen.append(first if first.requires_grad else next((p for p in plain if p.requires_grad), first))
+        self._noted = [(p, _some_entries(p, copied=True), version_of(p)) for p in chosen]
 
-    def _entries(self) -> list[Tensor | None]:
-        """The first row of some matrices; of tensors that are plain, for others may be computed or spread."""
-        found: list[Tensor | None] = []
-        for p in [p for p in (t.matrix.parameter for t in self.states) if type(p) in (nn.Parameter, Tensor)][:4]:
-            try:
-                found.append(p.detach()[0].clone())
-            except (RuntimeError, IndexError):  # its memory may have been taken away
-                found.append(None)
-        return found
+    def moves(self) -> float:
+        """How often weights were changed since they were noted; infinite where they were, but do not count it."""
+        most = 0.0
+        for p, old, version in self._noted:
+            now = _some_entries(p)
+            if old is not None and now is not None and (old.shape, old.dtype) == (now.shape, now.dtype):
+                if not torch.equal(old.nan_to_num(), now.nan_to_num()):  # waits for a device
+                    most = max(most, version_of(p) - version or float("inf"))
+        return most
 
     def search(self, step: int) -> Found | None:
         """Returns the matrices of the model as they are now, to be given to `take`; None where they are the same."""
@@ -235,3 +239,13 @@ class FollowedMatrices:
         state = MatrixState(matrix, self._method, self._keep_weights)
         state.refers_to_first = self._refer_to_first
         return state
+
+
+def _some_entries(parameter: Tensor, copied: bool = False) -> Tensor | None:
+    """Up to a hundred entries of a parameter, spread over it where it is contiguous; None where it cannot be read."""
+    try:
+        W = parameter.detach()
+        entries = W.view(-1)[:: max(1, W.numel() // 64)] if W.is_contiguous() else W[0]
+        return entries.clone() if copied else entries
+    except (RuntimeError, IndexError):  # its memory may have been taken away
+        return None

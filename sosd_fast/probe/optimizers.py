@@ -102,3 +102,11 @@ def _is_zero(gradient: Tensor) -> bool:
     if hasattr(total, "full_tensor"):  # a DTensor: ranks must agree
         total = total.full_tensor()
     return not torch.count_nonzero(total).item()
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; 0 where it does not count, as one made in inference mode."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sosd_fast.probe.optimizers import Optimizers, parameters_of
+from sosd_fast.probe.optimizers import Optimizers, parameters_of, version_of
 
 _LOOKED_AT = 4  # parameters of an optimizer
 
@@ -31,7 +31,7 @@ class _Gradient(NamedTuple):
     def of(cls, parameter: Tensor) -> "_Gradient | None":
         """The gradient as it is, None where there is none."""
         grad = parameter.grad
-        return None if grad is None else cls(weakref.ref(parameter), weakref.ref(grad), _version(grad))
+        return None if grad is None else cls(weakref.ref(parameter), weakref.ref(grad), version_of(grad))
 
     def changes(self) -> float:
         """How often it has been changed in place since; infinite where there is another one, 0 where there is none."""
@@ -39,7 +39,7 @@ class _Gradient(NamedTuple):
         grad = None if parameter is None else parameter.grad
         if grad is None:
             return 0
-        return _version(grad) - self.version if grad is self.tensor() else float("inf")
+        return version_of(grad) - self.version if grad is self.tensor() else float("inf")
 
     def is_gone(self) -> bool:
         """Whether the parameter is there, and has no gradient."""
@@ -129,11 +129,3 @@ class Partners:
 def _gradients(parameters: Iterable[Tensor], most: int = _LOOKED_AT) -> list[_Gradient]:
     """Some of the gradients that parameters have."""
     return list(itertools.islice((g for g in map(_Gradient.of, parameters) if g is not None), most))
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; 0 where it does not count, as one made in inference mode."""
-    try:
-        return tensor._version
-    except RuntimeError:
-        return 0

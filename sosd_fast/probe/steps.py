@@ -7,6 +7,7 @@ What a person calls a step of an optimizer is the outermost `step`: an optimizer
 # Most of torch has no complete types.
 # pyright: reportUnknownMemberType=false
 
+import itertools
 import logging
 from collections.abc import Iterable, Sequence
 
@@ -20,6 +21,7 @@ from sosd_fast.probe.optimizers import (
     is_idle,
     parameters_of,
     share_parameters,
+    version_of,
     was_skipped,
 )
 from sosd_fast.probe.passes import Partners, Pass
@@ -47,8 +49,8 @@ _UNKNOWN = (
 )
 _TWO_LOSSES = (
     "optimizers that had shared a backward pass stepped by turns, each on gradients of its own, and each of these "
-    "steps was counted. From step {step} on one of each makes a training step, as a critic's and its generator's do. If each "
-    "of them is one, pass optimizers=[] and call Probe.step after it."
+    "steps was counted. From step {step} on one of each makes a training step, as a critic's and its generator's do. If "
+    "each of them is one, pass optimizers=[] and call Probe.step after it."
 )
 
 log = logging.getLogger("sosd_fast")
@@ -70,7 +72,8 @@ class StepDetector:
     Attributes:
         pending: whether optimizers have stepped since the end of the last training step.
         ended: how many training steps are over.
-        moved: whether the weights were seen to have changed though none is.
+        moves: how often the weights were changed since then, as far as that is known; infinite where they were, and
+            nothing counts it.
         doubts: what was said of steps whose end cannot be known.
     """
 
@@ -94,10 +97,14 @@ class StepDetector:
         self._held_by: dict[int, int] = {}  # a hash of the parameters that they held then
         self._counted = Optimizers()  # that have been counted, even if they were replaced since
         self._idled = Optimizers()  # whose first step changed nothing
-        self.ended, self.moved, self._before = 0, False, before
+        self.ended, self._before = 0, before
+        self.moves = 0.0
         self.doubts: list[str] = []
         self._said: set[str] = set()
-        self._foreign = 0  # steps of optimizers that do not count, before the first training step
+        self._foreign = 0  # steps since the last training step that do not count, though they seem to be some
+        self._between = Optimizers()  # that took them
+        self._ignored = Optimizers()  # that took some between two training steps
+        self._versions = 0  # how often parameters had been changed then
         self._covered: set[int] = set()  # parameters that the known optimizers held when one of them last stepped
         self._trainable: set[int] = set()  # parameters that required a gradient at any time
         self._uncovered: set[int] = set()  # those of them that no known optimizer held at the end of the last step
@@ -162,10 +169,8 @@ class StepDetector:
         elif self._given is None:
             return False  # the other one counts
         if not counts:
-            if not (outer or self.ended or self.pending):
-                self._foreign += 1
-                if self._foreign == PATIENCE:
-                    self.say_unseen()
+            if not outer:
+                self._see_foreign(optimizer)
             return False
         if was_skipped(optimizer):
             return False
@@ -216,6 +221,9 @@ class StepDetector:
         self._last, self._passes = [p for p in self._passes if p is not late], []
         first = not self.ended
         self.ended += 1
+        self._foreign, self._versions = 0, self._changes()
+        for o in self._between:
+            self._ignored.add(o)
         held = self._covered if self._given is None else held_by(self._given)
         uncovered, orphans = self._trainable - held, self._ids - held
         self._since = self._since + 1 if uncovered == self._uncovered else 0
@@ -225,17 +233,46 @@ class StepDetector:
         return not len(self._seen) if first else bool(lost)
 
     def say_unseen(self):
-        """Logs that no training step was seen, where optimizers stepped that do not count, or the weights moved."""
-        if self.ended or not (self._foreign or self.moved):
-            return
+        """Logs that training steps were not seen, where optimizers stepped that do not count, or the weights moved."""
+        after = f"after step {self._before + self.ended} " if self.ended else ""
         whose = "that hold none of the tracked parameters" if self._given is None else "other than the given ones"
-        seen = f"{self._foreign} steps of optimizers {whose}" if self._foreign else "the weights changed without a step"
-        log.warning(
+        if self._foreign:
+            seen = f"{after}{self._foreign} steps of optimizers {whose}"
+        elif self.moves and not (self.ended and (self._by_hand or len(self._ignored))):
+            seen = f"{after}the weights changed without a step"
+        else:
+            return
+        # A checkpoint that is loaded at the end, or averaged weights, are one or two changes.
+        level = logging.INFO if self.ended and not self._foreign and self.moves <= 2 else logging.WARNING
+        log.log(
+            level,
             "sosd_fast: %s, so none was counted. Pass the optimizers that train the tracked model, or none to take "
             "every one that holds its parameters. Where copies of the weights are trained, or something else than an "
             "optimizer of torch trains them, pass optimizers=[] and call Probe.step after each step.",
             seen,
         )
+
+    def _see_foreign(self, optimizer: Optimizer):
+        """Notes a step that does not count, unless it is one of another model.
+
+        After the first training step it seems to be one of this model where the optimizer holds parameters of it and
+        took no such step between two training steps, or where parameters change from one such step to the next.
+        """
+        if self.ended:
+            before, self._versions = self._versions, self._changes()
+            holds = any(id(p) in self._ids for p in parameters_of(optimizer))
+            if optimizer in self._ignored or not (holds or self._versions > before):
+                return
+            self._between.add(optimizer)
+        elif self.pending:
+            return
+        self._foreign += 1
+        if self._foreign == PATIENCE:
+            self.say_unseen()
+
+    def _changes(self) -> int:
+        """How often some of the parameters that are trained were changed in place."""
+        return sum(map(version_of, itertools.islice((p for p in self._parameters if p.requires_grad), 4)))
 
     def _home(self, optimizers: Sequence[Optimizer]) -> Pass | None:
         """The pass, of this training step or the last one, on whose gradients optimizers are about to step."""
