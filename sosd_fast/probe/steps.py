@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sosd_fast.probe.doubts import EARLY, LATE, TWO_LOSSES, UNKNOWN, Doubts
 from sosd_fast.probe.optimizers import (
     Optimizers,
     has_hooks,
@@ -32,26 +33,6 @@ PATIENCE = 20
 # Times in a row that one optimizer seems to begin a training step before its partner has stepped, before they are
 # taken to be partners no more: their losses may have become two.
 _APART = 6
-
-_LATE = (
-    "an optimizer that had not stepped before stepped first in the batch of step {next}, which others told when they "
-    "stepped on the same gradients. The records of step {step} hold its change of step {next}; later ones are right."
-)
-_EARLY = (
-    "an optimizer stepped in the batch of step {step} when that was measured already, for no step of it was expected. "
-    "The records of step {step} lack its change; later ones are right."
-)
-_UNKNOWN = (
-    "an optimizer stepped for the first time at step {step}, on gradients of its own. Whether its steps end training "
-    "steps, as a generator's after its critic's, begin them, or are some themselves, cannot be seen: records of its "
-    "matrices may be one step late, and the count may be one off. Where that matters, pass optimizers=[] and call "
-    "Probe.step at the end of each batch."
-)
-_TWO_LOSSES = (
-    "optimizers that had shared a backward pass stepped by turns, each on gradients of its own, and each of these "
-    "steps was counted. From step {step} on one of each makes a training step, as a critic's and its generator's do. If "
-    "each of them is one, pass optimizers=[] and call Probe.step after it."
-)
 
 log = logging.getLogger("sosd_fast")
 
@@ -99,8 +80,7 @@ class StepDetector:
         self._idled = Optimizers()  # whose first step changed nothing
         self.ended, self._before = 0, before
         self.moves = 0.0
-        self.doubts: list[str] = []
-        self._said: set[str] = set()
+        self.doubts = Doubts()
         self._foreign = 0  # steps since the last training step that do not count, though they seem to be some
         self._between = Optimizers()  # that took them
         self._ignored = Optimizers()  # that took some between two training steps
@@ -199,7 +179,7 @@ class StepDetector:
             self._covered = held_by(self._known)
         self._enter(home, optimizer, counts, joins=first and not replaces)
         if over:
-            self._say(_EARLY)
+            self._say(EARLY)
             return False
         if self._given is not None:
             return self._given.same(self._stepped)
@@ -313,7 +293,7 @@ class StepDetector:
                 if self._apart > _APART:
                     self._partners.forget()
                     self._apart = 0
-                    self._say(_TWO_LOSSES)
+                    self._say(TWO_LOSSES)
                     return False
                 return True
         return False
@@ -336,22 +316,17 @@ class StepDetector:
     def _begin_with(self, late: Pass):
         self._passes, self.pending = [late], True
         self._stepped, self._first = Optimizers(late.optimizers), Optimizers(late.optimizers)
-        self._say(_LATE)
+        self._say(LATE)
 
     def _resolve(self, home: Pass | None):
         """Says what cannot be known of an optimizer that joined others, now that the next one is about to step."""
         if self._doubted is not None and home in (None, self._doubted):
             if home is None:
-                self._say(_UNKNOWN)
+                self._say(UNKNOWN)
             self._doubted = None
 
     def _say(self, doubt: str):
-        """Logs once what is wrong with the records of a training step."""
-        if doubt not in self._said:
-            self._said.add(doubt)
-            text = doubt.format(step=self._before + self.ended, next=self._before + self.ended + 1)
-            self.doubts.append(text)
-            log.warning("sosd_fast: %s", text)
+        self.doubts.say(doubt, self._before + self.ended)
 
     def _counts_as(self, optimizer: Optimizer) -> list[Optimizer]:
         """The optimizers that a step of this one is a step of.

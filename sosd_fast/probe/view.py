@@ -73,6 +73,8 @@ class View(Guarded):
             lines.append(f"cannot be measured at present: {some(lost)}")
         seen, remedy = self._planner.seen, " (where no optimizer of torch trains, call Probe.step after each)"
         lines.append(f"steps seen: {seen}{f', the last is step {self.step_count}' if seen else remedy}")
+        if seen and not self._steps.pending and self._matrices.moves():
+            lines[-1] += "; the weights have changed since"
         lines += [f"doubtful: {doubt}" for doubt in self._steps.doubts]
         if (shares := self._planner.shares) is None:
             lines.append("measured: the weights as they were when the model was tracked")

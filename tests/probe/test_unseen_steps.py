@@ -72,6 +72,7 @@ def test_weights_that_something_else_trains_after_some_steps(how, caplog):
                     p.copy_(q)
     said = bool(told(caplog, "after step 5 20 steps of optimizers that hold none of the tracked parameters"))
     assert said == (how == "another model's optimizer")
+    assert "the last is step 5; the weights have changed since" in str(probe)
     caplog.clear()
     probe.close()
     assert told(caplog, "so none was counted") == ["WARNING"] and "after step 5 " in caplog.messages[0]
