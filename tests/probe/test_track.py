@@ -336,6 +336,24 @@ def test_a_probe_names_what_cannot_be_measured(caplog):
     assert "cannot be measured at present: 0.weight" in str(probe)
 
 
+WRONG = {
+    "split": [{"weight": 0}, {"weight": []}, {"weight": [2, 0]}, {"weight": True}, None, {"*": "a"}, {3: 3}, 3, "qkv"],
+    "include": [None, 3, [3], b"*"],
+    "exclude": [None, 3, [None]],
+    "run_dir": [5, 3.5, "", b"x", True],
+    "every": [True, 0, 2.5, None, "1"],
+    "budget": [True, 0, -1, 1.5, math.nan, math.inf, None, "1 %", 1j],
+    "k": [True, 0, 2.5, None, "32"],
+    "step": [True, -1, 1.5, "3"],
+    "reference": ["foo", 3, {3: [1.0]}, {"weight": 1.0}, {"weight": "abc"}, {"weight": None}, [1.0], torch.ones(3)],
+    "on_record": [3, "print", [print]],
+    "optimizers": [5, "adam", [3], {"a": 1}, [None], torch.optim.SGD],
+    "method": ["fast", None, 3, ["auto"]],
+    "audit": [None, 1, "no"],
+    "theory_bound": [None, 0],
+}
+
+
 @pytest.mark.parametrize(
     ("net", "options", "message"),
     [
@@ -353,6 +371,11 @@ def test_a_probe_names_what_cannot_be_measured(caplog):
         (nn.Linear(3, 3), {"every": 0}, "every=0"),
         (nn.Linear(3, 3), {"budget": 0}, "got budget=0"),
         (nn.Linear(3, 3), {"reference": {"weight": torch.ones(2)}}, "expected 3 singular values for weight"),
+        *[
+            (nn.Linear(3, 3), {name: value}, rf"track: expected .*, got {name}=.*\. \S.*\.$")
+            for name, values in WRONG.items()
+            for value in values
+        ],
         (nn.Linear(3, 3), {"run_dir": os.devnull + "/run"}, "expected a directory that can be written, got run_dir="),
     ],
 )
