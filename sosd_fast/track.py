@@ -56,8 +56,8 @@ def _is_reference(value: object) -> bool:
 
 
 def _are_optimizers(value: object) -> bool:
-    several = isinstance(value, Collection) and not isinstance(value, str | Mapping)
-    return all(isinstance(o, torch.optim.Optimizer) for o in (value if several else [value]))
+    several = list[object](value) if isinstance(value, Collection) and not isinstance(value, str | Mapping) else [value]
+    return all(isinstance(o, torch.optim.Optimizer) for o in several)
 
 
 class _Check(NamedTuple):
