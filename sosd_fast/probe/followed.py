@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sosd_fast.distributed.layout import RankAssignment, shape_of
 from sosd_fast.distributed.spectra import RowShards
 from sosd_fast.matrices import Matrix
+from sosd_fast.probe.holders import Holders
 from sosd_fast.probe.measurement import Measurement
 from sosd_fast.probe.optimizers import version_of
 from sosd_fast.probe.state import MatrixState, form_of
@@ -82,12 +83,15 @@ class FollowedMatrices:
     def changed(self, step: int) -> bool:
         """Whether the data of a parameter were replaced by data of another form, or the model has other parameters.
 
-        Its parameters are looked at every 20 steps, which takes 1.2 ms then where there are 600 modules; and not
-        where ranks hold rows, for `fully_shard` puts others in their place during a step.
+        Whether the followed ones are where they were is looked at every step (LOG.md#holders), whether there are more
+        every 20 steps, which takes 0.9 ms then where there are 600 modules; and neither where ranks hold rows, for
+        `fully_shard` puts others in their place during a step.
         """
         if any(t.form != form_of(t.matrix.parameter) for t in self.states):
             return True
-        return step % _LOOK_EVERY == 0 and self.rows is None and self._parameters() != self._in_model
+        if self.rows is not None:
+            return False
+        return not self._holders.same() or (step % _LOOK_EVERY == 0 and self._parameters() != self._in_model)
 
     def note_weights(self):
         """Notes some entries of some matrices, for `moves`; of tensors that are plain, for others may be computed."""
@@ -112,11 +116,15 @@ class FollowedMatrices:
     def search(self, step: int) -> Found | None:
         """Returns the matrices of the model as they are now, to be given to `take`; None where they are the same."""
         self._in_model = self._parameters()
+        self._holders = self._held()
         try:
             found = self._find()
-        except ValueError as error:  # no matrix is left, say; the probe follows those it has
+        except ValueError as error:  # no matrix is left, say
+            log.warning("sosd_fast: the model changed at step %d, and nothing new is measured: %s", step, error)
             found = None
-            log.warning("sosd_fast: the model changed at step %d, and its matrices stay as they were: %s", step, error)
+            if self.share.ranks == 1 and self.rows is None:
+                kept = [t.matrix for t in self.states if id(t.matrix.parameter) in self._in_model]
+                found = Found(self.share._replace(matrices=kept, parameters=[m.parameter for m in kept]), self.left_out)
         if found is None:
             for t in self.states:
                 t.follow(t.matrix)  # the next search waits for another change
@@ -156,6 +164,7 @@ class FollowedMatrices:
         for place, t in enumerate(self.states):
             t.rows, t.place = rows, place
         self.share, self.rows, self.left_out = share, rows, found.left_out
+        self._holders = self._held()
         followed = set(map(id, known.values()))
         new = [t.place for t in self.states if id(t) not in followed]
         if step is not None:
@@ -235,6 +244,9 @@ class FollowedMatrices:
         model = self.model()
         return frozenset(map(id, model.parameters())) if model is not None else frozenset()
 
+    def _held(self) -> Holders:
+        return Holders(self.model(), {id(t.matrix.parameter) for t in self.states} if self.rows is None else ())
+
     def _make(self, matrix: Matrix) -> MatrixState:
         state = MatrixState(matrix, self._method, self._keep_weights)
         state.refers_to_first = self._refer_to_first
@@ -244,6 +256,8 @@ class FollowedMatrices:
 def _some_entries(parameter: Tensor, copied: bool = False) -> Tensor | None:
     """Up to a hundred entries of a parameter, spread over it where it is contiguous; None where it cannot be read."""
     try:
+        if parameter.is_meta:
+            return None
         W = parameter.detach()
         entries = W.view(-1)[:: max(1, W.numel() // 64)] if W.is_contiguous() else W[0]
         return entries.clone() if copied else entries

@@ -82,8 +82,11 @@ class MatrixState:
         """Returns the matrix, or this rank's rows of it.
 
         Raises:
-            ValueError: the matrix has another shape than when it was found, which `Parameter.data` allows.
+            ValueError: the matrix has another shape than when it was found, which `Parameter.data` allows, or its
+                parameter was moved to the meta device.
         """
+        if self.matrix.parameter.is_meta:
+            raise ValueError(f"track: expected the values of {self.name}, got a parameter on the meta device.")
         if self.rows:
             return self.rows.local(self.place)
         W = self.matrix.tensor()
