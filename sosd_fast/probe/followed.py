@@ -1,5 +1,6 @@
 """The matrices of a model that a probe follows."""
 
+import dataclasses
 import itertools
 import logging
 import weakref
@@ -59,6 +60,7 @@ class FollowedMatrices:
         self.left_out: Mapping[str, str] = {}
         self._refer_to_first = False
         self._in_model: frozenset[int] = frozenset()  # the parameters at the last search
+        self._released: dict[int, weakref.ref[Tensor]] = {}  # by what stands in for them
         self._noted: list[tuple[Tensor, Tensor | None, int]] = []  # parameters, some entries, their version
         found = find()
         assert found is not None
@@ -119,12 +121,12 @@ class FollowedMatrices:
         self._holders = self._held()
         try:
             found = self._find()
+            kept = [t.matrix for t in self.states if not t.matrix.parameter.is_meta]  # where the model is gone
         except ValueError as error:  # no matrix is left, say
             log.warning("sosd_fast: the model changed at step %d, and nothing new is measured: %s", step, error)
-            found = None
-            if self.share.ranks == 1 and self.rows is None:
-                kept = [t.matrix for t in self.states if id(t.matrix.parameter) in self._in_model]
-                found = Found(self.share._replace(matrices=kept, parameters=[m.parameter for m in kept]), self.left_out)
+            found, kept = None, [t.matrix for t in self.states if id(t.matrix.parameter) in self._in_model]
+        if found is None and len(kept) < len(self.states) and self.share.ranks == 1 and self.rows is None:
+            found = Found(self.share._replace(matrices=kept, parameters=[m.parameter for m in kept]), self.left_out)
         if found is None:
             for t in self.states:
                 t.follow(t.matrix)  # the next search waits for another change
@@ -179,6 +181,35 @@ class FollowedMatrices:
             if gone := [t.name for t in missing if t not in unreadable]:
                 log.warning("sosd_fast: %s are not measured after step %d any more.", ", ".join(gone), step)
         return new
+
+    def release(self):
+        """Lets go of all parameters until `regain`; not of rows, which ranks hold together."""
+        if self._released or self.rows is not None:
+            return
+        followed = {id(p): p for p in (*self.share.parameters, *(t.matrix.parameter for t in self.states))}
+        stand_ins = {key: torch.empty(p.shape, dtype=p.dtype, device="meta") for key, p in followed.items()}
+        self._released = {id(stand_ins[key]): weakref.ref(p) for key, p in followed.items()}
+        self._exchange(lambda p: stand_ins[id(p)])
+        self._noted, self._holders = [], Holders(None, ())
+
+    def regain(self) -> bool:
+        """Takes up the parameters again that something has kept; returns whether there are any."""
+        released, self._released = self._released, {}
+        if released:
+            self._exchange(lambda p: p if (kept := released[id(p)]()) is None else kept)
+            self.note_weights()
+        return not released or any(not p.is_meta for p in self.share.parameters)
+
+    def _exchange(self, other: Callable[[Tensor], Tensor]):
+        """Puts other parameters in the place of those followed."""
+
+        def with_other(matrix: Matrix) -> Matrix:
+            return dataclasses.replace(matrix, parameter=other(matrix.parameter))
+
+        matrices = [with_other(m) for m in self.share.matrices]
+        self.share = self.share._replace(matrices=matrices, parameters=[other(p) for p in self.share.parameters])
+        for t in self.states:
+            t.matrix = with_other(t.matrix)
 
     def check_measurable(self, measurements: list[Measurement]):
         """Raises a ValueError where none of the matrices of a process alone could be measured."""

@@ -1,10 +1,12 @@
 """Where a model holds the parameters that a probe follows, so that one that was replaced is seen at once."""
 
 import operator
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import nn
+
+_get: Callable[..., object] = dict[str, Any].get
 
 
 class Holders:
@@ -29,7 +31,7 @@ class Holders:
 
     def same(self) -> bool:
         """Whether they hold what they held."""
-        return all(map(operator.is_, map(dict.get, self._dicts, self._names), self._values))
+        return all(map(operator.is_, map(_get, self._dicts, self._names), self._values))
 
     def _visit(self, module: nn.Module, followed: Collection[int]) -> bool:
         """Notes the entries of a module and of those inside it; returns whether there are any."""
@@ -45,7 +47,7 @@ class Holders:
         return self._visited[id(module)]
 
 
-def _entries(module: nn.Module, name: str) -> dict[str, Any]:
+def _entries(module: nn.Module, name: str) -> Any:
     """The dict of a module; an empty one where the module has a type of its own for it, as TorchScript's have."""
-    entries = getattr(module, name, None)
-    return entries if isinstance(entries, dict) else {}
+    entries: Any = getattr(module, name, None)
+    return entries if issubclass(type(entries), dict) else dict[str, Any]()

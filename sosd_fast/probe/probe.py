@@ -63,6 +63,7 @@ class Probe(View):
         self.step_count = settings.step if settings.step is not None else written or 0
         self._steps = StepDetector(share.parameters, optimizers, self.step_count)
         super().__init__(_detach, key := hooks.new_key(), self._steps, writer)
+        self.rest_after(model())
         try:
             with self._lock:  # steps of other threads wait
                 hooks.add(key, self)

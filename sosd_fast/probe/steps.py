@@ -97,6 +97,10 @@ class StepDetector:
         self._parameters, self._ids = parameters, set(map(id, parameters))
         self._look()
 
+    def hold(self, parameters: Sequence[Tensor]):
+        """Takes the same parameters again, or lets go of them for the time between two actions."""
+        self._parameters = parameters
+
     def may_have_changed(self, optimizer: Optimizer, outer: Sequence[Optimizer]) -> bool:
         """Whether this optimizer, about to step, never did or holds other parameters: the model may be another.
 

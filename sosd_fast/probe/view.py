@@ -5,24 +5,20 @@ from collections import deque
 from sosd_fast.matrices import Matrix
 from sosd_fast.probe.account import Account
 from sosd_fast.probe.audit import Audit, Auditor
-from sosd_fast.probe.followed import FollowedMatrices, some
-from sosd_fast.probe.guard import Guarded
+from sosd_fast.probe.followed import some
+from sosd_fast.probe.lifetime import OutlivesModel
 from sosd_fast.probe.planner import Planner
 from sosd_fast.probe.recorder import Recorder
-from sosd_fast.probe.steps import StepDetector
 from sosd_fast.runs.records import Record
 
 
-class View(Guarded):
+class View(OutlivesModel):
     """What can be read of a probe; `Probe` makes the parts that are named here."""
 
-    step_count: int
-    _matrices: FollowedMatrices
     _planner: Planner
     _auditor: Auditor | None
     _account: Account
     _recorder: Recorder
-    _steps: StepDetector
 
     def latest(self) -> dict[str, Record]:
         """Returns the last record of each matrix, by name."""
