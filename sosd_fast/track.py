@@ -166,7 +166,8 @@ def track(
         include: shell patterns of parameter names.
         exclude: shell patterns of parameter names.
         split: fused matrices; see `sosd_fast.matrices.find_matrices`.
-        reference: spectra that the cosine is taken to: "initial", a mapping from names to spectra, or None.
+        reference: spectra that the cosine is taken to: "initial", the first one of each matrix that is not zero; a
+            mapping from names to spectra; or None.
         run_dir: where records are written; None keeps the last 10,000 in memory.
         on_record: called with each record. It may use the probe and train other tracked models. Where it raises, that
             is logged, and after ten failures in a row it is not called again.

@@ -157,8 +157,10 @@ class MatrixState:
         self.reference = None if spectrum is None else torch.as_tensor(spectrum, dtype=torch.float64, device=device)
 
     def refer(self):
-        """Makes the last full spectrum the reference, where there is to be one and is none."""
-        if self.refers_to_first and self.reference is None and self.known:
+        """Makes the last full spectrum the reference, where there is to be one, is none, and that is not zero."""
+        if self.refers_to_first and self.reference is None and self.known and self.spectrum is not None:
+            if not self.spectrum[0]:
+                return  # a cosine to zero is none: LoRA's B is zero at first
             self.reference = self.S
 
     def lose(self, kind: Kind, step: int, error: Exception):

@@ -9,6 +9,7 @@ What a person calls a step of an optimizer is the outermost `step`: an optimizer
 
 import itertools
 import logging
+import threading
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
@@ -71,6 +72,7 @@ class StepDetector:
         self._passes: list[Pass] = []  # backward passes of this training step
         self._last: list[Pass] = []  # those of the last one
         self._homes: dict[int, Pass | None] = {}  # on which an optimizer is about to step, by its id
+        self._thread = 0  # of the last step
         self._next: Pass | None = None  # which turned out to belong to the next training step
         self._doubted: Pass | None = None  # of an optimizer that joined when others had trained alone
         self._inside: dict[int, list[Optimizer]] = {}  # given ones that stepped inside of another, by the other's id
@@ -132,8 +134,9 @@ class StepDetector:
             if home is not None and stepped and not self._reopen(home, counts):
                 self._homes[id(optimizer)] = None
             return False
-        if again:
+        if again and home is not None:
             self._next = home
+            self._say(LATE, self.ended + 1)
         if again or not len(self._stepped):  # those that stepped are gone
             return True
         return home is None and (self._is_ahead(counts) or self._leads(counts))
@@ -167,7 +170,12 @@ class StepDetector:
         if enclosing is not None:
             self._inside.setdefault(id(enclosing), []).extend(counts)
             return False
-        home = self._homes.pop(id(optimizer), None)
+        home, before, self._thread = self._homes.pop(id(optimizer), None), self._thread, threading.get_ident()
+        if self.pending and before != self._thread and any(share_parameters(o, optimizer) for o in self._stepped):
+            # Threads that train the same weights, each with an optimizer of its own: each step is one.
+            self._known.add(optimizer)
+            self._next = Pass(optimizer, counts, (), ())
+            return True
         over = home is not None and home in self._last  # it belongs to the step that is over
         if not over:
             if not self.pending:
@@ -315,12 +323,12 @@ class StepDetector:
             return False
         self._last.remove(home)
         self._begin_with(home)
+        self._say(LATE)
         return True
 
     def _begin_with(self, late: Pass):
         self._passes, self.pending = [late], True
         self._stepped, self._first = Optimizers(late.optimizers), Optimizers(late.optimizers)
-        self._say(LATE)
 
     def _resolve(self, home: Pass | None):
         """Says what cannot be known of an optimizer that joined others, now that the next one is about to step."""
@@ -329,8 +337,8 @@ class StepDetector:
                 self._say(UNKNOWN)
             self._doubted = None
 
-    def _say(self, doubt: str):
-        self.doubts.say(doubt, self._before + self.ended)
+    def _say(self, doubt: str, step: int | None = None):
+        self.doubts.say(doubt, self._before + (self.ended if step is None else step))
 
     def _counts_as(self, optimizer: Optimizer) -> list[Optimizer]:
         """The optimizers that a step of this one is a step of.
