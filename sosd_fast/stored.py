@@ -34,6 +34,8 @@ def reader_of(parameter: Tensor, owner: nn.Module, own_name: str) -> Reader | st
         return "is not initialized"
     if parameter.ndim < 2:
         return None
+    if parameter.is_meta:
+        return "is on the meta device"
     local = parameter
     if hasattr(parameter, "placements"):  # a DTensor, whose part here must be plain
         local = parameter.detach().to_local()  # pyright: ignore[reportAttributeAccessIssue]

@@ -61,8 +61,9 @@ class Probe(View):
         writer = self._recorder.writer
         written = writer.step if writer else None
         self.step_count = settings.step if settings.step is not None else written or 0
-        self._steps = StepDetector(share.parameters, optimizers)
+        self._steps = StepDetector(share.parameters, optimizers, self.step_count)
         super().__init__(_detach, key := hooks.new_key(), self._steps, writer)
+        self.rest_after(model())
         try:
             with self._lock:  # steps of other threads wait
                 hooks.add(key, self)
@@ -126,14 +127,14 @@ class Probe(View):
                 probes_of.get(model, []).remove(self)
 
     def detach(self, seconds: float = -1):
-        """Keeps what is under way and ends; says so where the weights moved and no step was seen."""
-        if self.alive and not self._steps.ended:
+        """Keeps what is under way and ends; says so where the weights moved and no step was seen for it."""
+        if self.alive and not self._steps.pending:
             self._look_for_moves()
         super().detach(seconds)
 
     @guarded
     def _look_for_moves(self):
-        self._steps.moved = self._matrices.moved()
+        self._steps.moves = self._matrices.moves()
 
     @guarded
     def before_step(self, optimizer: Optimizer, outer: Sequence[Optimizer] = ()):
@@ -173,6 +174,7 @@ class Probe(View):
             self._pending.append(self._measurer.launch(plan, self.step_count))
             self._collect()
             self._planner.charge(self._account.add_step(began, self.clock()))
+        self._matrices.note_weights()
         if changed:  # after the step's own measurement, which is compared with the one of the step before
             self._calibrate()
 

@@ -82,8 +82,11 @@ class MatrixState:
         """Returns the matrix, or what this rank contributes of it, where ranks measure together.
 
         Raises:
-            ValueError: the matrix has another shape than when it was found, which `Parameter.data` allows.
+            ValueError: the matrix has another shape than when it was found, which `Parameter.data` allows, or its
+                parameter was moved to the meta device.
         """
+        if self.matrix.parameter.is_meta:
+            raise ValueError(f"track: expected the values of {self.name}, got a parameter on the meta device.")
         if self.shards:
             return self.shards.local(self.place)
         W = self.matrix.tensor()
@@ -154,8 +157,10 @@ class MatrixState:
         self.reference = None if spectrum is None else torch.as_tensor(spectrum, dtype=torch.float64, device=device)
 
     def refer(self):
-        """Makes the last full spectrum the reference, where there is to be one and is none."""
-        if self.refers_to_first and self.reference is None and self.known:
+        """Makes the last full spectrum the reference, where there is to be one, is none, and that is not zero."""
+        if self.refers_to_first and self.reference is None and self.known and self.spectrum is not None:
+            if not self.spectrum[0]:
+                return  # a cosine to zero is none: LoRA's B is zero at first
             self.reference = self.S
 
     def lose(self, kind: Kind, step: int, error: Exception):

@@ -108,10 +108,10 @@ class RunWriter:
             self._close_segment()
 
     def first_spectra(self) -> dict[str, NDArray[Any]]:
-        """Reads the first full spectrum of each matrix that had one."""
+        """Reads the first full spectrum of each matrix that had one that is neither zero nor holds NaN or Inf."""
         run = load(self.run_dir)
         spectra = {name: run.spectra(name)[1] for name in run.names}
-        finite = {name: S[np.isfinite(S).all(axis=1)] for name, S in spectra.items() if len(S)}
+        finite = {name: S[np.isfinite(S).all(axis=1) & (S[:, 0] > 0)] for name, S in spectra.items() if len(S)}
         return {name: S[0] for name, S in finite.items() if len(S)}
 
     def flush(self):
