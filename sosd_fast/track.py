@@ -225,7 +225,8 @@ def track(
         left_out: dict[str, str] = {}
         unreadable: dict[str, str] = {}
         matrices = find_matrices(model, include, exclude, split, left_out, unreadable)
-        known = found = share(model, matrices, known)
+        found = share(model, matrices, known)
+        known = found if found.group is not None else None  # which keeps weights alive
         left_out.update(found.left_out)
         unreadable.update(found.left_out)
         for name in _partitioned(model):

@@ -134,6 +134,13 @@ def build(model):
         experts.weight = nn.Parameter(distribute_tensor(experts.weight.data, mesh["ep"], [Shard(0)]))
         model.experts = fully_shard(experts, mesh=mesh["fsdp"], shard_placement_fn=lambda _: Shard(1))
         return model
+    if kind == "ep":  # copies of experts in each half of the ranks, which know nothing of one another's mesh
+        mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("copies", "ep"))
+        W = distribute_tensor(model.experts.weight.data, mesh["ep"], [Shard(0)])
+        del model.experts
+        placed(model, init_device_mesh("cpu", (ranks,)), [Shard(0)])
+        model.experts = Experts(W)
+        return model
     raise ValueError(kind)
 
 
@@ -163,6 +170,12 @@ owned = gathered([name for i, name in enumerate(names) if shards.mine(i)])
 assert sorted(name for own in owned for name in own) == sorted(names)
 if kind == "copies":
     assert all(each.senders == (each.owner,) for each in found.spreads)
+if kind in ("ep", "experts"):
+    stack = [i for i, name in enumerate(names) if name.startswith("experts")]
+    assert [names[i] for i in stack] == [f"experts.weight[{e}]" for e in range(4)]
+    moving = [found.spreads[i].senders != (found.spreads[i].owner,) for i in stack]
+    assert moving == [kind == "experts"] * 4  # whole ones are measured where they are
+    assert kind == "experts" or len({found.spreads[i].owner for i in stack}) == 4
 
 ways = set()
 

@@ -12,7 +12,17 @@ WORKER = Path(__file__).with_name("layouts_worker.py")
 
 @pytest.mark.parametrize(
     ("kind", "ranks"),
-    [("tp", 2), ("tp", 3), ("fsdp+tp", 4), ("hsdp+tp", 8), ("columns", 3), ("last", 4), ("copies", 2), ("experts", 4)],
+    [
+        ("tp", 2),
+        ("tp", 3),
+        ("fsdp+tp", 4),
+        ("hsdp+tp", 8),
+        ("columns", 3),
+        ("last", 4),
+        ("copies", 2),
+        ("experts", 4),
+        ("ep", 4),
+    ],
 )
 def test_spectra_are_those_of_one_process(kind, ranks):
     done = run_ranks(ranks, WORKER, kind)
