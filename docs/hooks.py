@@ -30,7 +30,7 @@ def _place(path: str) -> str:
 
 
 def _relinked(markdown: str, page: str) -> tuple[str, set[str]]:
-    """The text of a page of the repository with links as the site has them, and the files of the repository it links."""
+    """The text of a page of the repository with links as the site has them, and the files that it links to."""
     linked = set()
 
     def replace(match: re.Match) -> str:

@@ -4,6 +4,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,15 @@ def test_public_names():
     assert callable(sosd_fast.track)
     for name in sosd_fast.__all__:
         assert getattr(sosd_fast, name).__doc__
+
+
+def test_there_is_one_version():
+    """That of the source: setuptools reads it from there, and CITATION.cff repeats it."""
+    import sosd_fast
+
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", sosd_fast.__version__)
+    assert f"\nversion: {sosd_fast.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert "version" not in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def test_doctor():
