@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import inspect
 import io
+import json
 import os
 import re
 import runpy
@@ -220,6 +221,50 @@ def test_python_blocks_are_python(page):
     for kind, code in FENCE.findall(page.read_text()):
         if kind in ("python", "py"):
             compile(code, name_of(page), "exec")
+
+
+# --- Figures
+
+
+def rows(title: str) -> dict[str, list[float]]:
+    """The numbers in the table below a heading of the benchmarks, by the first cell of each row."""
+    part = (ROOT / "docs/benchmarks.md").read_text().split(f"## {title}")[1].split("\n## ")[0]
+    cells = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in part.splitlines() if line[:1] == "|"]
+    return {row[0]: [float(n) for n in re.findall(r"\d+\.?\d*", " ".join(row[1:]))] for row in cells[2:]}
+
+
+def kept(name: str):
+    return json.loads((ROOT / "bench/results/amd-epyc" / f"{name}.json").read_text())["rows"]
+
+
+def test_the_tables_are_those_of_the_results():
+    """To the digits that they show."""
+    near = functools.partial(pytest.approx, rel=0.06)
+    adamw, muon, table = kept("svd_overhead"), kept("svd_overhead-muon"), rows("What does measuring cost in")
+    for shown, (name, *_) in ((numbers, tracker.split(",")) for tracker, numbers in table.items()):
+        pairs = [(each[name]["tracker_ms"], each[name]["overhead_percent"]) for each in (adamw, muon)]
+        assert shown[:4] == near([*pairs[0], *pairs[1]])
+    budgets, shown = kept("probe_budget")["budget"], rows("Is the budget kept?")["cost, % of the step"]
+    assert len(table) == 4 and shown == near([100 * cost for cost in budgets.values()])
+    for title, name, columns in (
+        ("How fast are all", "svdvals", ("sosd_fast", "torch svdvals", "eigvalsh of the Gram")),
+        ("How fast are the leading", "topk", ("m", "svdvals")),
+        ("How fast is Newton", "newton_schulz", ("plain", "gram")),
+    ):
+        table = rows(title)
+        for shape, found in kept(name).items():
+            values = [found[column]["ms"] if isinstance(found[column], dict) else found[column] for column in columns]
+            assert table.pop(shape.replace("x", "×"))[: len(values)] == near(values), shape
+        assert not table
+
+
+def test_the_pictures_are_drawn_from_what_is_kept():
+    pictures = runpy.run_path(str(ROOT / "docs/pictures.py"))
+    assert list(pictures["costs"]().values()) == pytest.approx([40.4, 5.67, 5.34, 0.978], rel=0.01)
+    runs = json.loads((ROOT / "docs/pictures.json").read_text())
+    top, bottom = pictures["draw_loss"](runs).axes
+    assert list(runs) == ["AdamW", "Muon"] and len(top.lines) == 4 and bottom.get_yscale() == "log"
+    assert len(pictures["draw_costs"](pictures["costs"]()).axes[0].patches) == 4
 
 
 # --- The tree
