@@ -13,6 +13,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 import zlib
 from pathlib import Path
 
@@ -157,6 +158,13 @@ def test_flags_in_prose_are_flags_of_some_command(page):
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code))
     known = "".join(help_of(command) for command in {c for c, _ in DOCUMENTED if "examples/" not in c}) if flags else ""
     assert not [flag for flag in flags - FOREIGN if not re.search(rf"{flag}\b", known)]
+
+
+@pytest.mark.parametrize("page", TOLD, ids=name_of)
+def test_extras_exist(page):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r"pip install (?:-e )?'\.\[([\w,]+)\]'", page.read_text())
+    assert {extra for each in named for extra in each.split(",")} <= set(extras)
 
 
 @pytest.mark.parametrize("page", TOLD, ids=name_of)
@@ -326,8 +334,8 @@ def _is_public(name: str, value) -> bool:
 
 def test_the_site_has_every_public_name(site):
     entries = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode().splitlines()
-    assert len(public_names()) > 60
-    assert not public_names() - {entry.split()[0] for entry in entries}
+    missing = sorted(public_names() - {entry.split()[0] for entry in entries})
+    assert len(public_names()) > 60 and not missing
 
 
 def test_the_site_shows_the_pages_and_pictures(site):
