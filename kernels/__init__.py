@@ -9,7 +9,11 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from sosd_fast.kernels.namesake import give_way
 from sosd_fast.kernels.precision import full_precision  # noqa: F401
+
+if __name__ == "kernels":  # imported where the repository's folder is on sys.path, by someone who means another package
+    give_way()
 
 log = logging.getLogger("sosd_fast")  # not warnings: made into errors, those would end a training run
 

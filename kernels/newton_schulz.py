@@ -14,7 +14,10 @@ Source: Jordan et al., Muon (2024), coefficients (3.4445, -4.7750, 2.0315) for "
 """
 
 import functools
+import math
 import statistics
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,26 +77,16 @@ def newton_schulz(
         errs by 4e-2 and 1e-1, and its values end as low as 0.66).
 
     Raises:
-        ValueError: a vector, an integer dtype, fewer than one step, unknown coefficients or method.
+        ValueError: a vector, an integer dtype, fewer than one step, unknown coefficients or method, a negative eps.
     """
     if not isinstance(G, Tensor) or G.ndim < 2 or not G.is_floating_point():
         got = f"{tuple(G.shape)} {G.dtype}" if isinstance(G, Tensor) else type(G).__name__
         raise ValueError(
             f"newton_schulz: expected a floating-point matrix (..., m, n), got G={got}. Flatten kernels to (out, rest)."
         )
-    if steps < 1:
-        raise ValueError(f"newton_schulz: expected at least one step, got steps={steps}. Muon takes 5.")
+    triples = triples_of(steps, coefficients, eps)
     if method not in ("auto", "plain", "gram"):
         raise ValueError(f"newton_schulz: expected auto, plain or gram, got method={method!r}. Leave it at 'auto'.")
-    if isinstance(coefficients, str) and coefficients not in COEFFICIENTS:
-        raise ValueError(
-            f"newton_schulz: expected one of {', '.join(COEFFICIENTS)} or triples, got coefficients={coefficients!r}. "
-            "Use 'muon'."
-        )
-    triples = COEFFICIENTS[coefficients] if isinstance(coefficients, str) else coefficients
-    if isinstance(triples[0], int | float):
-        triples = (triples,)
-    triples = tuple(triples[min(i, len(triples) - 1)] for i in range(steps))
     if not G.numel():
         return G.clone()
     short, long = sorted(G.shape[-2:])
@@ -107,6 +100,40 @@ def newton_schulz(
         form = method
     differentiate = torch.is_grad_enabled() and G.requires_grad
     return (_Differentiable.apply if differentiate else iterate)(G, triples, eps, form, symmetric)
+
+
+def triples_of(
+    steps: int, coefficients: str | tuple, eps: float, function: str = "newton_schulz", prefix: str = ""
+) -> tuple[tuple[float, float, float], ...]:
+    """Returns the coefficients (a, b, c) of each step, after a check of the options of `newton_schulz`.
+
+    Args:
+        steps: see `newton_schulz`, as the next two.
+        coefficients: of the steps.
+        eps: of the norm.
+        function: whose options they are.
+        prefix: of the names of the first two there.
+
+    Raises:
+        ValueError: fewer than one step, unknown coefficients, a negative eps.
+    """
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"{function}: expected at least one step, got {prefix}steps={steps!r}. Muon takes 5.")
+    triples: Any = COEFFICIENTS.get(coefficients) if isinstance(coefficients, str) else coefficients
+    if _is_triple(triples):
+        triples = (triples,)
+    if not (isinstance(triples, Sequence) and len(triples) > 0 and all(map(_is_triple, triples))):
+        raise ValueError(
+            f"{function}: expected one of {', '.join(COEFFICIENTS)}, a triple of numbers or several, got "
+            f"{prefix}coefficients={coefficients!r}. Use 'muon'."
+        )
+    if not (isinstance(eps, int | float) and not isinstance(eps, bool) and 0 <= eps < math.inf):
+        raise ValueError(f"{function}: expected a number of at least 0, got eps={eps!r}. 1e-7 is the default.")
+    return tuple(tuple(triples[min(i, len(triples) - 1)]) for i in range(steps))
+
+
+def _is_triple(value: object) -> bool:
+    return isinstance(value, Sequence) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
 
 
 class _Differentiable(torch.autograd.Function):

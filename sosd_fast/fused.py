@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from sosd_fast.places import without_adapter
+
 
 class Fused(NamedTuple):
     """The order of outputs in a fused weight."""
@@ -83,9 +85,18 @@ _FAMILIES: dict[str, Callable[[_Settings], Fused]] = {
     "modernbert": _one_after_the_other,
     "mpt": _one_after_the_other,
     "persimmon": _by_head,
+    "minimaxlightning": _by_head,
     "phi3": _one_after_the_other,
+    "phi4multimodal": _one_after_the_other,
 }
 _FUSED_LAYER = re.compile(r"(^|\.)(query_key_value|c_attn|Wqkv|(\w+_)?qkv(_proj)?)\.weight$")
+# Names of the parameter itself, or of the layer that has it, which hold queries, keys and values one beside another.
+_FUSED = re.compile(r"(^|[._])(qkv|c_attn|in_proj|query_key_value)(_\w+)?(\.weight)?$", re.IGNORECASE)
+
+
+def is_fused(name: str) -> bool:
+    """Whether a weight is named after queries, keys and values together."""
+    return _FUSED.search(without_adapter(name)) is not None or _FUSED_LAYER.search(without_adapter(name)) is not None
 
 
 def fused_in(name: str, size: int, attention: nn.Module) -> Fused | str | None:
@@ -114,14 +125,16 @@ def fused_by_config(name: str, size: int, config: dict) -> Fused | str | None:
 
 
 def _fused(name: str, size: int, families: list[str], settings: _Settings) -> Fused | str | None:
-    if not _FUSED_LAYER.search(name):
+    if not _FUSED_LAYER.search(without_adapter(name)):
         return None
     for family, order in _FAMILIES.items():
         if any(each.startswith(family) for each in families):
             found = order(settings)
             return found if found.groups and min(found.heads) else "unknown numbers of heads"
-    if settings.get("head_first"):  # timm's MaxViT and CoAtNet
-        return _by_head(settings) if settings.heads else "unknown numbers of heads"
+    head_first = settings.get("head_first")  # timm's MaxViT and CoAtNet
+    if head_first is not None and (head_first or settings.heads):
+        told = _by_head(settings) if head_first else _one_after_the_other(settings)
+        return told if settings.heads else "unknown numbers of heads"
     head_dim = settings.get("head_dim", "dim_head", "head_size", "d_head")
     whole = 3 * settings.heads * head_dim if head_dim and settings.heads else size
     return None if settings.kv_heads == settings.heads and whole == size else "grouped queries in an unknown order"

@@ -1,18 +1,20 @@
 """A model's matrices: what counts as one, its name, and the view of its parameter that is measured."""
 
+import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
-from sosd_fast.fused import Fused, fused_in
+from sosd_fast.fused import Fused, fused_in, is_fused
 from sosd_fast.kinds import kind as kind
-from sosd_fast.places import Place, places_of
-from sosd_fast.stored import is_scale, reader_of
+from sosd_fast.places import Place, places_of, without_adapter
+from sosd_fast.stored import Reader, is_scale, reader_of
 
 # Fused queries, keys and values of equal sizes, one above the other: GPT-2's, torch.nn.MultiheadAttention's, timm's.
 DEFAULT_SPLIT = {"*c_attn.weight": 3, "*in_proj_weight": 3, "*qkv.weight": 3}
@@ -26,23 +28,28 @@ class Matrix:
     parameter: Tensor
     index: tuple[int, ...] = ()  # into the leading dimensions, for stacks of matrices
     part: tuple[int, int, int] | None = None  # (dim, start, length), for fused matrices
-    flatten: int = 0  # leading dimensions that make the rows: 1 of a convolution's (out, in, *kernel)
+    flatten: int = 0  # of the rest, dimensions that make the rows: 1 of a convolution's (out, in, *kernel)
+    first: int = 0  # of the rest, the dimension that the rows are: 1 of (heads, d, head_dim)
     period: int = 0  # the part stands in each so many rows or columns, for those fused head by head; 0: it stands once
-    read: Callable[[Tensor], Tensor] | None = None  # returns the parameter's values, where they are not plain
+    read: Reader | None = None  # returns the parameter's values at an index, where they are not plain
 
     def tensor(self) -> Tensor:
         """Returns the detached (m, n) values: a view, or a copy where they are converted or their rows stand apart."""
-        W = self.read(self.parameter) if self.read else self.parameter.detach()
-        if self.flatten:
-            W = W.flatten(0, self.flatten - 1).flatten(1)
-        elif self.index:
-            W = W[self.index]
+        if self.read:
+            W = self.read(self.parameter, self.index)
+        else:
+            W = self.parameter.detach()[self.index] if self.index else self.parameter.detach()
+        W = self.unfolded(W)
         if self.part is None:
             return W
         dim, start, length = self.part
         if not self.period:
             return W.narrow(dim, start, length)
         return W.unflatten(dim, (-1, self.period)).narrow(dim + 1, start, length).flatten(dim, dim + 1)
+
+    def unfolded(self, W: Tensor) -> Tensor:
+        """Returns what stands at the index as (m, n), parts of a fused matrix together."""
+        return W.movedim(self.first, 0).flatten(0, self.flatten - 1).flatten(1) if self.flatten else W
 
 
 def find_matrices(
@@ -72,17 +79,22 @@ def find_matrices(
         Matrices in the model's order. What a parameter of three or more dimensions holds:
 
         - a convolution's kernel, pruned or parametrized ones too, is one matrix (out, rest), and so is any parameter
-          of four or more dimensions; Keras's (*kernel, in, out) is (rest, out);
+          of four or more dimensions; Keras's (*kernel, in, out) is (rest, out). Where a kernel has more dimensions
+          than its convolution, the leading ones count kernels: (1, out, in, k, k) is one matrix (out, in k k), and
+          (b, out, in, k, k) is b of them;
+        - queries, keys and values (3, ...) in a parameter that is named after them are three matrices [q], [k], [v]
+          of the model's width by what all heads have;
         - one of three dimensions (b, m, n) is a stack of b matrices, named [i], where b is at most min(m, n), else one
           matrix (b, m n): XLNet's weights (d, heads, head_dim);
-        - whatever is named after experts is a stack;
-        - (1, m, n) is one matrix.
+        - whatever is named after experts is a stack.
 
-        A single row or column is no matrix, nor is a bias, a table (1, ...) of four dimensions or more, or the gain
-        of a normalization. Of a parametrized weight the originals are listed, for computing the weight itself may
-        change state (spectral_norm's); nothing here computes it. Its name is the weight's, with a part [original0]
-        where there are several. Where computing changes nothing (weight_norm), `sosd_fast.svdvals(module.weight)`
-        measures the weight itself.
+        A single row or column is no matrix, nor is a table (1, ...) that is broadcast, as position embeddings are (of
+        1119 models of transformers, timm, diffusers and torchvision none has a layer's weight of such a shape but
+        kernels), a bias, or a gain: what a module whose class is named a Norm has of its own, and what is itself named
+        after a scale or a shift. Of a parametrized weight the originals are listed, for computing the weight itself
+        may change state (spectral_norm's); nothing here computes it. Its name is the weight's, with a part
+        [original0] where there are several. Where computing changes nothing (weight_norm),
+        `sosd_fast.svdvals(module.weight)` measures the weight itself.
 
     Raises:
         ValueError: no matrix, an include pattern without a match, parts that do not fit, or the flat parameters of
@@ -153,24 +165,52 @@ def _check_sharding(model: nn.Module):
             module.reshard()  # pyright: ignore[reportCallIssue]
 
 
-def _matrices_in(
-    place: Place, split: Mapping[str, int | Sequence[int]], read: Callable[[Tensor], Tensor] | None
-) -> list[Matrix] | str:
+def _matrices_in(place: Place, split: Mapping[str, int | Sequence[int]], read: Reader | None) -> list[Matrix] | str:
     """The matrices in a parameter of a model, or why it holds none."""
     owner = place.owner
-    if hasattr(owner, "normalized_shape"):
+    layer = isinstance(owner, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)
+    if not layer and any(re.search(r"Norm(\dd)?$", base.__name__) for base in type(owner).__mro__):
         return "is the gain of a normalization"
     if is_scale(owner, place.own_name):
         return "is the scale of another parameter"
-    convolution = isinstance(owner, nn.modules.conv._ConvNd) or (
-        hasattr(owner, "kernel_size") and any(hasattr(owner, name) for name in ("stride", "padding", "dilation"))
-    )
-    if isinstance(owner, nn.ParameterDict):  # which knows nothing of the layer: Keras's
-        convolution = None
     fused = fused_in(place.weight, max(place.parameter.shape), place.around)
+    kernel = None if isinstance(owner, nn.ParameterDict) else _kernel_of(owner, place.parameter.shape)  # Keras's
     return matrices_of(
-        place.weight, place.parameter, split, convolution=convolution, fused=fused, read=read, original=place.original
+        place.weight, place.parameter, split, kernel=kernel, fused=fused, read=read, original=place.original
     )
+
+
+def _kernel_of(owner: nn.Module, shape: torch.Size) -> int:
+    """How many dimensions a kernel (out, in, *size) has in a module; 0 where that is no convolution."""
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        return len(shape)
+    size = getattr(owner, "kernel_size", None)
+    if size is None or not any(hasattr(owner, name) for name in ("stride", "padding", "dilation", "in_channels")):
+        return 0
+    told = re.search(r"([123])d", type(owner).__name__, re.IGNORECASE)
+    if isinstance(size, Sequence):
+        sizes = len(size)
+    elif told:
+        sizes = int(told[1])
+    else:
+        sizes = len(list(itertools.takewhile(lambda length: length == size, reversed(shape[2:]))))
+    return min(2 + sizes, len(shape)) if sizes else len(shape)
+
+
+def _kernel_by_shape(shape: tuple[int, ...]) -> int:
+    """The same for a kernel of which only its name is known to be a convolution's."""
+    if len(shape) == 5 and shape[3] == shape[4] and (shape[2] > 16 or (shape[0] == 1 and shape[2] != shape[3])):
+        return 4  # no kernel is so long in time, nor has a video's convolution one output
+    return len(shape)
+
+
+def _is_gain(name: str, of_module: bool) -> bool:
+    """Whether a weight scales or shifts what passes, by its own name, or by that of what has it where no module can."""
+    *path, own = name.split(".")
+    if re.fullmatch(r"(\w+_)?(gamma|beta|alpha|gain|scale|shift)s?(_?\d+|_\w+)?", own):
+        return True
+    # Of two dimensions it is one a head, which q_norm and its kin have.
+    return not of_module and bool(path) and re.fullmatch(r"\w+_norm\d*", path[-1]) is not None
 
 
 def matrices_of(
@@ -178,9 +218,9 @@ def matrices_of(
     parameter: Tensor,
     split: Mapping[str, int | Sequence[int]] = DEFAULT_SPLIT,
     *,
-    convolution: bool | None = None,
+    kernel: int | None = None,
     fused: Fused | str | None = None,
-    read: Callable[[Tensor], Tensor] | None = None,
+    read: Reader | None = None,
     original: str = "",
 ) -> list[Matrix] | str:
     """Lists the matrices inside one parameter, as `find_matrices` does.
@@ -189,7 +229,8 @@ def matrices_of(
         name: of the weight, without its original.
         parameter: of two or more dimensions.
         split: see `find_matrices`.
-        convolution: whether it is a convolution's kernel; None asks its name.
+        kernel: how many dimensions a kernel of its module has, 0 where that is no convolution; None where no module
+            can be asked, so that names tell.
         fused: how it holds queries, keys and values, for the default split; a reason leaves it whole.
         read: returns its values, where they are not plain.
         original: which of the originals of a parametrized weight.
@@ -197,31 +238,51 @@ def matrices_of(
     Returns:
         The matrices, or why there are none.
     """
-    shape, lower = tuple(parameter.shape), name.lower()
+    shape, lower = parameter.shape, name.lower()
     if re.search(r"(^|_)bias(es)?(_|$)", lower.rpartition(".")[2]):
         return "is a bias"
-    shown, stacked = name + (original and f"[{original}]"), re.search(r"expert|(^|[._])moe", lower) is not None
+    if _is_gain(lower, of_module=kernel is not None):
+        return "is a gain"
+    stacked = re.search(r"expert|(^|[._])moe", lower) is not None
     out_last = False  # Keras and Flax call (*kernel, in, out) kernel
-    if convolution is None:
+    if kernel is None:
         convolution = "conv" in ".".join(lower.split(".")[-2:])
         out_last = lower.endswith("kernel") and (convolution or len(shape) > 3)
-    if len(shape) > 2 and not convolution and not stacked and shape[0] == 1:
-        if max(shape[:-2]) > 1:
-            return "is a table that is broadcast"
-        found = [Matrix(shown, parameter, index=(0,) * (len(shape) - 2), read=read)]
-    elif len(shape) > 2 and (convolution or not (stacked or (len(shape) == 3 and shape[0] <= min(shape[1:])))):
-        rows = len(shape) - (2 if "depthwise" in lower else 1) if out_last else 1
-        found = [Matrix(shown, parameter, flatten=rows, read=read)]
-        shape = math.prod(shape[:rows]), math.prod(shape[rows:])
-    elif len(shape) > 2:
-        indices = itertools.product(*map(range, shape[:-2]))
-        found = [Matrix(f"{shown}[{','.join(map(str, i))}]", parameter, index=i, read=read) for i in indices]
+        kernel = len(shape) if out_last else _kernel_by_shape(shape) if convolution else 0
+    # Of the dimensions, so many count matrices; of the rest, so many make the rows, the first of them at a place.
+    ndim, counted, rows, first, labels = parameter.ndim, 0, 1, 0, None
+    if ndim == 2:
+        rows = 0
+    elif kernel:
+        counted = ndim - kernel
+        rows = ndim - (2 if "depthwise" in lower else 1) if out_last else 1
+    elif stacked:
+        counted, rows = ndim - 2, 0
+    elif shape[0] == 3 and split is DEFAULT_SPLIT and not isinstance(fused, str) and is_fused(name):
+        counted, labels = 1, "qkv"
+        width = max(range(ndim - 1), key=lambda i: (shape[1 + i], i == ndim - 3))
+        rows, first = (0, 0) if ndim == 3 else (ndim - 2, 0) if width == ndim - 2 else (1, width)
+    elif shape[0] == 1:
+        return "has a single row or column" if math.prod(shape) == max(shape) else "is a table that is broadcast"
+    elif ndim == 3 and shape[0] <= min(shape[1:]):
+        counted, rows = 1, 0
+    indices = list(itertools.product(*map(range, shape[:counted])))
+    one = Matrix("", parameter, index=indices[0], flatten=rows, first=first, read=read)
+    m, n = one.unfolded(torch.empty(shape[counted:], device="meta")).shape
+    if min(m, n) < 2:
+        return "has a single row or column"
+    if counted and (len(indices) > 1 or stacked):
+        shown = [labels[i[0]] if labels else ",".join(map(str, i)) for i in indices]
+        found = [(label, index, None, 0) for label, index in zip(shown, indices, strict=True)]
     else:
-        found = [
-            Matrix(f"{shown}{label and f'[{label}]'}", parameter, part=part, period=period, read=read)
-            for label, part, period in _parts(name, shape, split, fused)
-        ]
-    return found if min(shape[-2:]) > 1 else "has a single row or column"
+        if kernel and not (isinstance(fused, Fused) and m * n == math.prod(shape[:2])):
+            fused = "a convolution does not tell the order of its outputs"
+        found = [(label, indices[0], part, period) for label, part, period in _parts(name, (m, n), split, fused)]
+    whole = name + (original and f"[{original}]")
+    return [
+        dataclasses.replace(one, name=f"{whole}{label and f'[{label}]'}", index=index, part=part, period=period)
+        for label, index, part, period in found
+    ]
 
 
 def _parts(
@@ -240,7 +301,8 @@ def _parts(
             (label, (0, start, length), period)
             for label, start, length in zip(fused.labels, starts, lengths, strict=False)
         ]
-    parts = next((parts for pattern, parts in split.items() if fnmatchcase(name, pattern)), None)
+    names = name, without_adapter(name)
+    parts = next((parts for pattern, parts in split.items() if any(fnmatchcase(n, pattern) for n in names)), None)
     if split is DEFAULT_SPLIT and (
         isinstance(fused, str) or (isinstance(parts, int) and max(shape) != parts * min(shape))
     ):

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from sosd_fast.distributed.exchange import apply_to_whole
 from sosd_fast.distributed.layout import is_sharded
-from sosd_fast.kernels.newton_schulz import newton_schulz
+from sosd_fast.kernels.newton_schulz import newton_schulz, triples_of
 
 
 class Muon(torch.optim.Optimizer):
@@ -24,7 +24,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: decoupled, as in AdamW.
         momentum: of the running mean of gradients.
         nesterov: look ahead by one gradient.
-        ns_coefficients: (a, b, c) of each iteration.
+        ns_coefficients: (a, b, c) of each iteration, or what else `newton_schulz` takes.
         eps: the smallest gradient norm that is divided by; updates of smaller gradients shrink with them.
         ns_steps: iterations.
         adjust_lr_fn: "original" or None: sqrt(max(1, m / n)); "match_rms_adamw": 0.2 sqrt(max(m, n)).
@@ -49,7 +49,7 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.1,
         momentum: float = 0.95,
         nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315),
+        ns_coefficients: str | tuple = (3.4445, -4.7750, 2.0315),
         eps: float = 1e-7,
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
@@ -156,6 +156,7 @@ def _check_group(group: dict):
         raise ValueError(
             f"Muon: expected original or match_rms_adamw, got adjust_lr_fn={group['adjust_lr_fn']!r}. Leave it at None."
         )
+    triples_of(group["ns_steps"], group["ns_coefficients"], group["eps"], "Muon", "ns_")
     for p in group["params"]:
         if p.ndim != 2:
             raise ValueError(

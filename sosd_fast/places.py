@@ -1,5 +1,6 @@
 """Where a model's parameters stand, under the names that people know."""
 
+import itertools
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -16,6 +17,8 @@ _PRIVATE = (
 )
 _WRAPPERS = re.compile(rf"^(module\.|{_PRIVATE})+|(?<=\.)({_PRIVATE})+")
 
+_ADAPTED = "base_layer"  # what an adapter calls the layer in whose place it stands: peft's LoRA and its kin
+
 
 class Place(NamedTuple):
     """A parameter in a model.
@@ -26,7 +29,7 @@ class Place(NamedTuple):
         parameter: the parameter.
         own_name: of the weight in its module.
         owner: the module that uses the weight.
-        around: the module around the owner.
+        around: the module around the owner, and around the adapter that has it.
     """
 
     weight: str
@@ -72,11 +75,17 @@ def places_of(model: nn.Module) -> Iterator[Place]:
             else:
                 modules.append(child)
                 shown.append(part)
-        around = modules[-2] if len(modules) > 1 else modules[-1]
+        adapters = len(list(itertools.takewhile(_ADAPTED.__eq__, reversed(shown))))
+        around = modules[max(-2 - adapters, -len(modules))]
         shown = [part for part in shown if part != "parametrizations"]  # whose modules have parameters of their own
         *path, own = own.split("/")  # Keras keeps the weights of all layers in one ParameterDict, by their paths
         shown += path
         yield Place(".".join([*shown, own]), original, parameter, own, modules[-1], around)
+
+
+def without_adapter(name: str) -> str:
+    """Returns the name that a weight has in the same model without adapters."""
+    return ".".join(part for part in name.split(".") if part != _ADAPTED)
 
 
 def plain_name(key: str) -> tuple[str, str]:

@@ -1,12 +1,18 @@
-"""How a parameter's values can be read: as they are, through its own dequantisation, by a scale, or not at all."""
+"""How a parameter's values can be read: as they are, through its own dequantisation, by a scale, or not at all.
+
+Of a stack of matrices only the one that is asked for is converted, where its type can be sliced; else the whole stack
+is, once while `keeping_stack` lasts. So no more than one parameter's values are there at a time.
+"""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 
-Reader = Callable[[Tensor], Tensor]
+Reader = Callable[[Tensor, tuple[int, ...]], Tensor]  # of a parameter and an index into its leading dimensions
 
 # What types of quantised weights call their conversion to plain values: torchao's, quanto's; torchao's NF4Tensor.
 _CONVERSIONS = ("dequantize", "get_original_weight")
@@ -28,6 +34,8 @@ def reader_of(parameter: Tensor, owner: nn.Module, own_name: str) -> Reader | st
         return "is not initialized"
     if parameter.ndim < 2:
         return None
+    if parameter.is_meta:
+        return "is on the meta device"
     local = parameter
     if hasattr(parameter, "placements"):  # a DTensor, whose part here must be plain
         local = parameter.detach().to_local()  # pyright: ignore[reportAttributeAccessIssue]
@@ -51,18 +59,55 @@ def _conversion(parameter: Tensor) -> Reader | str:
             continue
         read = functools.partial(_converted, name)
         try:
-            values = read(parameter)
+            values = read(parameter, ())
         except Exception as error:  # whatever a foreign type raises
             failed = failed or f", whose {name}() raises {type(error).__name__}"
             continue
         if _is_plain(values) and values.shape == parameter.shape:
-            return read
+            return functools.partial(_converted_slice, name) if _can_be_sliced(read, parameter, values) else read
     return f"is a {kind.__name__}{failed}"
 
 
-def _converted(name: str, parameter: Tensor) -> Tensor:
+_stack: ContextVar[list[tuple[Tensor, Tensor]] | None] = ContextVar("stack", default=None)
+
+
+@contextmanager
+def keeping_stack() -> Iterator[None]:
+    """While it lasts, the stack that was converted last is kept for its other matrices; nobody may change it."""
+    before = _stack.set([])
+    try:
+        yield
+    finally:
+        _stack.reset(before)
+
+
+def _converted(name: str, parameter: Tensor, index: tuple[int, ...]) -> Tensor:
+    kept = _stack.get() if index else None
+    if kept and kept[0][0] is parameter:
+        return kept[0][1][index]
+    if kept:
+        kept.clear()  # before the next one is converted
     with torch.no_grad():
-        return getattr(parameter, name)().detach()
+        values = getattr(parameter, name)().detach()
+    if kept is not None:
+        kept.append((parameter, values))
+    return values[index] if index else values
+
+
+def _converted_slice(name: str, parameter: Tensor, index: tuple[int, ...]) -> Tensor:
+    with torch.no_grad():
+        return getattr(parameter[index] if index else parameter, name)().detach()
+
+
+def _can_be_sliced(read: Reader, parameter: Tensor, values: Tensor) -> bool:
+    """Whether a slice of a stack converts to the slice of what the stack converts to."""
+    if parameter.ndim < 3:
+        return False
+    read = functools.partial(_converted_slice, *read.args)  # pyright: ignore[reportFunctionMemberAccess]
+    try:
+        return all(torch.equal(read(parameter, (i,)), values[i]) for i in {0, len(values) - 1})
+    except Exception:  # whatever a foreign type raises
+        return False
 
 
 def _is_plain(values: object) -> bool:
@@ -131,12 +176,17 @@ def _repeats(shape: torch.Size, scales: torch.Size, blocks: tuple[int, ...]) -> 
     return tuple(repeats)
 
 
-def _scaled(scale: Tensor, repeats: tuple[int, ...], parameter: Tensor) -> Tensor:
-    values = parameter.detach().float()
-    scale = scale.float()
-    if scale.numel() == 1:
-        return values * scale.reshape(())
-    scale = scale.reshape(*scale.shape, *(1,) * (values.ndim - scale.ndim))
+def _scaled(scale: Tensor, repeats: tuple[int, ...], parameter: Tensor, index: tuple[int, ...]) -> Tensor:
+    values = parameter.detach()
+    scale = scale.reshape(*scale.shape, *(1,) * (values.ndim - scale.ndim)) if scale.numel() > 1 else scale.reshape(())
+    for place in index:  # one matrix of a stack
+        if scale.ndim:
+            block = repeats[0] or (1 if scale.shape[0] > 1 else len(values))
+            scale, repeats = scale[place // block], repeats[1:]
+        values = values[place]
+    values, scale = values.float(), scale.float()
+    if not scale.ndim:
+        return values * scale
     for dim, block in enumerate(repeats):
         if block:
             scale = scale.repeat_interleave(block, dim).narrow(dim, 0, values.shape[dim])

@@ -2,13 +2,16 @@
 
 import logging
 import os
+import reprlib
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sosd_fast.distributed.layout import share
+from sosd_fast.distributed.share import RankAssignment, share
 from sosd_fast.matrices import DEFAULT_SPLIT, find_matrices
 from sosd_fast.probe.followed import Found
 from sosd_fast.probe.probe import Probe, probes_of
@@ -18,6 +21,96 @@ from sosd_fast.runs.records import Record
 METHODS = ("auto", "full", "topk", "exact")
 
 log = logging.getLogger("sosd_fast")
+
+
+def _is_whole(value: object, least: int = 1) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1
+
+
+def _are_patterns(value: object) -> bool:
+    return isinstance(value, str) or (isinstance(value, Collection) and all(isinstance(p, str) for p in value))
+
+
+def _is_split(value: object) -> bool:
+    def is_parts(parts: object) -> bool:
+        return _is_whole(parts) or (isinstance(parts, Sequence) and len(parts) > 0 and all(map(_is_whole, parts)))
+
+    return isinstance(value, Mapping) and all(isinstance(p, str) and is_parts(n) for p, n in value.items())
+
+
+def _is_spectrum(value: object) -> bool:
+    try:
+        return torch.as_tensor(value, dtype=torch.float64).ndim == 1
+    except (TypeError, ValueError, RuntimeError):
+        return False
+
+
+def _is_reference(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and _is_spectrum(S) for name, S in value.items())
+    return value is None or (isinstance(value, str) and value == "initial")
+
+
+def _are_optimizers(value: object) -> bool:
+    several = list[object](value) if isinstance(value, Collection) and not isinstance(value, str | Mapping) else [value]
+    return all(isinstance(o, torch.optim.Optimizer) for o in several)
+
+
+class _Check(NamedTuple):
+    """What an argument of `track` must be."""
+
+    fits: Callable[[Any], bool]
+    expected: str
+    remedy: str
+    or_none: bool = False
+
+
+_CHECKS = {
+    "model": _Check(lambda v: isinstance(v, nn.Module), "an nn.Module", "Pass the model itself."),
+    "optimizers": _Check(
+        _are_optimizers,
+        "torch optimizers",
+        "None takes every one that fits; for loops without a torch optimizer pass [] and call Probe.step.",
+        True,
+    ),
+    "method": _Check(lambda v: isinstance(v, str) and v in METHODS, f"one of {', '.join(METHODS)}", "Use 'auto'."),
+    "k": _Check(_is_whole, "a whole number of at least 1", "32 is the default."),
+    "budget": _Check(_is_fraction, "a fraction of the step time, above 0 and at most 1", "0.01 is one percent."),
+    "every": _Check(_is_whole, "a whole number of at least 1", "1 measures each step."),
+    "include": _Check(_are_patterns, "shell patterns of parameter names", "('*',) takes all."),
+    "exclude": _Check(_are_patterns, "shell patterns of parameter names", "() leaves out none."),
+    "split": _Check(
+        _is_split,
+        "a mapping from shell patterns to whole numbers of parts, or the parts' sizes, of at least 1",
+        "{'*qkv.weight': 3} cuts into three, {} cuts nothing.",
+    ),
+    "reference": _Check(
+        _is_reference, "'initial', a mapping from names to spectra, or None", "A spectrum is (r,); use 'initial'."
+    ),
+    "run_dir": _Check(
+        lambda v: isinstance(v, str | os.PathLike) and isinstance(os.fspath(v), str) and os.fspath(v) != "",
+        "the path of a directory",
+        "None keeps the records in memory.",
+        True,
+    ),
+    "on_record": _Check(callable, "a function of a Record", "None calls nothing.", True),
+    "step": _Check(lambda v: _is_whole(v, 0), "a number of steps taken before now", "None continues.", True),
+    "audit": _Check(lambda v: isinstance(v, bool), "True or False", "True is the default."),
+    "theory_bound": _Check(lambda v: isinstance(v, bool), "True or False", "False is the default."),
+}
+
+
+def _check(arguments: dict[str, Any]):
+    """Raises a ValueError for the first argument that is none of what it may be."""
+    for name, check in _CHECKS.items():
+        value = arguments[name]
+        if not (value is None and check.or_none or check.fits(value)):
+            shown = type(value).__name__ if name == "model" else reprlib.repr(value)
+            raise ValueError(f"track: expected {check.expected}, got {name}={shown}. {check.remedy}")
 
 
 def track(
@@ -55,10 +148,13 @@ def track(
     weights, a schedule-free optimizer's averages or a replayed graph's, are measured by `Probe.step` at the point where
     the model holds them, with `optimizers=[]`; docs/steps.md shows how.
 
-    Several ranks share the work. Call it on each of them, with the model as DistributedDataParallel or `fully_shard`
-    made it: each measures and records its matrices, and writes them to run_dir/rank-00000 and so on, which
-    `sosd_fast.load(run_dir)` merges. Rows that FSDP2 spread are measured where they are, in steps that all ranks take
-    together: what stops the probe of one of them stops the run at the ranks' time limit.
+    Several ranks share the work. Call it on each of them, with the model as DistributedDataParallel, `fully_shard` or
+    `parallelize_module` made it: each measures and records its matrices, and writes them to run_dir/rank-00000 and so
+    on, which `sosd_fast.load(run_dir)` merges. DTensors may be placed in any way on any meshes, beside plain parameters
+    too; those that hold partial sums are left out. Plain ones that differ from rank to rank get the rank in their name.
+    What the ranks hold parts of they measure in steps that all of them take together: what stops the probe of one of
+    them stops the run at the ranks' time limit. Copies are known by the DistributedDataParallel or the like that keeps
+    them equal, whatever is around it. Stages of a pipeline each track their own modules, all with one run_dir.
 
     Args:
         model: any nn.Module. Measured once right away, so that the first step has something to compare with.
@@ -73,7 +169,8 @@ def track(
         include: shell patterns of parameter names.
         exclude: shell patterns of parameter names.
         split: fused matrices; see `sosd_fast.matrices.find_matrices`.
-        reference: spectra that the cosine is taken to: "initial", a mapping from names to spectra, or None.
+        reference: spectra that the cosine is taken to: "initial", the first one of each matrix that is not zero; a
+            mapping from names to spectra; or None.
         run_dir: where records are written; None keeps the last 10,000 in memory.
         on_record: called with each record. It may use the probe and train other tracked models. Where it raises, that
             is logged, and after ten failures in a row it is not called again.
@@ -89,27 +186,12 @@ def track(
 
     Raises:
         ValueError: a model without matrices or without any that can be measured, among them one that DeepSpeed's ZeRO
-            stage 3 partitioned, or a bad argument.
+            stage 3 partitioned, or a bad argument; parts of matrices whose other parts lie on ranks that do not make
+            the same call within 45 seconds.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"track: expected an nn.Module, got model={type(model).__name__}. Pass the model itself.")
-    if method not in METHODS:
-        raise ValueError(f"track: expected one of {', '.join(METHODS)}, got method={method!r}. Use 'auto'.")
-    if not (isinstance(k, int) and isinstance(every, int) and k >= 1 and every >= 1):
-        raise ValueError(
-            f"track: expected whole numbers k >= 1 and every >= 1, got k={k!r}, every={every!r}. Defaults are 32 and 1."
-        )
-    if not (isinstance(budget, int | float) and 0 < budget <= 1):
-        raise ValueError(f"track: expected a fraction of the step time, got budget={budget!r}. 0.01 is one percent.")
-    if step is not None and not (isinstance(step, int) and step >= 0):
-        raise ValueError(f"track: expected a number of steps taken before now, got step={step!r}. None continues.")
-    if on_record is not None and not callable(on_record):
-        raise ValueError(f"track: expected a function of a Record, got on_record={on_record!r}. None calls nothing.")
-    if not (reference is None or reference == "initial" or isinstance(reference, Mapping)):
-        raise ValueError(
-            f"track: expected 'initial', a mapping from names to spectra, or None, got reference={reference!r}. "
-            "Use 'initial'."
-        )
+    if isinstance(optimizers, Iterator):
+        optimizers = list(optimizers)  # to be gone through more than once
+    _check(dict(locals()))
     if isinstance(reference, Mapping):
         names = [m.name for m in find_matrices(model, include, exclude, split)]
         if not set(reference) & set(names):
@@ -118,14 +200,8 @@ def track(
                 f"reference={{{', '.join(map(repr, reference))}}}"
                 f". The matrices are {', '.join(names[:8])}."
             )
-    if optimizers is not None:
-        given = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
-        if not all(isinstance(o, torch.optim.Optimizer) for o in given):
-            raise ValueError(
-                f"track: expected torch optimizers, got optimizers={optimizers!r}. None takes every one that fits; for "
-                "loops without a torch optimizer pass [] and call Probe.step."
-            )
-        optimizers = given
+    if isinstance(optimizers, torch.optim.Optimizer):
+        optimizers = [optimizers]
     if any(p.is_meta for p in model.parameters()):
         raise ValueError(
             f"track: expected weights, got model={type(model).__name__} on the meta device. Track it later."
@@ -139,13 +215,19 @@ def track(
     this = weakref.ref(model)
     said: dict[str, str] = {}
 
+    known: RankAssignment | None = None
+
     def find() -> Found | None:
+        nonlocal known
         model = this()
         if model is None:
             return None
         left_out: dict[str, str] = {}
         unreadable: dict[str, str] = {}
-        found = share(model, find_matrices(model, include, exclude, split, left_out, unreadable))
+        matrices = find_matrices(model, include, exclude, split, left_out, unreadable)
+        known = found = share(model, matrices, known)
+        left_out.update(found.left_out)
+        unreadable.update(found.left_out)
         for name in _partitioned(model):
             left_out[name] = unreadable[name] = f"is {_ZERO_3}"
         new = {name: why for name, why in unreadable.items() if name not in said}

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "sosd_fast.kernels": ["sosd_fast._C"],
     "sosd_fast.kinds": [],
     "sosd_fast.places": [],
-    "sosd_fast.fused": [],
+    "sosd_fast.fused": ["sosd_fast.places"],
     "sosd_fast.stored": [],
     "sosd_fast.matrices": ["sosd_fast.kinds", "sosd_fast.places", "sosd_fast.fused", "sosd_fast.stored"],
     "sosd_fast.testing": [],
@@ -36,7 +36,7 @@ MAY_IMPORT = {
     ],
     "sosd_fast.runs.report": ["sosd_fast.runs", "sosd_fast.checkpoints", "sosd_fast.matrices"],
     "sosd_fast.probe": [
-        "sosd_fast.kernels", "sosd_fast.spectra", "sosd_fast.distributed", "sosd_fast.matrices",
+        "sosd_fast.kernels", "sosd_fast.spectra", "sosd_fast.distributed", "sosd_fast.matrices", "sosd_fast.stored",
         "sosd_fast.runs.records",
     ],
     "sosd_fast.muon": ["sosd_fast.kernels", "sosd_fast.distributed"],

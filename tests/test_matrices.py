@@ -110,6 +110,27 @@ class Holder(nn.Module):
         self.register_parameter(name, nn.Parameter(torch.randn(shape)))
 
 
+class HeadNorm(nn.Module):
+    """Normalizes each head by itself."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape))
+
+
+class Modulated(nn.Module):
+    """A convolution whose kernel has a dimension more: for the images of a batch, or for kernels that are mixed."""
+
+    def __init__(self, kernel_size, *shape):
+        super().__init__()
+        self.kernel_size, self.padding = kernel_size, 0
+        self.weight = nn.Parameter(torch.randn(shape))
+
+
+class ModulatedConv2d(Modulated):
+    """StyleGAN2's."""
+
+
 # Name of the module, the module, and what is found in it: shapes, or why nothing is.
 FORMS = {
     "conv": (nn.Conv2d(3, 5, 2), [(5, 12)]),
@@ -123,11 +144,30 @@ FORMS = {
     "stack": (Holder("weight", 3, 8, 12), 3 * [(8, 12)]),
     "experts": (Holder("down_proj", 9, 4, 6), 9 * [(4, 6)]),
     "one_expert": (Holder("w1", 1, 4, 6), [(4, 6)]),
-    "pos_embed": (Holder("table", 1, 7, 12), [(7, 12)]),
-    "tokens": (Holder("table", 1, 1, 7, 12), [(7, 12)]),
+    "pos_embed": (Holder("table", 1, 7, 12), "is a table that is broadcast"),
+    "tokens": (Holder("table", 1, 1, 7, 12), "is a table that is broadcast"),
     "plane": (Holder("table", 1, 12, 7, 7), "is a table that is broadcast"),
-    "gain": (Holder("gain", 12, 1, 1, 1), "has a single row or column"),
-    "layer scale": (Holder("gamma", 12, 1, 1), "has a single row or column"),
+    "factors": (Holder("factors", 12, 1, 1, 1), "has a single row or column"),
+    "a gain a head": (HeadNorm(3, 4), "is the gain of a normalization"),
+    "own gain": (Holder("gain", 12, 3), "is a gain"),
+    "layer scale": (Holder("layer_scale_1", 4, 8), "is a gain"),
+    "modulation": (Holder("scale_shift_table", 6, 12), "is a gain"),
+    "norm_proj": (nn.Linear(4, 8, bias=False), [(8, 4)]),
+    "q_norm": (nn.Linear(4, 8, bias=False), [(8, 4)]),
+    "gamma": (nn.Linear(4, 8, bias=False), [(8, 4)]),
+    "modulated": (ModulatedConv2d(3, 1, 6, 8, 3, 3), [(6, 72)]),
+    "to RGB": (ModulatedConv2d(1, 1, 3, 8, 1, 1), [(3, 8)]),
+    "modulated, of any name": (Modulated((3, 3), 1, 6, 8, 3, 3), [(6, 72)]),
+    "dynamic": (ModulatedConv2d(3, 4, 6, 3, 3, 3), 4 * [(6, 27)]),
+    "dynamic, of any name": (Modulated(3, 4, 6, 8, 3, 3), 4 * [(6, 72)]),
+    "one output": (nn.Conv3d(4, 1, 3, bias=False), "has a single row or column"),
+    "own, one output": (Modulated((3, 3, 3), 1, 4, 3, 3, 3), "has a single row or column"),
+    "own, in time": (Modulated((1, 3, 3), 4, 5, 1, 3, 3), [(4, 45)]),
+    "attn": (Holder("qkv", 3, 12, 12), 3 * [(12, 12)]),
+    "heads before": (Holder("qkv", 3, 4, 12, 3), 3 * [(12, 12)]),
+    "heads after": (Holder("to_qkv", 3, 12, 4, 3), 3 * [(12, 12)]),
+    "heads as rows": (Holder("qkv_weight", 3, 4, 3, 12), 3 * [(12, 12)]),
+    "no queries": (Holder("weight", 3, 4, 12, 3), [(3, 144)]),
     "cls_token": (Holder("token", 1, 1, 12), "has a single row or column"),
     "gate": (nn.Linear(12, 1, bias=False), "has a single row or column"),
     "experts' bias": (Holder("down_proj_bias", 4, 12), "is a bias"),
@@ -148,6 +188,53 @@ def test_what_is_a_matrix(name):
     shapes = [tuple(m.tensor().shape) for m in found if m.name != "other.weight"]
     reasons = [why for key, why in left_out.items() if key != f"{name}.bias"]
     assert (shapes, reasons) == (([], [expected]) if isinstance(expected, str) else (expected, []))
+
+
+def test_heads_are_unfolded():
+    W = torch.arange(3 * 4 * 12 * 3.0).view(3, 4, 12, 3)  # (part, heads, width, head_dim)
+    forms = {"qkv": W, "to_qkv": W.movedim(2, 1), "w_qkv": W.movedim(2, 3)}
+    for name, form in forms.items():
+        holder = Holder(name, *form.shape)
+        holder.get_parameter(name).data.copy_(form)
+        found = find_matrices(holder)
+        assert [m.name for m in found] == [f"{name}[{part}]" for part in "qkv"]
+        for m, part in zip(found, W, strict=True):
+            whole = part.movedim(1, 0).flatten(1)  # (width, heads head_dim)
+            assert torch.equal(m.tensor(), whole.T if name == "w_qkv" else whole)
+
+
+def test_kernels_that_are_mixed_are_named_one_by_one():
+    layer = ModulatedConv2d(3, 2, 6, 8, 3, 3)
+    found = find_matrices(layer)
+    assert [m.name for m in found] == ["weight[0]", "weight[1]"]
+    assert torch.equal(found[1].tensor(), layer.weight.detach()[1].flatten(1))
+    (modulated,) = find_matrices(ModulatedConv2d(3, 1, 6, 8, 3, 3))
+    assert modulated.name == "weight"
+
+
+@pytest.mark.parametrize(
+    ("settings", "queries"),
+    [
+        ({}, None),
+        ({"head_first": False}, slice(0, 12)),
+        ({"head_first": True}, [0, 1, 2, 9, 10, 11, 18, 19, 20, 27, 28, 29]),
+    ],
+    ids=str,
+)
+def test_a_convolution_of_size_one_is_cut_where_its_module_tells_how(settings, queries):
+    attention = nn.Module()
+    attention.num_heads = 4
+    for name, value in settings.items():
+        setattr(attention, name, value)
+    attention.to_qkv = nn.Conv2d(12, 36, 1, bias=False)
+    found = {m.name: m.tensor() for m in find_matrices(attention)}
+    whole = attention.to_qkv.weight.detach().flatten(1)
+    if queries is None:
+        assert list(found) == ["to_qkv.weight"] and torch.equal(found["to_qkv.weight"], whole)
+        assert len(find_matrices(attention, split={"*to_qkv.weight": 3})) == 3, "what is asked for is done"
+    else:
+        assert list(found) == [f"to_qkv.weight[{part}]" for part in "qkv"]
+        assert torch.equal(found["to_qkv.weight[q]"], whole[queries])
 
 
 def test_a_model_without_matrices_says_why():

@@ -135,6 +135,31 @@ def test_the_size_of_gradients_does_not_matter(dtype):
     assert (torch.linalg.svdvals(updates[0].double()) > 0.5).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("ns_steps", value) for value in (0, -1, 2.5, True, None, "5")],
+        *[
+            ("ns_coefficients", value)
+            for value in ("quintic", (), (1.0, 2.0), ((1.0, 2.0),), None, 3.0, ("a", "b", "c"))
+        ],
+        *[("eps", value) for value in (-1e-7, float("nan"), float("inf"), None, "small")],
+    ],
+)
+def test_options_of_the_iteration_are_checked_at_construction(name, value):
+    parameter = torch.nn.Parameter(torch.ones(3, 3))
+    with pytest.raises(ValueError, match=rf"^Muon: expected .*, got {name}=.*\. \S.*\.$"):
+        sosd_fast.Muon([parameter], **{name: value})
+    of_function = {"ns_steps": "steps", "ns_coefficients": "coefficients", "eps": "eps"}[name]
+    with pytest.raises(ValueError, match=rf"^newton_schulz: expected .*, got {of_function}=.*\. \S.*\.$"):
+        sosd_fast.newton_schulz(torch.ones(3, 3), **{of_function: value})
+
+
+@pytest.mark.parametrize("coefficients", ["polar_express", "muon", [1.5, -0.5, 0], [(2, -1.5, 0.5), (1.5, -0.5, 0.0)]])
+def test_coefficients_of_any_kind(coefficients):
+    assert torch.isfinite(train(sosd_fast.Muon, steps=2, ns_coefficients=coefficients)).all()
+
+
 def test_a_refused_group_leaves_no_trace():
     kept, refused = (torch.torch.nn.Parameter(torch.ones(6, 4)) for _ in range(2))
     optimizer = sosd_fast.Muon([kept], lr=0.1)
@@ -144,6 +169,7 @@ def test_a_refused_group_leaves_no_trace():
         {"params": [refused], "adjust_lr_fn": "rms"},
         {"params": [refused], "lr": -1.0},
         {"params": [refused], "lr": torch.ones(2)},
+        {"params": [refused], "ns_steps": -1},
     ):
         with pytest.raises(ValueError, match="Muon: expected"):
             optimizer.add_param_group(group)

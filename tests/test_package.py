@@ -1,6 +1,7 @@
 """The package: what works without what, and what the architecture names; test_architecture.py has the imports."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -150,3 +151,22 @@ def test_what_the_architecture_names_is_there():
         if path.suffix in (".py", ".cpp", ".hpp") and path != Path(__file__).resolve()
     )
     assert not wrong and not [name for name in named if not re.search(rf"\b{name}\b", code)]
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["installed", "not installed"])
+def test_the_folder_of_kernels_hides_no_package_of_that_name(tmp_path, installed):
+    """A Python that is started in the repository has it first on sys.path; transformers imports Hugging Face's."""
+    if installed:
+        package = tmp_path / "kernels"
+        package.mkdir()
+        (package / "__init__.py").write_text("from kernels.layer import kernelize")
+        (package / "layer.py").write_text("kernelize = 'theirs'")
+    code = (
+        "import sys; assert sys.path[0] == ''; import kernels, sosd_fast.kernels as own; "
+        "print(getattr(kernels, 'kernelize', None), own.backend_of is not None, kernels.__file__)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = ["theirs", "True", f"{tmp_path}/kernels/__init__.py"]
+    assert done.stdout.split() == (expected if installed else ["None", "True", f"{ROOT}/kernels/__init__.py"])

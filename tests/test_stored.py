@@ -11,6 +11,7 @@ from torch import nn
 import sosd_fast
 from sosd_fast.checkpoints.analyze import analyze
 from sosd_fast.matrices import find_matrices
+from sosd_fast.probe.planner import Plan
 
 
 class Quantized(Scaled):
@@ -135,6 +136,64 @@ def test_a_tensor_whose_conversion_fails_is_left_out_by_name(kind, why, caplog):
     assert said.count(why.replace("\\", "")) == 2 and "0.weight" in said and "1.weight" in said
 
 
+class Stack(Quantized):
+    """A quantised stack of matrices, which counts its conversions."""
+
+    conversions = []
+
+    @classmethod
+    def of(cls, W):
+        scale = W.abs().amax(2, keepdim=True) / 127
+        return cls((W / scale).round().to(torch.int8), scale)
+
+    def dequantize(self):
+        Stack.conversions.append(tuple(self.shape))
+        return super().dequantize()
+
+
+class Sliceable(Stack):
+    """One that can be sliced."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.select.int:
+            whole, dim, index = args
+            return cls(whole.values.select(dim, index), whole.scale.select(dim, index))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def experts(kind):
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"a": nn.Module(), "b": nn.Module()})
+    for module in net.values():
+        module.experts = nn.Parameter(kind.of(torch.randn(6, 8, 12)), requires_grad=False)
+    return net
+
+
+@pytest.mark.parametrize(("kind", "conversions"), [(Stack, 2 * [(6, 8, 12)]), (Sliceable, 12 * [(8, 12)])])
+def test_a_stack_is_converted_once_or_by_its_slices(kind, conversions):
+    net = experts(kind)
+    probe = sosd_fast.track(net, method="full", optimizers=[], audit=False)
+    probe.step()  # after which the matrices are looked for again
+    for _ in range(3):
+        Stack.conversions.clear()
+        net["b"].experts.values.add_(1)
+        probe.step()
+        assert Stack.conversions == conversions
+    for i in range(6):
+        record, W = probe.latest()[f"b.experts[{i}]"], net["b"].experts.dequantize()[i]
+        assert record.step == 4 and record.sigma_max == pytest.approx(torch.linalg.matrix_norm(W, 2).item(), rel=1e-3)
+
+
+def test_a_stack_is_converted_once_for_all_that_a_step_measures():
+    net = experts(Stack)
+    probe = sosd_fast.track(net, method="full", optimizers=[], audit=False, k=2)
+    Stack.conversions.clear()
+    pending = probe._measurer.launch(Plan(full=[0, 3, 7, 11], leading=[0, 1, 2, 6, 8]), 1)
+    assert Stack.conversions == 2 * [(6, 8, 12)]
+    assert not any(found.lost for found in pending.result())
+
+
 class EightBits(nn.Module):
     """A layer of eight-bit floats, and buffers beside it."""
 
@@ -168,6 +227,17 @@ def test_eight_bit_floats_are_measured_with_their_scale(case):
     probe = sosd_fast.track(nn.Sequential(EightBits(W, **buffers)), optimizers=[])
     record = probe.latest()["0.weight"]
     assert record.sigma_max == pytest.approx(torch.linalg.matrix_norm(expected, 2).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 3), (2, 2, 3), (1, 2, 3), (4, 1, 1), (4, 16), (4, 16, 1)], ids=str)
+def test_of_a_stack_of_eight_bit_floats_one_matrix_is_scaled_alone(shape):
+    stack, scale = torch.randn(4, 16, 24).clamp(-8, 8).to(torch.float8_e4m3fn), blocks(*shape)
+    whole = scale[..., None] if len(shape) == 2 else scale
+    for dim, size in enumerate(stack.shape):
+        whole = whole.repeat_interleave(size // whole.shape[dim], dim)
+    found = find_matrices(EightBits(stack, weight_scale_inv=scale))
+    assert [m.name for m in found] == [f"weight[{i}]" for i in range(4)]
+    assert all(torch.equal(m.tensor(), one) for m, one in zip(found, stack.float() * whole, strict=True))
 
 
 def test_blocks_that_do_not_divide_the_matrix_need_to_be_told():
@@ -209,9 +279,10 @@ def test_saved_eight_bit_floats_are_measured_with_their_scale(tmp_path):
     layer = EightBits(W, weight_scale_inv=blocks(2, 3))
     save_file(layer.state_dict(), tmp_path / "model.safetensors")
     (record,) = next(analyze([tmp_path]))
-    plain = {"a.weight": torch.randn(4, 3), "a.weight_scale": torch.randn(4, 3)}  # not eight bits: both are matrices
+    plain = {"a.weight": torch.randn(4, 3), "a.weight_scale": torch.zeros(4, 3)}  # not eight bits, so not scaled
     save_file(plain, tmp_path / "plain.safetensors")
-    assert {r.name for r in next(analyze([tmp_path / "plain.safetensors"]))} == set(plain)
+    (unscaled,) = next(analyze([tmp_path / "plain.safetensors"]))
+    assert unscaled.name == "a.weight" and unscaled.sigma_max > 0
     (found,) = find_matrices(layer)
     assert record.name == found.name and record.sigma_max == pytest.approx(
         torch.linalg.matrix_norm(found.tensor(), 2).item(), rel=1e-5

@@ -6,9 +6,12 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from sosd_fast.checkpoints.formats import FORMATS, INDEX, WeightFile, open_weights
+from sosd_fast.matrices import kind
+from sosd_fast.places import plain_name
 
 
 class Checkpoint:
@@ -19,7 +22,7 @@ class Checkpoint:
 
     Attributes:
         path: as given.
-        shapes: key -> shape, of each floating-point tensor of two or more dimensions.
+        shapes: key -> shape, of each floating-point tensor of two or more dimensions, tied ones once.
 
     Raises:
         ValueError: nothing there, a damaged file, one with code in it, or one without matrices.
@@ -49,6 +52,24 @@ class Checkpoint:
                 f"analyze: expected weights, got path={path} without a floating-point matrix. "
                 "Pass a checkpoint of a model."
             )
+        self._drop_tied()
+
+    def _drop_tied(self):
+        """Leaves out copies of embeddings and heads that hold the same values, as what shares memory is saved."""
+        groups: dict[tuple, list[str]] = {}
+        for key, shape in self.shapes.items():
+            if kind(plain_name(key)[0]) in ("embedding", "head"):
+                groups.setdefault((shape, self._bytes[key]), []).append(key)
+        for keys in groups.values():
+            # A model names what is tied where it comes first: before a head, and before an encoder's own.
+            keys.sort(key=lambda key: (kind(plain_name(key)[0]) == "head", key.count(".")))
+            for i, key in enumerate(keys[1:], 1):
+                if any(first in self.shapes and self._tied(first, key) for first in keys[:i]):
+                    del self.shapes[key]
+
+    def _tied(self, first: str, key: str) -> bool:
+        a, b = self.read([first])[first], self.read([key])[key]
+        return a.dtype == b.dtype and torch.equal(a, b) and bool((a != a.flatten()[0]).any())  # zeros tie nothing
 
     def batches(self, count: int) -> Iterator[list[str]]:
         """Yields keys of tensors of one shape and file, up to `count`, together no larger than the largest tensor."""

@@ -83,9 +83,13 @@ class TorchFile:
         self._path = file
 
     def headers(self) -> Iterator[Header]:
-        """Yields the header of each matrix."""
+        """Yields the header of each matrix; of those in one memory that of the first."""
+        seen = set()
         for key, tensor in _tensors(_torch_load(self._path)):
-            yield Header(key, tuple(tensor.shape), tensor.numel() * tensor.element_size())
+            where = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+            if where not in seen:
+                yield Header(key, tuple(tensor.shape), tensor.numel() * tensor.element_size())
+            seen.add(where)
 
     def read(self, keys: Sequence[str]) -> dict[str, Tensor]:
         """Reads tensors."""

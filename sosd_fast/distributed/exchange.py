@@ -53,6 +53,21 @@ class Exchange:
         self._dist.broadcast_object_list(values, group=self._group, group_src=0, device=self._device)
         return values[0]
 
+    def deliver(self, outgoing: list[list[Tensor]], sizes: list[int], like: Tensor) -> list[Tensor]:
+        """Sends tensors of any shapes to each rank; returns what came from each, flat, of the sizes given.
+
+        Args:
+            outgoing: for each rank.
+            sizes: how many entries come from each.
+            like: a tensor of their dtype and device.
+        """
+        counts = [sum(each.numel() for each in part) for part in outgoing]
+        self.sent_bytes += like.itemsize * (sum(counts) - counts[self.rank])
+        flat = torch.cat([like.new_empty(0), *(each.reshape(-1) for part in outgoing for each in part)])
+        received = like.new_empty(sum(sizes))
+        self._dist.all_to_all_single(received, flat, sizes, counts, group=self._group)
+        return list(received.split(sizes))
+
     def all_to_all(self, outgoing: list[Tensor], sizes: list[int]) -> list[Tensor]:
         """Sends outgoing[q], one-dimensional, to rank q and returns what came from each, of the sizes given."""
         self.sent_bytes += sum(part.nbytes for q, part in enumerate(outgoing) if q != self.rank)

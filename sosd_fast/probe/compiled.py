@@ -4,6 +4,7 @@
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 import itertools
+import logging
 import threading
 import types
 from collections.abc import Callable, Sequence
@@ -14,6 +15,9 @@ from torch.optim import Optimizer
 
 Hook = Callable[[Optimizer, Any, Any], None]
 _numbers = itertools.count()
+_said: set[str] = set()  # versions of torch whose compiler is not understood
+
+log = logging.getLogger("sosd_fast")
 
 
 class Mailbox(types.ModuleType):
@@ -63,14 +67,21 @@ def compilable(hook: Hook, is_step: Callable[[types.CodeType], bool], mailbox: M
         name = label() if torch.compiler.is_dynamo_compiling() else None
         if name is None:
             call(optimizer, args, kwargs)
-        elif mailbox is not None:
+        elif name and mailbox is not None:
             setattr(mailbox, name, optimizer)
 
     return compiled_or_not
 
 
 def _label(is_step: Callable[[types.CodeType], bool]) -> str | None:
-    """A new name for a step in a graph that must stay whole, as with fullgraph=True; None where it may be broken."""
+    """Says what to do with a hook that dynamo meets.
+
+    It asks for what torch 2.13 has, some of which earlier ones lack: a frame without a `parent` is the outermost.
+
+    Returns:
+        A new name for a step in a graph that must stay whole, as with fullgraph=True; None where the graph may be
+        broken; "" where this version of dynamo does not tell.
+    """
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
@@ -79,7 +90,14 @@ def _label(is_step: Callable[[types.CodeType], bool]) -> str | None:
             return None
         depth, tx = 0, tx.output.current_tx
         while tx is not None:  # from the code being traced to its callers
-            depth, tx = depth + is_step(tx.f_code), tx.parent
-    except (AttributeError, ImportError):  # another version of dynamo, whose whole graphs cannot be followed
-        return None
+            depth, tx = depth + is_step(tx.f_code), getattr(tx, "parent", None)
+    except (AttributeError, ImportError):
+        if torch.__version__ not in _said:
+            _said.add(torch.__version__)
+            log.warning(
+                "sosd_fast: the compiler of torch %s does not tell whether a compiled optimizer step must stay one "
+                "graph, so steps that are compiled are not counted. Pass optimizers=[] and call Probe.step after each.",
+                torch.__version__,
+            )
+        return ""  # to break a graph that must be whole would end the training
     return f"step_{depth}_{next(_numbers)}"

@@ -11,6 +11,28 @@ P = ParamSpec("P")
 Self = TypeVar("Self", bound="Guarded")
 
 
+class _Lock:
+    """A lock that its thread may take again, which counts how often it did."""
+
+    def __init__(self):
+        self._lock, self.depth = threading.RLock(), 0
+
+    def acquire(self, timeout: float) -> bool:
+        taken = self._lock.acquire(timeout=timeout)
+        self.depth += taken
+        return taken
+
+    def release(self):
+        self.depth -= 1
+        self._lock.release()
+
+    def __enter__(self):
+        self.acquire(-1)
+
+    def __exit__(self, *error: object):
+        self.release()
+
+
 class Guarded:
     """Base of an object whose methods marked `guarded` may fail without harm to their caller.
 
@@ -20,7 +42,7 @@ class Guarded:
     """
 
     def __init__(self, detach: Callable[..., None], *arguments: object):
-        self._lock = threading.RLock()  # several threads may step optimizers of one model
+        self._lock = _Lock()  # several threads may step optimizers of one model
         self._finalizer = weakref.finalize(self, detach, *arguments)
         self._finalizer.atexit = False  # the hooks see to the end of the process, after what is pending
 
@@ -54,7 +76,7 @@ class Guarded:
 
     def leave_to_parent(self):
         """Detaches in a forked process, whose parent goes on; `detach` of the arguments is not called."""
-        self._lock = threading.RLock()  # another thread of the parent may have held it
+        self._lock = _Lock()  # another thread of the parent may have held it
         self._finalizer.detach()
 
     def guard(self, action: Callable[[], None]):
@@ -63,14 +85,31 @@ class Guarded:
             return
         with self._lock:
             try:
-                if self.alive:
+                if self.alive and self._takes_up():
                     action()
+                    self._lays_down()
             except Exception:
                 with contextlib.suppress(Exception):  # the log's handlers are the user's
                     self._failed()
                 self._finalizer()
         with contextlib.suppress(Exception):
             self._afterwards()
+
+    def rest(self):
+        """Lays down what only actions need, unless one runs, which will do so; never waits."""
+        if self._lock.acquire(timeout=0):
+            try:
+                if self._lock.depth == 1:
+                    self._lays_down()
+            finally:
+                self._lock.release()
+
+    def _takes_up(self) -> bool:
+        """What is done before an action; whether it is to be done at all."""
+        return True
+
+    def _lays_down(self):
+        """What is done after an action."""
 
     def _settle(self):
         """What is done before the object is detached."""

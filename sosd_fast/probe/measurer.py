@@ -11,6 +11,7 @@ from sosd_fast.probe.leading import LeadingGroup
 from sosd_fast.probe.measurement import FullValues, Kind, LeadingValues, Measurement
 from sosd_fast.probe.planner import Cost, Plan
 from sosd_fast.probe.state import MatrixState
+from sosd_fast.stored import keeping_stack
 
 _NAMES = {"auto": "gram32", "exact64": "exact"}  # of methods, in the records of matrices that cannot be measured
 
@@ -96,7 +97,7 @@ class PendingStep:
         try:
             return group.read(results.get())
         except Exception as error:
-            if group.states[0].rows is not None:
+            if group.states[0].shards is not None:
                 raise  # ranks that go on alone would wait for each other for ever
             return [error] * len(group.states)
 
@@ -126,10 +127,15 @@ class Measurer:
         """Begins the measurements that a plan names."""
         states = self._matrices.states
         pending = PendingStep(step, plan, states, self._k)
-        for group in self._groups("leading", [states[i] for i in plan.leading]):
-            self._launch_group(pending, step, "leading", group)
-        for group in self._groups("full", [states[i] for i in plan.full]):
-            self._launch_group(pending, step, "full", group)
+        planned: tuple[tuple[Kind, Sequence[int]], ...] = ("leading", plan.leading), ("full", plan.full)
+        groups: list[tuple[Kind, list[MatrixState]]] = []
+        for kind, places in planned:
+            groups.extend((kind, group) for group in self._groups(kind, [states[i] for i in places]))
+        # Matrices of a converted stack come one after another, so that it is converted once.
+        groups.sort(key=lambda item: id(matrix.parameter) if (matrix := item[1][0].matrix).read else 0)
+        with keeping_stack():
+            for kind, group in groups:
+                self._launch_group(pending, step, kind, group)
         return pending
 
     def hold(self):
@@ -147,7 +153,7 @@ class Measurer:
                 results = executor.fetch(group.tensors)
             pending.add(group, results)
         except Exception as error:
-            if states[0].rows is not None:
+            if states[0].shards is not None:
                 raise  # ranks that go on alone would wait for each other for ever
             if len(states) == 1:
                 pending.lose(kind, states[0], error)
@@ -156,7 +162,7 @@ class Measurer:
                     self._launch_group(pending, step, kind, [state])
 
     def _executor(self, state: MatrixState) -> Executor:
-        if state.rows is not None:  # ranks measure together, and at once
+        if state.shards is not None:  # ranks measure together, and at once
             return HostExecutor()
         device = state.matrix.parameter.device
         if device not in self._executors:
@@ -174,9 +180,9 @@ class Measurer:
         groups: dict[tuple[object, ...], list[MatrixState]] = {}
         for t in states:
             p = t.matrix.parameter
-            by_side = p.is_cuda and t.rows is None and (kind == "leading" or t.method != "exact")
-            fresh = t.S is None if kind == "full" else t.rows is None and t.subspace is None
-            alone = t.place if (t.lost or t.matrix.read) and t.rows is None else None
+            by_side = p.is_cuda and t.shards is None and (kind == "leading" or t.method != "exact")
+            fresh = t.S is None if kind == "full" else t.shards is None and t.subspace is None
+            alone = t.place if (t.lost or t.matrix.read) and t.shards is None else None
             key = (min(t.shape) if by_side else t.shape, p.dtype, p.device, t.method, fresh, alone)
             groups.setdefault(key, []).append(t)
         return [sorted(group, key=lambda t: t.shape) for group in groups.values()]

@@ -23,7 +23,7 @@ from sosd_fast.probe.guard import guarded
 from sosd_fast.probe.measurement import Measurement
 from sosd_fast.probe.measurer import Measurer, PendingStep
 from sosd_fast.probe.planner import Plan, Planner
-from sosd_fast.probe.recorder import Recorder, close_quietly, open_writer
+from sosd_fast.probe.recorder import close_quietly, open_recorder
 from sosd_fast.probe.settings import Settings
 from sosd_fast.probe.steps import StepDetector
 from sosd_fast.probe.view import View
@@ -57,17 +57,18 @@ class Probe(View):
         self._auditor = Auditor() if settings.audit and settings.method != "exact" else None
         self._account, self._pending = Account(), deque[PendingStep]()
         share = self._matrices.share
-        writer = open_writer(settings, [t.name for t in self._matrices.states], share.rank, share.ranks)
-        self._recorder = Recorder(writer, settings.on_record)
+        self._recorder = open_recorder(settings, [t.name for t in self._matrices.states], share)
+        writer = self._recorder.writer
         written = writer.step if writer else None
         self.step_count = settings.step if settings.step is not None else written or 0
-        self._steps = StepDetector(share.parameters, optimizers)
+        self._steps = StepDetector(share.parameters, optimizers, self.step_count)
         super().__init__(_detach, key := hooks.new_key(), self._steps, writer)
+        self.rest_after(model())
         try:
             with self._lock:  # steps of other threads wait
                 hooks.add(key, self)
-                if rows := self._matrices.rows:
-                    self.step_count = rows.broadcast_object(self.step_count)
+                if shards := self._matrices.shards:
+                    self.step_count = shards.broadcast_object(self.step_count)
                 self._start(settings.reference, written)
             self._recorder.tell()
         except BaseException:
@@ -126,14 +127,14 @@ class Probe(View):
                 probes_of.get(model, []).remove(self)
 
     def detach(self, seconds: float = -1):
-        """Keeps what is under way and ends; says so where the weights moved and no step was seen."""
-        if self.alive and not self._steps.ended:
+        """Keeps what is under way and ends; says so where the weights moved and no step was seen for it."""
+        if self.alive and not self._steps.pending:
             self._look_for_moves()
         super().detach(seconds)
 
     @guarded
     def _look_for_moves(self):
-        self._steps.moved = self._matrices.moved()
+        self._steps.moves = self._matrices.moves()
 
     @guarded
     def before_step(self, optimizer: Optimizer, outer: Sequence[Optimizer] = ()):
@@ -173,6 +174,7 @@ class Probe(View):
             self._pending.append(self._measurer.launch(plan, self.step_count))
             self._collect()
             self._planner.charge(self._account.add_step(began, self.clock()))
+        self._matrices.note_weights()
         if changed:  # after the step's own measurement, which is compared with the one of the step before
             self._calibrate()
 
@@ -199,7 +201,7 @@ class Probe(View):
 
     def _start(self, reference: Any, written: int | None):
         """Measures the matrices as they are: the first spectra, and what the planner must know."""
-        self._planner.follow(self._matrices.shapes, self._matrices.rows)
+        self._planner.follow(self._matrices.shapes, self._matrices.shards)
         if len(self._matrices):  # there may be more ranks than matrices
             measurements, _ = self._measure(self._planner.everything)
             self._matrices.check_measurable(measurements)
@@ -231,7 +233,7 @@ class Probe(View):
         self._collect(wait=True)  # pending results count the matrices as they were
         new = self._matrices.take(found, self.step_count)
         self._steps.follow(self._matrices.share.parameters)
-        self._planner.follow(self._matrices.shapes, self._matrices.rows)
+        self._planner.follow(self._matrices.shapes, self._matrices.shards)
         return new
 
 

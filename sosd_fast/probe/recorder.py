@@ -1,18 +1,22 @@
 """Where a probe's records go: a run directory or memory, and the function that is called with each."""
 
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from sosd_fast.distributed.copies import Roll
+from sosd_fast.distributed.group import rank_in_world
+from sosd_fast.distributed.share import RankAssignment
 from sosd_fast.probe.measurement import Measurement
 from sosd_fast.probe.settings import Settings
 from sosd_fast.runs.records import Record, RunWriter, load  # pyright: ignore[reportUnknownVariableType]
 
 KEPT_RECORDS = 10_000  # in memory, where no run directory keeps them
 MOST_FAILURES = 10  # of on_record in a row, before it is dropped
+PATIENCE = 20  # steps before it is said that ranks are absent
 
 log = logging.getLogger("sosd_fast")
 
@@ -23,23 +27,28 @@ class Recorder:
     Args:
         writer: of the run directory, or None to keep the last 10,000 records in memory.
         on_record: called with each record, or None.
+        roll: of the ranks that share the model, where they hold copies of it.
 
     Attributes:
         latest: the last record of each matrix, by name.
         writer: None from when the run directory could not be written on.
     """
 
-    def __init__(self, writer: RunWriter | None, on_record: Callable[[Record], None] | None):
+    def __init__(self, writer: RunWriter | None, on_record: Callable[[Record], None] | None, roll: Roll | None = None):
         self.latest: dict[str, Record] = {}
         self.writer = writer
         self._run_dir: Path | None = writer and writer.run_dir
         self._memory: deque[Record] = deque(maxlen=KEPT_RECORDS)
         self._on_record, self._failures = on_record, 0
+        self._roll, self._steps = roll, 0
         self._untold: deque[Record] = deque()
         self._telling = threading.Lock()
 
     def add(self, measurements: list[Measurement]):
         """Keeps the records of one step's measurements, those that are this rank's; `tell` passes them on."""
+        self._steps += 1
+        if self._steps > PATIENCE:
+            self._say_absent()
         records = [found.record() for found in measurements if found.mine]
         if not records:
             return
@@ -66,6 +75,8 @@ class Recorder:
     def flush(self, step: int):
         """Forces what was written to disk."""
         self._on_disk(RunWriter.flush, step)
+        if self._steps > 1:  # ranks take steps together: all that track the model have begun
+            self._say_absent()
 
     def tell(self):
         """Calls on_record, which may call the probe or train another tracked model: no lock of a probe is held here."""
@@ -101,6 +112,15 @@ class Recorder:
                     record.step,
                 )
 
+    def _say_absent(self):
+        roll, self._roll = self._roll, None
+        if roll is not None and (absent := roll.absent()):
+            log.warning(
+                "sosd_fast: the model was not tracked on rank%s %s, and a share of its matrices is measured nowhere. "
+                "Call track on every rank; or, to measure all on one, pass the module that is inside of the "
+                "DistributedDataParallel.", "s" * (len(absent) > 1), ", ".join(map(str, absent)),
+            )  # fmt: skip
+
     def _on_disk(self, action: Callable[[RunWriter], None], step: int):
         if self.writer is None:
             return
@@ -117,23 +137,35 @@ class Recorder:
             close_quietly(writer)
 
 
-def open_writer(s: Settings, names: list[str], rank: int, ranks: int) -> RunWriter | None:
-    """Opens the run directory of a rank, cut off after the step of the settings; None where there is to be none.
+def open_recorder(s: Settings, names: list[str], share: RankAssignment) -> Recorder:
+    """Opens the run directory of a rank, cut off after the step of the settings, where there is to be one.
 
     Raises:
         ValueError: a directory that cannot be written.
     """
+    copied = share.group is None and len(share.members) > 1
+    roll = Roll(share.members, (p.shape for p in share.parameters)) if copied else None
     if s.run_dir is None:
-        return None
-    run_dir = os.path.join(s.run_dir, f"rank-{rank:05d}") if ranks > 1 else s.run_dir
+        return Recorder(None, s.on_record, roll)
+    rank, ranks = rank_in_world()
+    root = run_dir = Path(s.run_dir)
+    meta: dict[str, Any] = {}
+    if ranks > 1:
+        run_dir = root / f"rank-{rank:05d}"
+        meta = {"rank": rank, "shared_by": list(share.members or [rank])}
     settings = {"method": s.method, "k": s.k, "budget": s.budget, "every": s.every}
     try:
-        return RunWriter(run_dir, {"settings": settings, "matrices": names}, s.step)
+        if s.step is not None:  # what is there of a run of more processes, or of one
+            ours = {root / f"rank-{q:05d}" for q in range(ranks)} if ranks > 1 else {root}
+            for folder in {path.parent for path in (*root.glob("meta.json"), *root.glob("rank-*/meta.json"))} - ours:
+                RunWriter.trim(folder, s.step)
+        writer = RunWriter(run_dir, {"settings": settings, "matrices": names} | meta, s.step)
     except OSError as error:
         raise ValueError(
-            f"track: expected a directory that can be written, got run_dir={os.fspath(run_dir)!r} ({error.strerror}). "
+            f"track: expected a directory that can be written, got run_dir={str(run_dir)!r} ({error.strerror}). "
             "Choose another, or None to keep the records in memory."
         ) from error
+    return Recorder(writer, s.on_record, roll)
 
 
 def close_quietly(writer: RunWriter | None):

@@ -9,48 +9,33 @@ What a person calls a step of an optimizer is the outermost `step`: an optimizer
 
 import itertools
 import logging
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import threading
+from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from sosd_fast.probe.doubts import EARLY, LATE, TWO_LOSSES, UNKNOWN, Doubts
+from sosd_fast.probe.optimizers import (
+    Optimizers,
+    has_hooks,
+    held_by,
+    is_idle,
+    parameters_of,
+    share_parameters,
+    version_of,
+    was_skipped,
+)
+from sosd_fast.probe.passes import Partners, Pass
 
 # Steps of optimizers that hold none of the parameters, before a message says so; and training steps in which some
 # trainable parameters have no optimizer, before none is expected for them any more.
 PATIENCE = 20
+# Times in a row that one optimizer seems to begin a training step before its partner has stepped, before they are
+# taken to be partners no more: their losses may have become two.
+_APART = 6
 
 log = logging.getLogger("sosd_fast")
-
-
-class _Optimizers:
-    """Optimizers, none of them kept alive, by identity: what they make of == and hash is theirs."""
-
-    def __init__(self, optimizers: Iterable[Optimizer] = ()):
-        self._refs = {id(o): weakref.ref(o) for o in optimizers}
-
-    def add(self, optimizer: Optimizer):
-        self._refs[id(optimizer)] = weakref.ref(optimizer)
-
-    def discard(self, optimizer: Optimizer):
-        self._refs.pop(id(optimizer), None)
-
-    def __iter__(self) -> Iterator[Optimizer]:
-        return iter([o for o in (ref() for ref in self._refs.values()) if o is not None])
-
-    def __len__(self) -> int:
-        return len(list(iter(self)))
-
-    def __contains__(self, optimizer: Optimizer) -> bool:
-        ref = self._refs.get(id(optimizer))
-        return ref is not None and ref() is optimizer
-
-    def same(self, other: "_Optimizers") -> bool:
-        return {id(o) for o in self} == {id(o) for o in other}
-
-
-_Gradient = tuple["weakref.ref[Tensor]", "weakref.ref[Tensor]", int]  # a parameter, its gradient, that one's version
 
 
 class StepDetector:
@@ -58,34 +43,50 @@ class StepDetector:
 
     Optimizers that step in turn make one training step. Where each of them has stepped, the training step ends at
     once. Where one steps less often than the others, or has not stepped yet, it ends before one of the others steps
-    again, so that the count is that of the optimizer that steps most often.
+    again, so that the count is that of the optimizer that steps most often. Optimizers that once stepped on the
+    gradients of one backward pass are partners: one of them that steps on newer gradients than another begins a step.
 
     Args:
         parameters: that the probe follows.
         optimizers: the ones that count; None for every one that holds a parameter.
+        before: training steps before these.
 
     Attributes:
         pending: whether optimizers have stepped since the end of the last training step.
         ended: how many training steps are over.
-        moved: whether the weights were seen to have changed though none is.
+        moves: how often the weights were changed since then, as far as that is known; infinite where they were, and
+            nothing counts it.
+        doubts: what was said of steps whose end cannot be known.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], optimizers: Iterable[Optimizer] | None):
-        self._given = None if optimizers is None else _Optimizers(optimizers)
+    def __init__(self, parameters: Sequence[Tensor], optimizers: Iterable[Optimizer] | None, before: int = 0):
+        self._given = None if optimizers is None else Optimizers(optimizers)
         self._by_hand = self._given is not None and not len(self._given)
-        self._known = _Optimizers()  # that step in training steps
-        self._stepped = _Optimizers()  # those of them that stepped in this one
+        self._known = Optimizers()  # that step in training steps
+        self._stepped = Optimizers()  # those of them that stepped in this one
         self.pending = False
-        self._first = _Optimizers()  # that stepped first in this training step
-        self._gradients: list[_Gradient] = []  # of some of its parameters, as they were then
-        self._leader = _Optimizers()  # that stepped first in the last training step in which all stepped
+        self._first = Optimizers()  # that stepped first in this training step
+        self._leader = Optimizers()  # that stepped first in the last training step in which all stepped
+        self._partners = Partners()
+        self._apart = 0  # times in a row that partners seemed to step in training steps of their own
+        self._passes: list[Pass] = []  # backward passes of this training step
+        self._last: list[Pass] = []  # those of the last one
+        self._homes: dict[int, Pass | None] = {}  # on which an optimizer is about to step, by its id
+        self._thread = 0  # of the last step
+        self._next: Pass | None = None  # which turned out to belong to the next training step
+        self._doubted: Pass | None = None  # of an optimizer that joined when others had trained alone
         self._inside: dict[int, list[Optimizer]] = {}  # given ones that stepped inside of another, by the other's id
-        self._seen = _Optimizers()  # that were about to step
+        self._seen = Optimizers()  # that were about to step
         self._held_by: dict[int, int] = {}  # a hash of the parameters that they held then
-        self._counted = _Optimizers()  # that have been counted, even if they were replaced since
-        self._idled = _Optimizers()  # whose first step changed nothing
-        self.ended, self.moved = 0, False
-        self._foreign = 0  # steps of optimizers that do not count, before the first training step
+        self._counted = Optimizers()  # that have been counted, even if they were replaced since
+        self._idled = Optimizers()  # whose first step changed nothing
+        self.ended, self._before = 0, before
+        self.moves = 0.0
+        self.doubts = Doubts()
+        self._foreign = 0  # steps since the last training step that do not count, though they seem to be some
+        self._between = Optimizers()  # that took them
+        self._ignored = Optimizers()  # that took some between two training steps
+        self._versions = 0  # how often parameters had been changed then
         self._covered: set[int] = set()  # parameters that the known optimizers held when one of them last stepped
         self._trainable: set[int] = set()  # parameters that required a gradient at any time
         self._uncovered: set[int] = set()  # those of them that no known optimizer held at the end of the last step
@@ -98,6 +99,10 @@ class StepDetector:
         self._parameters, self._ids = parameters, set(map(id, parameters))
         self._look()
 
+    def hold(self, parameters: Sequence[Tensor]):
+        """Takes the same parameters again, or lets go of them for the time between two actions."""
+        self._parameters = parameters
+
     def may_have_changed(self, optimizer: Optimizer, outer: Sequence[Optimizer]) -> bool:
         """Whether this optimizer, about to step, never did or holds other parameters: the model may be another.
 
@@ -107,7 +112,7 @@ class StepDetector:
         """
         if outer or self._by_hand:
             return False
-        held = hash(tuple(map(id, _parameters(optimizer))))
+        held = hash(tuple(map(id, parameters_of(optimizer))))
         same = optimizer in self._seen and self._held_by[id(optimizer)] == held
         self._seen.add(optimizer)
         self._held_by[id(optimizer)] = held
@@ -119,11 +124,22 @@ class StepDetector:
             self._inside.pop(id(optimizer), None)  # an error may have ended its last step
         if self._enclosing(optimizer, outer) is not None and self._given is None:
             return False
-        counts = self._counts_as(optimizer)
-        gone = self.pending and not len(self._stepped)  # those that stepped
-        if self.pending and any(o in self._leader for o in counts) and any(map(_is_renewed, self._gradients)):
-            return True  # it steps first in a training step, and gradients are those of the next one
-        return any(gone or o in self._stepped for o in counts)
+        if not (counts := self._counts_as(optimizer)):
+            return False
+        home = self._homes[id(optimizer)] = self._home(counts)
+        again = any(o in self._stepped for o in counts)
+        self._resolve(home)
+        if not self.pending:
+            stepped = any(o in p.optimizers for p in self._last for o in counts)
+            if home is not None and stepped and not self._reopen(home, counts):
+                self._homes[id(optimizer)] = None
+            return False
+        if again and home is not None:
+            self._next = home
+            self._say(LATE, self.ended + 1)
+        if again or not len(self._stepped):  # those that stepped are gone
+            return True
+        return home is None and (self._is_ahead(counts) or self._leads(counts))
 
     def ends_after(self, optimizer: Optimizer, outer: Sequence[Optimizer]) -> bool:
         """Whether the training step is over because this optimizer, the last of them, has stepped.
@@ -140,15 +156,13 @@ class StepDetector:
         elif self._given is None:
             return False  # the other one counts
         if not counts:
-            if not (outer or self.ended or self.pending):
-                self._foreign += 1
-                if self._foreign == PATIENCE:
-                    self.say_unseen()
+            if not outer:
+                self._see_foreign(optimizer)
             return False
-        if _skipped(optimizer):
+        if was_skipped(optimizer):
             return False
         first = optimizer not in self._counted
-        if first and optimizer not in self._idled and _is_idle(optimizer):
+        if first and optimizer not in self._idled and is_idle(optimizer):
             self._idled.add(optimizer)
             self._seen.discard(optimizer)  # the model may change until it steps
             return False
@@ -156,21 +170,31 @@ class StepDetector:
         if enclosing is not None:
             self._inside.setdefault(id(enclosing), []).extend(counts)
             return False
-        if not self.pending:
-            self._first = _Optimizers(counts)
-            self._gradients = [
-                (weakref.ref(p), weakref.ref(p.grad), _version(p.grad)) for p in _with_gradients(optimizer)
-            ]
-        self.pending = True
-        for o in counts:
-            self._stepped.add(o)
+        home, before, self._thread = self._homes.pop(id(optimizer), None), self._thread, threading.get_ident()
+        if self.pending and before != self._thread and any(share_parameters(o, optimizer) for o in self._stepped):
+            # Threads that train the same weights, each with an optimizer of its own: each step is one.
+            self._known.add(optimizer)
+            self._next = Pass(optimizer, counts, (), ())
+            return True
+        over = home is not None and home in self._last  # it belongs to the step that is over
+        if not over:
+            if not self.pending:
+                self._first = Optimizers(counts)
+            self.pending = True
+            for o in counts:
+                self._stepped.add(o)
+        replaces = False
+        if self._given is None:
+            replaces = first and self._replace_by(optimizer)
+            self._known.add(optimizer)
+            self._look()
+            self._covered = held_by(self._known)
+        self._enter(home, optimizer, counts, joins=first and not replaces)
+        if over:
+            self._say(EARLY)
+            return False
         if self._given is not None:
             return self._given.same(self._stepped)
-        if first:
-            self._replace_by(optimizer)
-        self._known.add(optimizer)
-        self._look()
-        self._covered = _held(self._known)
         uncovered = self._trainable - self._covered
         expected = uncovered if self._since < PATIENCE else uncovered - self._uncovered
         return self._known.same(self._stepped) and not expected
@@ -182,29 +206,139 @@ class StepDetector:
             Whether this was the first one, done by hand, or parameters have lost their optimizers: the model may have
             changed.
         """
-        if len(self._stepped) > 1 and self._known.same(self._stepped):  # a step of all, which shows their order
+        late, self._next = self._next, None
+        if late is None and len(self._stepped) > 1 and self._known.same(self._stepped):  # of all: it shows their order
             self._leader = self._first
-        self.pending, self._stepped = False, _Optimizers()
+        self.pending, self._stepped = False, Optimizers()
+        self._last, self._passes = [p for p in self._passes if p is not late], []
         first = not self.ended
         self.ended += 1
-        held = self._covered if self._given is None else _held(self._given)
+        self._foreign, self._versions = 0, self._changes()
+        for o in self._between:
+            self._ignored.add(o)
+        held = self._covered if self._given is None else held_by(self._given)
         uncovered, orphans = self._trainable - held, self._ids - held
         self._since = self._since + 1 if uncovered == self._uncovered else 0
         lost, self._uncovered, self._orphans = orphans - self._orphans, uncovered, orphans
+        if late is not None:
+            self._begin_with(late)
         return not len(self._seen) if first else bool(lost)
 
     def say_unseen(self):
-        """Logs that no training step was seen, where optimizers stepped that do not count, or the weights moved."""
-        if self.ended or not (self._foreign or self.moved):
-            return
+        """Logs that training steps were not seen, where optimizers stepped that do not count, or the weights moved."""
+        after = f"after step {self._before + self.ended} " if self.ended else ""
         whose = "that hold none of the tracked parameters" if self._given is None else "other than the given ones"
-        seen = f"{self._foreign} steps of optimizers {whose}" if self._foreign else "the weights changed without a step"
-        log.warning(
+        if self._foreign:
+            seen = f"{after}{self._foreign} steps of optimizers {whose}"
+        elif self.moves and not (self.ended and (self._by_hand or len(self._ignored))):
+            seen = f"{after}the weights changed without a step"
+        else:
+            return
+        # A checkpoint that is loaded at the end, or averaged weights, are one or two changes.
+        level = logging.INFO if self.ended and not self._foreign and self.moves <= 2 else logging.WARNING
+        log.log(
+            level,
             "sosd_fast: %s, so none was counted. Pass the optimizers that train the tracked model, or none to take "
             "every one that holds its parameters. Where copies of the weights are trained, or something else than an "
             "optimizer of torch trains them, pass optimizers=[] and call Probe.step after each step.",
             seen,
         )
+
+    def _see_foreign(self, optimizer: Optimizer):
+        """Notes a step that does not count, unless it is one of another model.
+
+        After the first training step it seems to be one of this model where the optimizer holds parameters of it and
+        took no such step between two training steps, or where parameters change from one such step to the next.
+        """
+        if self.ended:
+            before, self._versions = self._versions, self._changes()
+            holds = any(id(p) in self._ids for p in parameters_of(optimizer))
+            if optimizer in self._ignored or not (holds or self._versions > before):
+                return
+            self._between.add(optimizer)
+        elif self.pending:
+            return
+        self._foreign += 1
+        if self._foreign == PATIENCE:
+            self.say_unseen()
+
+    def _changes(self) -> int:
+        """How often some of the parameters that are trained were changed in place."""
+        return sum(map(version_of, itertools.islice((p for p in self._parameters if p.requires_grad), 4)))
+
+    def _home(self, optimizers: Sequence[Optimizer]) -> Pass | None:
+        """The pass, of this training step or the last one, on whose gradients optimizers are about to step."""
+        found = [p for p in (*self._last, *self._passes) if p.is_of(optimizers)]
+        if not found or any(o in p.optimizers for p in found for o in optimizers):
+            return None  # those that step twice on the same gradients tell nothing
+        return found[-1]
+
+    def _enter(self, home: Pass | None, optimizer: Optimizer, counts: list[Optimizer], joins: bool):
+        """Notes on which pass an optimizer has stepped.
+
+        Args:
+            home: the pass; None for one of its own.
+            optimizer: that has stepped.
+            counts: what its step is a step of.
+            joins: whether it is the first step of an optimizer that replaces no other.
+        """
+        if home is not None:
+            for o in counts:
+                home.optimizers.add(o)
+            self._partners.join(list(home.optimizers))
+            self._apart = 0
+            return
+        counting = self._known if self._given is None else self._given
+        without = self._trainable - self._covered if self._given is None else set[int]()
+        others = [p for p in self._parameters if id(p) in without] if without else []
+        self._passes.append(new := Pass(optimizer, counts, counting, others))
+        if joins and self.ended and len(counting) > len(counts):
+            self._doubted = new
+
+    def _is_ahead(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Whether optimizers are about to step on newer gradients than partners of theirs in this training step."""
+        for p in reversed(self._passes):
+            if any(self._partners.are(o, partner) for partner in p.optimizers for o in optimizers):
+                if p.is_of(optimizers) is not False:
+                    return False
+                self._apart += p.inside == -1
+                if self._apart > _APART:
+                    self._partners.forget()
+                    self._apart = 0
+                    self._say(TWO_LOSSES)
+                    return False
+                return True
+        return False
+
+    def _leads(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Whether optimizers step first in a training step, and gradients are those of the next one."""
+        return any(o in self._leader for o in optimizers) and any(p.has_new_gradients() for p in self._passes[:1])
+
+    def _reopen(self, home: Pass, optimizers: Sequence[Optimizer]) -> bool:
+        """Begins a training step with a pass that was taken for the end of the last one, where it was.
+
+        Optimizers stepped in the last one and are about to step again on the gradients of another's pass.
+        """
+        if all(self._partners.are(o, other) for o in optimizers for other in home.optimizers):
+            return False
+        self._last.remove(home)
+        self._begin_with(home)
+        self._say(LATE)
+        return True
+
+    def _begin_with(self, late: Pass):
+        self._passes, self.pending = [late], True
+        self._stepped, self._first = Optimizers(late.optimizers), Optimizers(late.optimizers)
+
+    def _resolve(self, home: Pass | None):
+        """Says what cannot be known of an optimizer that joined others, now that the next one is about to step."""
+        if self._doubted is not None and home in (None, self._doubted):
+            if home is None:
+                self._say(UNKNOWN)
+            self._doubted = None
+
+    def _say(self, doubt: str, step: int | None = None):
+        self.doubts.say(doubt, self._before + (self.ended if step is None else step))
 
     def _counts_as(self, optimizer: Optimizer) -> list[Optimizer]:
         """The optimizers that a step of this one is a step of.
@@ -214,107 +348,30 @@ class StepDetector:
         parameters as well.
         """
         if self._given is None:
-            return [optimizer] if any(id(p) in self._ids for p in _parameters(optimizer)) else []
-        return [o for o in self._given if o is optimizer or (not _has_hooks(o) and _share(o, optimizer))]
+            return [optimizer] if any(id(p) in self._ids for p in parameters_of(optimizer)) else []
+        return [o for o in self._given if o is optimizer or (not has_hooks(o) and share_parameters(o, optimizer))]
 
     def _enclosing(self, optimizer: Optimizer, outer: Sequence[Optimizer]) -> Optimizer | None:
         """The outermost optimizer inside of whose `step` this one steps, of those that train the same parameters."""
         if self._given is None:
             return next((o for o in reversed(outer) if self._counts_as(o)), None)
-        return next((o for o in reversed(outer) if o is optimizer or _share(o, optimizer)), None)
+        return next((o for o in reversed(outer) if o is optimizer or share_parameters(o, optimizer)), None)
 
-    def _replace_by(self, optimizer: Optimizer):
+    def _replace_by(self, optimizer: Optimizer) -> bool:
         """Expects no more steps of optimizers whose followed parameters this one, which never stepped, holds as well.
 
         Where one of them steps nevertheless, it is expected again.
+
+        Returns:
+            Whether there are any.
         """
-        held = _held([optimizer])
-        for other in self._known:
-            if other not in self._stepped and _held([other]) & self._ids <= held:
-                self._known.discard(other)
+        held = held_by([optimizer])
+        replaced = [o for o in self._known if o not in self._stepped and held_by([o]) & self._ids <= held]
+        for other in replaced:
+            self._known.discard(other)
+        return bool(replaced)
 
     def _look(self):
         """Notes which parameters require a gradient: one that is frozen now may be trained in turn with others."""
         self._trainable &= self._ids
         self._trainable.update(id(p) for p in self._parameters if p.requires_grad)
-
-
-def _groups(optimizer: Optimizer) -> list[Sequence[Tensor]]:
-    """The parameters of each group of an optimizer, of which someone else's may lack any."""
-    groups: Any = getattr(optimizer, "param_groups", ())
-    return [group.get("params", ()) for group in groups]
-
-
-def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
-    return (p for params in _groups(optimizer) for p in params)
-
-
-def _held(optimizers: Iterable[Optimizer]) -> set[int]:
-    return {id(p) for o in optimizers for p in _parameters(o)}
-
-
-def _share(one: Optimizer, other: Optimizer) -> bool:
-    """Whether two optimizers hold a parameter in common."""
-    held = _held([one])
-    return any(id(p) in held for p in _parameters(other))
-
-
-def _has_hooks(optimizer: Optimizer) -> bool:
-    """Whether torch calls the hooks when an optimizer steps; `Optimizer.__init__` sees to that."""
-    return getattr(type(optimizer).step, "hooked", False)
-
-
-def _skipped(optimizer: Optimizer) -> bool:
-    """Whether a fused optimizer, which is called even where its scaler skips the step, did nothing."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    return isinstance(found_inf, Tensor) and found_inf.device.type == "cpu" and bool(found_inf.item())
-
-
-def _is_idle(optimizer: Optimizer) -> bool:
-    """Whether all learning rates and all gradients of an optimizer are zero, so that its step changes no weight.
-
-    `torch.distributed.checkpoint.state_dict` takes such a step, before the first one, to make an optimizer's state. A
-    warm-up from zero has gradients. They are read only where all rates are zero: reading them waits for a GPU.
-    """
-    groups: Any = getattr(optimizer, "param_groups", ())
-    if not groups or not all(_is_zero_rate(group.get("lr")) for group in groups):
-        return False
-    # DTensors first: ranks ask one another for theirs, and must do so alike.
-    parameters = sorted(_parameters(optimizer), key=lambda p: not hasattr(p, "placements"))
-    return all(p.grad is None or _is_zero(p.grad) for p in parameters)
-
-
-def _is_zero_rate(rate: Any) -> bool:
-    """Whether a learning rate is zero; one on a device, which only a person puts there, is taken not to be."""
-    if isinstance(rate, Tensor):
-        return rate.device.type == "cpu" and not rate.any()
-    return rate == 0
-
-
-def _is_zero(gradient: Tensor) -> bool:
-    """Whether all entries of a gradient are zero, those that other ranks hold included."""
-    values = gradient.coalesce().values() if gradient.is_sparse else gradient
-    total: Any = values.detach().abs().sum()
-    if hasattr(total, "full_tensor"):  # a DTensor: ranks must agree
-        total = total.full_tensor()
-    return not torch.count_nonzero(total).item()
-
-
-def _with_gradients(optimizer: Optimizer, most: int = 4) -> list[Any]:
-    """Some of the parameters of an optimizer that have a gradient."""
-    return list(itertools.islice((p for p in _parameters(optimizer) if p.grad is not None), most))
-
-
-def _is_renewed(seen: _Gradient) -> bool:
-    """Whether a parameter has another gradient than it had, or the same one was added to."""
-    parameter, gradient, version = seen
-    p = parameter()
-    return p is not None and p.grad is not None and (p.grad is not gradient() or _version(p.grad) != version)
-
-
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; 0 where it does not count, as one made in inference mode."""
-    try:
-        return tensor._version
-    except RuntimeError:
-        return 0

@@ -5,18 +5,16 @@ from collections import deque
 from sosd_fast.matrices import Matrix
 from sosd_fast.probe.account import Account
 from sosd_fast.probe.audit import Audit, Auditor
-from sosd_fast.probe.followed import FollowedMatrices, some
-from sosd_fast.probe.guard import Guarded
+from sosd_fast.probe.followed import some
+from sosd_fast.probe.lifetime import OutlivesModel
 from sosd_fast.probe.planner import Planner
 from sosd_fast.probe.recorder import Recorder
 from sosd_fast.runs.records import Record
 
 
-class View(Guarded):
+class View(OutlivesModel):
     """What can be read of a probe; `Probe` makes the parts that are named here."""
 
-    step_count: int
-    _matrices: FollowedMatrices
     _planner: Planner
     _auditor: Auditor | None
     _account: Account
@@ -71,6 +69,9 @@ class View(Guarded):
             lines.append(f"cannot be measured at present: {some(lost)}")
         seen, remedy = self._planner.seen, " (where no optimizer of torch trains, call Probe.step after each)"
         lines.append(f"steps seen: {seen}{f', the last is step {self.step_count}' if seen else remedy}")
+        if seen and not self._steps.pending and self._matrices.moves():
+            lines[-1] += "; the weights have changed since"
+        lines += [f"doubtful: {doubt}" for doubt in self._steps.doubts]
         if (shares := self._planner.shares) is None:
             lines.append("measured: the weights as they were when the model was tracked")
         else:

@@ -2,7 +2,8 @@
 
 A run directory (format version 2) holds
 
-    meta.json             format, version, the matrices and the probe's settings
+    meta.json             format, version, the matrices and the probe's settings; of several processes, also "rank", the
+                          one that wrote this folder, and "shared_by", the ranks that share the work on its matrices
     records.jsonl         the records being written: one a line, in the order of steps
     records-00000.*       older ones, moved there every 32 MB; as Parquet where pyarrow is installed, else as they were
     spectra-00000.f32     full spectra, little-endian float32 end to end, 64 MB a file; a record points into it
@@ -15,6 +16,8 @@ rarely, and from step 100,000 on at each hundredth.
 Spectra are written before the lines that point to them, and a step's lines in one write, so that whatever ends the
 process leaves at most one torn line or step at the end; opening the directory again cuts it off. Version 1 had a single
 records.jsonl and kept everything; it is read, and goes on as version 2 when appended to.
+
+Of several processes each has such a directory of its own, rank-00000 and so on, in the one that all of them were given.
 """
 
 import contextlib
@@ -30,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sosd_fast.runs import segments
+from sosd_fast.runs.parts import Part, missing_ranks, say_faults, told_apart
 from sosd_fast.runs.schema import FLOATS, Line, Record, from_line, to_line
 from sosd_fast.runs.segments import AppendOnly, JsonLines
 
@@ -83,6 +87,11 @@ class RunWriter:
         temporary.write_text(json.dumps(meta, indent=1))
         temporary.replace(self.run_dir / "meta.json")
 
+    @staticmethod
+    def trim(run_dir: Path, step: int):
+        """Cuts the records of later steps off a run directory, unless somebody writes it."""
+        segments.trim_all(run_dir, step)
+
     def append(self, records: Sequence[Record]):
         """Appends records of one step; spectra and leading values by the rule that this module states."""
         lines: list[Line] = []
@@ -99,10 +108,10 @@ class RunWriter:
             self._close_segment()
 
     def first_spectra(self) -> dict[str, NDArray[Any]]:
-        """Reads the first full spectrum of each matrix that had one."""
+        """Reads the first full spectrum of each matrix that had one that is neither zero nor holds NaN or Inf."""
         run = load(self.run_dir)
         spectra = {name: run.spectra(name)[1] for name in run.names}
-        finite = {name: S[np.isfinite(S).all(axis=1)] for name, S in spectra.items() if len(S)}
+        finite = {name: S[np.isfinite(S).all(axis=1) & (S[:, 0] > 0)] for name, S in spectra.items() if len(S)}
         return {name: S[0] for name, S in finite.items() if len(S)}
 
     def flush(self):
@@ -166,44 +175,54 @@ class Run:
     Attributes:
         run_dir: where it was read from.
         meta: meta.json.
+        missing_ranks: ranks that share the work on its matrices, and whose records it lacks.
     """
 
-    def __init__(self, run_dir: Path, meta: dict[str, Any], parts: Sequence[Path] = ()):
+    def __init__(self, run_dir: Path, meta: dict[str, Any], parts: Sequence[Part] = ()):
         self.run_dir = run_dir
         self.meta = meta
-        self._parts = list(parts) or [run_dir]  # the run directories of the ranks
+        self._parts = list(parts) or [Part(run_dir, meta)]  # the run directories of the ranks
+        self.missing_ranks = missing_ranks(self._parts)
 
     def __repr__(self):
         return f"Run({str(self.run_dir)!r})"
 
     @classmethod
     def merge(cls, runs: Sequence["Run"]) -> "Run":
-        """Joins the runs of several ranks, each of which measured matrices of the same model.
+        """Joins the runs of several ranks, each of which measured matrices of the same model, or models of its own.
 
-        Where two measured the same matrix at the same step, the first one counts; so do its meta.json and log.
+        Where two measured the same matrix at the same step, the first one counts; so do its meta.json and log. Names
+        that ranks gave to matrices of different models, as pipeline stages may, are told apart: weight[rank 0],
+        weight[rank 2], after the first rank that has the model.
         """
         if not runs:
             raise ValueError("Run.merge: expected at least one run, got runs=[]. Pass what sosd_fast.load returned.")
-        matrices = list(dict.fromkeys(name for run in runs for name in run.meta.get("matrices", ())))
-        meta = runs[0].meta | ({"matrices": matrices} if matrices else {})
-        return cls(runs[0].run_dir, meta, [part for run in runs for part in run._parts])
+        parts = [part for run in runs for part in run._parts]
+        shown = told_apart(parts, [part.matrices for part in parts])
+        matrices = list(
+            dict.fromkeys(names.get(m, m) for p, names in zip(parts, shown, strict=True) for m in p.matrices)
+        )
+        return cls(runs[0].run_dir, runs[0].meta | ({"matrices": matrices} if matrices else {}), parts)
 
     @functools.cached_property
     def records(self) -> list[Record]:
         """All records in the order of steps, without their spectra: about 1 kB each in memory."""
         if len(self._parts) == 1:
-            return list(map(from_line, self._rows(self._parts[0])))
+            return [from_line(row) for row in _rows(self._parts[0].path)]
         found: dict[tuple[int, str], Record] = {}
-        for part in self._parts:
-            for row in self._rows(part):
-                found.setdefault((row["step"], row["name"]), from_line(row))
+        for part, shown in zip(self._parts, self._shown, strict=True):
+            for row in _rows(part.path):
+                name: str = row["name"]
+                row["name"] = shown.get(name, name)
+                found.setdefault((row["step"], shown.get(name, name)), from_line(row))
         order = {name: i for i, name in enumerate(self.names)}
         return sorted(found.values(), key=lambda r: (r.step, order[r.name]))
 
     @functools.cached_property
     def log(self) -> list[dict[str, Any]]:
         """What the training loop wrote to log.jsonl, one dict a step."""
-        path = next((p / "log.jsonl" for p in (self.run_dir, *self._parts) if (p / "log.jsonl").exists()), None)
+        logs = [folder / "log.jsonl" for folder in (self.run_dir, *(part.path for part in self._parts))]
+        path = next((path for path in logs if path.exists()), None)
         return [line for line, *_ in segments.lines(path)] if path else []
 
     @functools.cached_property
@@ -225,7 +244,11 @@ class Run:
             if f not in numbers:
                 raise ValueError(f"Run.columns: expected one of {', '.join(sorted(numbers))}, got fields={f!r}.")
         wanted = tuple(dict.fromkeys((*fields, "step", "name")))
-        parts = [segments.columns(path, wanted) for part in self._parts for path in segments.paths(part)]
+        parts: list[dict[str, NDArray[Any]]] = []
+        for part, shown in zip(self._parts, self._shown, strict=True):
+            parts += [segments.columns(path, wanted) for path in segments.paths(part.path)]
+            for p in parts[-len(segments.paths(part.path)) :] if shown else ():
+                p["name"] = np.array([shown.get(name, name) for name in p["name"]], dtype=object)
         table = {f: np.concatenate([p[f] for p in parts] or [np.empty(0)]) for f in wanted}
         if len(self._parts) > 1:
             order = {name: i for i, name in enumerate(self.names)}
@@ -270,25 +293,39 @@ class Run:
 
     def to_parquet(self, path: str | os.PathLike[str]):
         """Writes all records, with their leading values, to one Parquet file, a segment at a time."""
-        files = (file for part in self._parts for file in segments.paths(part))
-        segments.write_parquet(Path(path), (segments.read_table(file) for file in files))
-
-    def _rows(self, part: Path) -> Iterator[Line]:
-        return (row for path in segments.paths(part) for row in segments.rows(path))
+        pairs = zip(self._parts, self._shown, strict=True)
+        files = ((file, shown) for part, shown in pairs for file in segments.paths(part.path))
+        segments.write_parquet(Path(path), (segments.read_table(file, shown=shown) for file, shown in files))
 
     @functools.cached_property
-    def _shapes(self) -> dict[str, tuple[int, int]]:
-        found: dict[str, tuple[int, int]] = {}
+    def _own_shapes(self) -> list[dict[str, tuple[int, int]]]:
+        """Of each part, the shapes of its matrices by the names that it recorded them under."""
+        found: list[dict[str, tuple[int, int]]] = []
         for part in self._parts:
-            own: dict[str, tuple[int, int]] = {}
-            for path in segments.paths(part):
+            found.append(own := {})
+            for path in segments.paths(part.path):
                 missing = set(segments.columns(path, ("name",))["name"]) - set(own)
                 for row in segments.rows(path) if missing else ():
                     own.setdefault(row["name"], (row["shape"][0], row["shape"][1]))
                     missing.discard(row["name"])
                     if not missing:
                         break
-            for name, shape in own.items():
+        return found
+
+    @functools.cached_property
+    def _shown(self) -> list[dict[str, str]]:
+        """Of each part, the names that are told apart; a model may have gained matrices since a part was opened."""
+        if len(self._parts) == 1:
+            return [{}]
+        return told_apart(
+            self._parts, [{*part.matrices, *own} for part, own in zip(self._parts, self._own_shapes, strict=True)]
+        )
+
+    @functools.cached_property
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        found: dict[str, tuple[int, int]] = {}
+        for own, shown in zip(self._own_shapes, self._shown, strict=True):
+            for name, shape in ((shown.get(name, name), shape) for name, shape in own.items()):
                 if found.setdefault(name, shape) != shape:
                     raise ValueError(
                         f"load: expected one model, got {name} of shape {found[name]} and {shape}. "
@@ -300,12 +337,12 @@ class Run:
     @functools.cached_property
     def _pointers(self) -> list[tuple[Path, dict[str, list[tuple[int, NDArray[Any]]]]]]:
         result: list[tuple[Path, dict[str, list[tuple[int, NDArray[Any]]]]]] = []
-        for part in self._parts:
+        for part, shown in zip(self._parts, self._shown, strict=True):
             found: dict[str, list[tuple[int, NDArray[Any]]]] = {}
-            for path in segments.paths(part):
+            for path in segments.paths(part.path):
                 for step, name, where in zip(*segments.pointers(path), strict=True):
-                    found.setdefault(name, []).append((int(step), where))
-            result.append((part, found))
+                    found.setdefault(str(shown.get(name, name)), []).append((int(step), where))
+            result.append((part.path, found))
         return result
 
 
@@ -313,17 +350,27 @@ def load(run_dir: str | os.PathLike[str]) -> Run:
     """Reads a run directory, also one that is being written or was cut off; a torn last step is left out.
 
     Args:
-        run_dir: as given to `sosd_fast.track`, or a folder of such directories named rank-*, which are merged.
+        run_dir: as given to `sosd_fast.track`; what several ranks wrote there is merged, and a warning names the ranks
+            that are missing.
 
     Raises:
         ValueError: no run directory, one of a newer version, or a damaged one.
     """
     run_dir = Path(run_dir)
-    ranks = sorted(run_dir.glob("rank-*/meta.json"))
-    if ranks and not (run_dir / "meta.json").exists():
-        run = Run.merge([load(path.parent) for path in ranks])
-        run.run_dir = run_dir
-        return run
+    folders = [path.parent for path in sorted(run_dir.glob("rank-*/meta.json"))]
+    if not folders:
+        return _load_part(run_dir)
+    if (run_dir / "meta.json").exists():  # it began, or goes on, as a run of one process
+        folders.append(run_dir)
+    parts = [_load_part(folder) for folder in folders]
+    run = Run.merge(parts)
+    run.run_dir = run_dir
+    recorded = {name for part in parts for name in part.meta.get("matrices", ())}
+    say_faults(run_dir, run.missing_ranks, [name for name in run.meta.get("matrices", ()) if name not in recorded])
+    return run
+
+
+def _load_part(run_dir: Path) -> Run:
     try:
         meta = json.loads((run_dir / "meta.json").read_text())
     except (OSError, json.JSONDecodeError):
@@ -340,6 +387,10 @@ def load(run_dir: str | os.PathLike[str]) -> Run:
         for _ in segments.lines(run_dir / segments.LIVE):
             pass  # a damaged line is told here, not in the middle of an evaluation
     return Run(run_dir, meta)
+
+
+def _rows(run_dir: Path) -> Iterator[Line]:
+    return (row for path in segments.paths(run_dir) for row in segments.rows(path))
 
 
 def _chunk_path(run_dir: Path, chunk: int) -> Path:

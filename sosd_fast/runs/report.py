@@ -75,7 +75,8 @@ def _labelled(runs: list[Run]) -> dict[str, Run]:
 def _summary(label: str, run: Run) -> str:
     steps = run.columns("step")["step"]
     last = f"{steps[-1]} steps" if len(steps) else "no records"
-    return f"{label}: {len(run.names)} matrices, {last}, {len(steps):,} records"
+    missing = f"; without those of ranks {', '.join(map(str, run.missing_ranks))}" if run.missing_ranks else ""
+    return f"{label}: {len(run.names)} matrices, {last}, {len(steps):,} records{missing}"
 
 
 def _overview(runs: dict[str, Run]) -> str:

@@ -31,7 +31,9 @@ class Record:
     sd_variation_topk: float | None = None
     sd_variation_carried: float | None = None
     sd_variation_floor: float | None = None  # sd_variation is at least this
-    cosine: float | None = None  # to the reference spectrum
+    # To the reference spectrum: the first one that is not zero and holds no NaN, or a given one. None before there is
+    # one (LoRA's B is zero at first); NaN while the matrix is zero or holds NaN, or where the given one is zero.
+    cosine: float | None = None
     nuclear_norm: float | None = None
     frobenius_norm: float | None = None
     sigma_max: float | None = None

@@ -12,7 +12,7 @@ import mmap
 import os
 import weakref
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +240,13 @@ def pointers(path: Path) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     return np.array(steps, dtype=int), np.array(names, dtype=object), np.array(where, dtype=int).reshape(-1, 3)
 
 
-def read_table(path: Path, fields: Sequence[str] | None = None) -> Any:
-    """Reads a segment as a pyarrow Table of the schema that Parquet files have."""
+def read_table(path: Path, fields: Sequence[str] | None = None, shown: Mapping[str, str] | None = None) -> Any:
+    """Reads a segment as a pyarrow Table of the schema that Parquet files have; `shown` replaces names."""
+    if shown:
+        table = read_table(path, fields)
+        at = table.schema.get_field_index("name")
+        names = [shown.get(name, name) for name in table["name"].to_pylist()]
+        return table.set_column(at, "name", [names])
     parquet = _pyarrow(path)
     import pyarrow
     import pyarrow.compute
@@ -298,6 +303,19 @@ def trim(path: Path, step: int):
         _replace(path, read_table(path).slice(0, int(np.searchsorted(steps, step, "right"))))
     else:
         os.truncate(path, next(start for line, start, _ in lines(path) if line["step"] > step))
+
+
+def trim_all(run_dir: Path, step: int):
+    """Cuts the records of later steps off a run directory that nobody writes; one that somebody writes is left."""
+    try:
+        live = JsonLines(run_dir / LIVE, step)
+    except ValueError:
+        return
+    try:
+        for path in reversed(paths(run_dir)[:-1]):
+            trim(path, step)
+    finally:
+        live.close()
 
 
 def write_parquet(target: Path, tables: Iterator[Any]):

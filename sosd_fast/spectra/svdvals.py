@@ -12,7 +12,7 @@ wait: the precision follows from an earlier spectrum, and matrices of deficient 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,8 @@ class Spectra(NamedTuple):
 def svdvals(W: Tensor, *, method: str = "auto", return_bound: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Computes all singular values of a matrix or a batch of matrices.
 
-    Differentiable: dL/dW = U diag(dL/dS) V^T, whose U and V are computed by `torch.linalg.svd` in the backward pass.
+    Differentiable: dL/dW = U diag(dL/dS) V^T, and forward dS = diag(U^T dW V), whose U and V are computed by
+    `torch.linalg.svd` in that pass.
 
     Args:
         W: (..., m, n), float64, float32, bfloat16 or float16, any strides. Not modified.
@@ -95,26 +96,42 @@ class _Differentiable(torch.autograd.Function):
             return empty, empty.clone()
         found = spectra(matrices, method)
         S = found.S.to(dtype).reshape(*batch, -1)
-        rounding = torch.finfo(dtype).eps / 2 * found.S  # of the conversion to dtype
+        limits = torch.finfo(dtype)  # of the conversion: below `tiny` values are multiples of the smallest subnormal
+        rounding = torch.clamp(limits.eps / 2 * found.S, min=limits.smallest_normal * limits.eps)
+        rounding = rounding.where(found.S != 0, 0)
         return S, (found.bound + rounding).to(dtype).reshape(S.shape)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # of S and of the bound, which has none
         (W,) = ctx.saved_tensors
-        finite = W.isfinite().all(-1).all(-1)[..., None, None]
-        U, _, Vh = torch.linalg.svd(torch.where(finite, W, 0).to(_returned(W.dtype)), full_matrices=False)
+        U, Vh, finite = _vectors(W)
         product = (U * grad_outputs[0][..., None, :]) @ Vh
         return torch.where(finite, product, torch.nan).to(W.dtype), None
+
+    @staticmethod
+    def jvp(ctx, *grad_inputs: Any) -> tuple[Tensor, None]:  # of W and of the method
+        (W,) = ctx.saved_tensors
+        U, Vh, finite = _vectors(W)
+        product = (U * (grad_inputs[0].to(U.dtype) @ Vh.mT)).sum(-2)  # dS_i = u_i^T dW v_i
+        return torch.where(finite[..., 0], product, torch.nan), None
 
     @staticmethod
     def vmap(info, in_dims, *args):  # noqa: ARG004
         W, method = args
         return _Differentiable.apply(W.movedim(in_dims[0], 0), method), (0, 0)
+
+
+def _vectors(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular vectors U and V^T of matrices, and which of these are finite, (..., 1, 1)."""
+    finite = W.isfinite().all(-1).all(-1)[..., None, None]
+    U, _, Vh = torch.linalg.svd(torch.where(finite, W, 0).to(_returned(W.dtype)), full_matrices=False)
+    return U, Vh, finite
 
 
 def _returned(dtype: torch.dtype) -> torch.dtype:

@@ -133,6 +133,79 @@ class Mamba(nn.Module):
         self.attn = nn.MultiheadAttention(16, 4)
 
 
+class Tied(nn.Module):
+    """A model of which several names have one embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.head_conv = nn.Embedding(20, 16), nn.Conv2d(20, 16, 1, bias=False)
+        self.encoder, self.decoder = (nn.ModuleDict({"embed_tokens": nn.Embedding(20, 16)}) for _ in range(2))
+        self.other_embeddings = nn.Embedding(20, 16)
+        self.zero_embeddings, self.zero_head = nn.Embedding(9, 16), nn.Linear(16, 9, bias=False)
+        self.lm_head = nn.Linear(16, 20, bias=False)
+        for layer in (self.encoder.embed_tokens, self.decoder.embed_tokens, self.lm_head):
+            layer.weight = self.shared.weight
+        nn.init.zeros_(self.zero_embeddings.weight)
+        nn.init.zeros_(self.zero_head.weight)
+
+
+def copies(path, tensors):
+    return safetensors(path, {name: tensor.clone() for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("save", [torch_file, copies])
+def test_tied_weights_are_measured_once(tmp_path, save):
+    model = Tied()
+    tracked = [m.name for m in find_matrices(model)]
+    (records,) = analyze([save(tmp_path / "w", model.state_dict())])
+    assert sorted(r.name for r in records) == sorted(tracked) and "shared.weight" in tracked and len(tracked) == 5
+    embeddings = {"a_head.weight": torch.ones(4, 3), "wte.weight": torch.arange(12.0).view(4, 3)}
+    (records,) = analyze([copies(tmp_path / "x", embeddings)])
+    assert len(records) == 2
+
+
+class Adapter(nn.Module):
+    """A layer with an adapter, as peft's LoRA has it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base_layer, self.lora_A = layer, nn.ModuleDict({"default": nn.Linear(12, 2, bias=False)})
+
+
+def test_fused_layers_under_adapters_are_cut_as_without(tmp_path):
+    attention = type("BloomAttention", (nn.Module,), {})
+    model = nn.ModuleDict({"attn": attention(), "h": nn.ModuleDict({"c_attn": Adapter(nn.Linear(12, 36, bias=False))})})
+    model["attn"].num_heads, model["attn"].query_key_value = 4, Adapter(nn.Linear(12, 36, bias=False))
+    found = {m.name: m.tensor() for m in find_matrices(model)}
+    names = [f"attn.query_key_value.base_layer.weight[{part}]" for part in "qkv"]
+    assert [name for name in found if "attn.query" in name and "[" in name] == names
+    W = model["attn"].query_key_value.base_layer.weight.detach().view(4, 3, 3, 12)  # head by head
+    assert all(torch.equal(found[name], W[:, i].flatten(0, 1)) for i, name in enumerate(names))
+    assert [n for n in found if "c_attn.base" in n] == [f"h.c_attn.base_layer.weight[{part}]" for part in "qkv"]
+    (records,) = analyze([safetensors(tmp_path / "w", {k: v for k, v in model.state_dict().items() if "h." in k})])
+    assert {r.name for r in records} == {name for name in found if "h." in name}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("synthesis.conv1.weight", (1, 6, 8, 3, 3), [(6, 72)]),
+        ("video.conv1.weight", (6, 8, 1, 3, 3), [(6, 72)]),
+        ("mixed.conv1.weight", (4, 6, 32, 3, 3), 4 * [(6, 288)]),
+        ("attn.qkv", (3, 4, 12, 3), 3 * [(12, 12)]),
+        ("attn.q_norm.weight", (4, 8), []),
+        ("attn.norm_proj.weight", (4, 8), [(4, 8)]),
+        ("pos_embed", (1, 9, 8), []),
+        ("layer_scale", (4, 8), []),
+    ],
+    ids=str,
+)
+def test_what_names_and_shapes_tell(tmp_path, name, shape, expected):
+    tensors = {name: torch.randn(shape), "other.weight": torch.randn(2, 3)}
+    (records,) = analyze([safetensors(tmp_path / "w", tensors)])
+    assert [r.shape for r in records if r.name != "other.weight"] == expected
+
+
 @pytest.mark.parametrize("wrap", [lambda m: m, nn.DataParallel, torch.compile], ids=["plain", "parallel", "compiled"])
 @pytest.mark.parametrize("save", [torch_file, safetensors])
 def test_matrices_are_those_of_track(tmp_path, save, wrap):

@@ -56,7 +56,7 @@ ARCHITECTURES = {
     "DeBERTa": ("DebertaV2Config", ENCODER, MASKED, (8, 4, 2, 1, 0)),
     "ELECTRA": ("ElectraConfig", ENCODER | {"embedding_size": 16}, MASKED, (8, 4, 4, 1, 0)),
     "ModernBERT": ("ModernBertConfig", MODERNBERT, MASKED, (8, 4, 1, 1, 0)),
-    "ViT": ("ViTConfig", VISION | {"image_size": 16, "patch_size": 4}, IMAGES, (8, 4, 2, 1, 0)),
+    "ViT": ("ViTConfig", VISION | {"image_size": 16, "patch_size": 4}, IMAGES, (8, 4, 1, 1, 0)),
     "ConvNeXt": (
         "ConvNextConfig", {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2}, IMAGES, (0, 4, 1, 1, 3),
     ),
@@ -207,7 +207,66 @@ def test_gains_are_no_matrices():
     left_out = {}
     found = find_matrices(model, left_out=left_out)
     assert len(found) == 82, "44,994 when each row of a gain was one"
-    assert Counter(left_out.values())["has a single row or column"] == sum(n.endswith("gain") for n in left_out)
+    assert Counter(left_out.values())["is a gain"] == sum(n.endswith("gain") for n in left_out) > 0
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "GPT-NeoX"])
+def test_fused_layers_under_adapters_are_cut_as_without(name):
+    peft = pytest.importorskip("peft")
+    *how, layer, _ = FUSED[name]
+    model = built(*how, device="cpu")
+    plain = {m.name: m.tensor() for m in find_matrices(model, include=f"*{layer}*")}
+    config = peft.LoraConfig(r=2, target_modules=[layer], fan_in_fan_out=name == "GPT-2")
+    adapted = find_matrices(peft.get_peft_model(model, config), include=f"*{layer}.base_layer*")
+    assert [m.name.removeprefix("base_model.model.").replace(".base_layer", "") for m in adapted] == list(plain)
+    assert all(torch.equal(m.tensor(), W) for m, W in zip(adapted, plain.values(), strict=True))
+
+
+# Of models that were not small to build: what some of their parameters are, None where they are left out.
+UNUSUAL = {
+    "SamModel": {
+        "mask_decoder.mask_tokens.weight": "embedding",
+        "vision_encoder.pos_embed": None,  # (1, h, w, d)
+        "mask_decoder.iou_prediction_head.proj_in.weight": "head",
+    },
+    "BlipModel": {"vision_model.embeddings.position_embedding": None},  # (1, n, d)
+    "Blip2Model": {"query_tokens": None},  # (1, n, d)
+    "FunnelModel": {"encoder.blocks.0.0.attention.q_head.weight": "attention"},
+    "LxmertModel": {"encoder.x_layers.0.lang_self_att.output.dense.weight": "attention"},
+    "DistilBertModel": {"transformer.layer.0.ffn.lin1.weight": "mlp"},
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_parameters(name):
+    with torch.device("meta"):
+        model = getattr(transformers, name)(getattr(transformers, name).config_class())
+    left_out = {}
+    found = {m.name: kind(m.name) for m in find_matrices(model, left_out=left_out)}
+    assert {n: found.get(n) for n in UNUSUAL[name]} == UNUSUAL[name]
+    assert all(left_out[n] == "is a table that is broadcast" for n, told in UNUSUAL[name].items() if told is None)
+
+
+@pytest.mark.parametrize("head_first", [True, False])
+def test_convolutions_that_are_fused_are_cut_as_timm_uses_them(head_first):
+    maxxvit = pytest.importorskip("timm.models.maxxvit")
+    torch.manual_seed(0)
+    attention = maxxvit.Attention2d(12, 24, dim_head=6, head_first=head_first, bias=False).eval()
+    found = {m.name: m.tensor() for m in find_matrices(attention)}
+    x, width = torch.randn(1, 12, 3, 3), attention.qkv.out_channels // 3
+    assert found["qkv.weight[v]"].shape == (width, 12)
+    seen = []
+    attention.proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    for part in ("q", "k", "v"):
+        numbers = torch.arange(attention.qkv.weight.numel()).view(attention.qkv.weight.shape)
+        (m,) = [m for m in find_matrices(attention) if m.name == f"qkv.weight[{part}]"]
+        at = dataclasses.replace(m, parameter=numbers).tensor().flatten()
+        kept = attention.qkv.weight.detach().clone()
+        attention.qkv.weight.data.view(-1)[at] = 0
+        attention(x)
+        attention.qkv.weight.data.copy_(kept)
+    q, k, v = seen
+    assert (v == 0).all() and torch.allclose(q, k, atol=1e-5) and q.abs().max() > 0.01
 
 
 def test_real_steps_of_a_fused_model():

@@ -7,12 +7,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchrun import torchrun
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import sosd_fast
 from sosd_fast.integrations.common import METRICS, scalars
 from sosd_fast.testing import sd_distance
 
 WORKER = Path(__file__).with_name("trainers_worker.py")
+RANKS = Path(__file__).parents[1] / "distributed" / "ranks_worker.py"
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
@@ -50,7 +52,38 @@ def test_each_process_measures_its_share(tmp_path, library, kind):
                 assert float(rows[r.step // 2][key]) == value, "of both processes"
 
 
+def test_a_plan_of_tensor_parallelism(tmp_path):
+    """Of transformers: the spectra of a training run are those of one process."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    for processes, kind in ((1, "alone"), (2, "parallel")):
+        worker = Path(__file__).with_name("tensor_parallel_worker.py")
+        done = torchrun(processes, worker, tmp_path, kind, timeout=600)
+        assert done.returncode == 0, done.stdout
+    assert done.stdout.count("16 DTensors") == 2, done.stdout
+    alone, run = (sosd_fast.load(tmp_path / kind) for kind in ("alone", "parallel"))
+    assert run.names == alone.names and len(run.names) == 16
+    keys = [(r.step, r.name) for r in run.records]
+    assert len(set(keys)) == len(keys) == 4 * 16
+    for name in run.names:
+        for own, other in zip(run.spectra(name)[1], alone.spectra(name)[1], strict=True):
+            assert sd_distance(torch.from_numpy(own), torch.from_numpy(other)) <= 1e-5, name
+
+
 def test_flat_parameters_are_refused_and_end_no_training(tmp_path):
     done = torchrun(2, WORKER, "hugging_face", "fsdp1", tmp_path, timeout=600)
     assert done.returncode == 0 and "Shard with fully_shard: fsdp_version=2 in accelerate" in done.stdout
     assert "training goes on without the spectra" in done.stdout and (tmp_path / "weights.pt").exists()
+
+
+def test_what_libraries_put_around_copies_is_looked_through(tmp_path):
+    done = torchrun(2, RANKS, "libraries", tmp_path, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("as it should be") == 2, done.stdout

@@ -75,3 +75,28 @@ def test_compiled_steps(name, backend):
         return [p.detach().clone() for p in net.parameters()]
 
     assert all(map(torch.equal, run(False), run(True)))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_compiler_that_does_not_tell_ends_no_training(whole, caplog, monkeypatch):
+    """As of another version of torch."""
+    import torch._dynamo.symbolic_convert as dynamo
+
+    from sosd_fast.probe import compiled
+
+    torch._dynamo.reset()
+    with monkeypatch.context() as patch:
+        patch.delattr(dynamo.InstructionTranslator, "current_tx")
+        patch.setattr(compiled, "_said", set())
+        assert compiled._label(lambda _: False) == compiled._label(lambda _: False) == ""
+        assert sum("steps that are compiled are not counted" in m for m in caplog.messages) == 1
+    monkeypatch.setattr(compiled, "_label", lambda _: "")  # dynamo itself needs what was missing
+    net = model()
+    probe, optimizer = sosd_fast.track(net, method="full"), Whole(net.parameters())
+    step, before = torch.compile(optimizer.step, backend="eager", fullgraph=whole), sigma_max(net[0].weight)
+    for _ in range(2):
+        backward(net)
+        step()
+    assert probe.alive and sigma_max(net[0].weight) != before
+    probe.close()
+    assert any("the weights changed without a step" in m for m in caplog.messages)

@@ -1,5 +1,7 @@
 """What a model gains, loses and replaces between `track` and the first step, and later, is seen."""
 
+import math
+
 import pytest
 import torch
 from arranged import backward, model, sgd, sigma_max, steps_of
@@ -70,3 +72,71 @@ def test_changes_midway_that_no_optimizer_tells_are_seen(how, by_hand):
     assert {n for n, r in probe.latest().items() if r.step == 45} == set(dict(net.named_parameters()))
     for name, p in net.named_parameters():
         assert probe.latest()[name].sigma_max == pytest.approx(sigma_max(p), rel=1e-5)
+
+
+def tied_and_changed(net, how):
+    inner = net[1]
+    if how == "tied":
+        inner[0].weight = net[0].weight
+    elif how == "untied":
+        inner[2].weight = nn.Parameter(net[0].weight.detach().clone())
+    elif how == "replaced":
+        inner[0].weight = nn.Parameter(inner[0].weight.detach() * 2)
+    elif how == "its module":
+        inner[0] = nn.Linear(12, 12, bias=False)
+    elif how == "the module around it":
+        net[1] = nn.Sequential(nn.Linear(12, 12, bias=False), nn.Tanh(), inner[2])
+    elif how == "removed":
+        del inner[0]
+
+
+@pytest.mark.parametrize("how", ["tied", "untied", "replaced", "its module", "the module around it", "removed"])
+def test_what_becomes_of_a_followed_parameter_is_seen_at_the_next_step(how):
+    """Though the optimizer that tells is none of the new parameter's."""
+    net = nn.Sequential(
+        nn.Linear(12, 12, bias=False), nn.Sequential(*(nn.Linear(12, 12, bias=False) for _ in range(3)))
+    )
+    net[1][2].weight = net[0].weight
+    probe, optimizer = sosd_fast.track(net, method="full"), sgd(net.parameters(), lr=1e-2)
+    for i in range(6):
+        if i == 3:
+            tied_and_changed(net, how)
+        backward(net)
+        optimizer.step()
+    probe.flush()
+    now = dict(net.named_parameters())
+    assert {n for n, r in probe.latest().items() if r.step == 6} == set(now)
+    for name in probe.latest():
+        assert steps_of(probe, name)[-1] == (6 if name in now else 3)
+    for name, p in now.items():
+        assert probe.latest()[name].sigma_max == pytest.approx(sigma_max(p), rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["full", "auto", "topk", "exact"])
+@pytest.mark.parametrize("how", ["swapped", "its module", "all", "back again"])
+def test_a_parameter_that_is_moved_to_the_meta_device(how, method, caplog):
+    net = model()
+    probe, optimizer = sosd_fast.track(net, method=method), sgd(net.parameters(), lr=1e-2)
+    kept = {name: p.detach().clone() for name, p in net[1].named_parameters()}
+    for i in range(25 if how == "back again" else 6):
+        if i == 3:
+            net.zero_grad()
+            torch.__future__.set_swap_module_params_on_conversion(how == "swapped")
+            (net if how == "all" else net[1]).to("meta")
+            torch.__future__.set_swap_module_params_on_conversion(False)
+        if i == 5 and how == "back again":
+            net[1].to_empty(device="cpu").load_state_dict(kept)
+        net[0](torch.ones(2, 12, device=net[0].weight.device)).square().mean().backward()
+        optimizer.step()
+    probe.flush()
+    assert probe.alive and not [m for m in caplog.messages if "failed" in m]
+    assert any("on the meta device" in m for m in caplog.messages)
+    measured = [(r.step, r.name) for r in probe.records() if math.isfinite(r.sigma_max)]
+    assert max(step for step, name in measured if name == "1.weight") <= (25 if how == "back again" else 3)
+    if how == "all":
+        assert max(measured)[0] <= 3 and "Probe of 0 matrices" in str(probe)
+    elif how == "back again":
+        assert len(probe.matrices) == 2 and (25, "1.weight") in measured or method == "auto"
+    else:
+        assert ("cannot be measured at present" if how == "swapped" else "left out: 1 (1.weight)") in str(probe)
+        assert (6, "0.weight") in measured or method == "auto"

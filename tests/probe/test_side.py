@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import sosd_fast
-from sosd_fast.distributed.layout import share
+from sosd_fast.distributed.share import share
 from sosd_fast.matrices import find_matrices
 from sosd_fast.probe.executor import HostExecutor
 from sosd_fast.probe.followed import FollowedMatrices, Found
@@ -292,8 +292,9 @@ def test_what_a_record_holds_is_its_own():
 
 
 def test_another_default_device():
+    net = _on_cpu()
     with torch.device("meta"):
-        probe = sosd_fast.track(_on_cpu(), optimizers=[], method="full")
+        probe = sosd_fast.track(net, optimizers=[], method="full")
         probe.step()
     assert probe.latest()["0.weight"].sd_variation == 0
 

@@ -75,3 +75,27 @@ def test_state_dict_of_another_step_or_model():
         sosd_fast.track(net, step=2).load_state_dict(state)
     with pytest.raises(ValueError, match=r"Probe\.load_state_dict: expected the state of 2 matrices"):
         sosd_fast.track(nn.Sequential(net, nn.Linear(40, 40))).load_state_dict(state)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_cosine_of_a_matrix_that_is_zero_at_first(resumed, tmp_path):
+    """As LoRA's B: it refers to the first spectrum that is not zero."""
+    net = nn.Linear(6, 4, bias=False)
+    nn.init.zeros_(net.weight)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    probe = sosd_fast.track(net, method="full", run_dir=tmp_path)
+    for i in range(4):
+        if resumed and i == 2:
+            probe.close()
+            probe = sosd_fast.track(net, method="full", run_dir=tmp_path)
+        net.weight.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(i))
+        optimizer.step()
+    probe.close()
+    records = {r.step: r for r in probe.records()}
+    assert records[0].cosine is None and records[1].cosine in (None, pytest.approx(1))
+    steps, S = sosd_fast.load(tmp_path).spectra("weight")
+    spectra = dict(zip(map(int, steps), np.asarray(S, dtype=float), strict=True))
+    for step in (2, 3, 4):
+        first, now = spectra[1], spectra[step]
+        expected = first @ now / np.linalg.norm(first) / np.linalg.norm(now)
+        assert records[step].cosine == pytest.approx(expected, abs=1e-5)

@@ -70,6 +70,29 @@ def test_an_error_inside_of_a_step_leaves_nothing_behind(given):
     assert steps_of(probe) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_threads_that_train_the_same_weights(shared):
+    """As Hogwild does; each thread has an optimizer, or they share one."""
+    net, threads, start = model(), 4, threading.Barrier(4)
+    optimizers = [sgd(net.parameters(), 1e-3) for _ in range(1 if shared else threads)] * (threads if shared else 1)
+    probe = sosd_fast.track(net, method="full", audit=False)
+
+    def work(optimizer):
+        start.wait()
+        for _ in range(25):
+            for p in net.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+
+    running = [threading.Thread(target=work, args=(optimizer,)) for optimizer in optimizers]
+    for t in running:
+        t.start()
+    for t in running:
+        t.join()
+    probe.close()
+    assert probe.step_count == 100 and steps_of(probe) == list(range(101))
+
+
 def test_nested_steps_in_threads_do_not_mix():
     counts, start = {}, threading.Barrier(3)
 

@@ -1,8 +1,10 @@
 """What fails or is lost goes alone: a callback, a matrix, a handler. Training and the rest go on."""
 
+import gc
 import itertools
 import logging
 import math
+import weakref
 
 import pytest
 import torch
@@ -323,3 +325,53 @@ def test_parameters_that_are_cast_or_resized_midway(change, method, caplog):
         assert all(v is None or v > 0 for v in moved.values()), "not what did not move: the same weights measured twice"
         if name == "head.weight" or not resized:
             assert all(moved[step] is not None for step in ((3, 6) if method == "auto" else (3, 5, 6)))
+
+
+def kept_alive(weights):
+    gc.collect()
+    return [ref() is not None for ref in weights]
+
+
+@pytest.mark.parametrize("stepped", [False, True, None])
+def test_a_kept_probe_does_not_keep_the_weights_of_a_model_that_is_gone(stepped, caplog):
+    net = model()
+    probe, optimizer = sosd_fast.track(net, method="full"), torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(2):
+        net(torch.ones(2, 48)).sum().backward()
+        optimizer.step()
+    weights = [weakref.ref(p) for p in net.parameters()]
+    if stepped is None:
+        probe.close()
+    del net
+    assert all(kept_alive(weights)), "the optimizer keeps them"
+    if stepped:
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        assert probe.step_count == 3 and probe.latest()["0.weight"].sigma_max > 0
+        del p
+    del optimizer
+    assert not any(kept_alive(weights))
+    assert len({r.step for r in probe.records()}) == 3 + bool(stepped) and "a model that is gone" in str(probe)
+    probe.flush()
+    probe.close()
+    assert not caplog.messages
+
+
+def test_a_part_of_a_model_that_outlives_it_is_measured_on(caplog):
+    """As the module inside of a wrapper that nobody keeps."""
+    net = model()
+    part, optimizer = net[0], torch.optim.SGD(net[0].parameters(), lr=0.1)
+    wrapped = nn.Sequential(net[0])
+    probe, of_wrapper = sosd_fast.track(net, method="full"), sosd_fast.track(wrapped, method="full")
+    del net, wrapped
+    gc.collect()
+    for i in range(3):
+        part(torch.ones(2, 48)).sum().backward()
+        optimizer.step()
+        assert of_wrapper.step_count == probe.step_count + (i == 0) == i + 1 or probe.step_count == i + 1
+    probe.flush()
+    for each in (probe, of_wrapper):
+        assert each.latest()["0.weight"].step == 3
+        assert each.latest()["0.weight"].sigma_max == pytest.approx(torch.linalg.svdvals(part.weight)[0].item())
+    assert sum("are not measured after step" in m for m in caplog.messages) == 1

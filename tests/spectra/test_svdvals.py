@@ -315,3 +315,38 @@ def test_vmap_and_the_gradients_of_each_matrix():
     found = torch.func.vmap(torch.func.grad(lambda A: sosd_fast.svdvals(A).sum()))(W)
     U, _, Vh = torch.linalg.svd(W, full_matrices=False)
     torch.testing.assert_close(found, U @ Vh)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 7), (9, 2), (2, 5, 3)], ids=str)
+@pytest.mark.parametrize("method", ["auto", "exact"])
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, loaded by jvp
+def test_the_derivative_forward(shape, method):
+    """dS_i = u_i^T dW v_i, also of each matrix of a batch, in half precision, and beside NaN."""
+
+    def ours(W):
+        return sosd_fast.svdvals(W, method=method)
+
+    own = torch.Generator().manual_seed(0)
+    W, dW = (torch.randn(shape, dtype=torch.float64, generator=own) for _ in range(2))
+    expected = torch.func.jvp(torch.linalg.svdvals, (W,), (dW,))[1]
+    torch.testing.assert_close(torch.func.jvp(ours, (W,), (dW,))[1], expected, rtol=1e-9, atol=1e-12)
+    assert torch.autograd.gradcheck(ours, W.clone().requires_grad_(), check_forward_ad=True)
+    batch, tangents = torch.stack([W, W.flip(-1), W * torch.nan]), torch.stack([dW, dW.flip(-1), dW])
+    (_, bound), (S, of_bound) = torch.func.jvp(lambda W: sosd_fast.svdvals(W, return_bound=True), (batch,), (tangents,))
+    torch.testing.assert_close(S[0], expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(S[1], expected, rtol=1e-9, atol=1e-12)
+    assert S[2].isnan().all() and not of_bound.nan_to_num().any()
+    by_vmap = torch.func.vmap(lambda W, dW: torch.func.jvp(ours, (W,), (dW,))[1])(batch[:2], tangents[:2])
+    torch.testing.assert_close(by_vmap, S[:2])
+    half = torch.func.jvp(ours, (W.bfloat16(),), (dW.bfloat16(),))[1]
+    assert half.dtype == torch.float32 and (half - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.parametrize("scale", [1e-42, 1e-44, 3e-45])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_bound_counts_that_results_are_multiples_of_the_smallest_number(scale, seed):
+    W = scale * torch.randn(12, 20, generator=torch.Generator().manual_seed(seed))
+    truth = torch.linalg.svdvals(W.double() * 2.0**149) * 2.0**-149
+    S, bound = sosd_fast.svdvals(W, return_bound=True)
+    assert ((S.double() - truth).abs() <= bound.double()).all()
+    assert not sosd_fast.svdvals(0 * W, return_bound=True)[1].any()

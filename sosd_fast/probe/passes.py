@@ -1,0 +1,131 @@
+"""Which optimizers step on the gradients of one backward pass, and so in one training step.
+
+Where each optimizer steps once a batch, their order alone does not tell where a batch ends. Their gradients do: those
+of an optimizer that steps second in a batch are older than the first one's step, and those of the next batch are newer.
+"""
+
+import itertools
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sosd_fast.probe.optimizers import Optimizers, parameters_of, version_of
+
+_LOOKED_AT = 4  # parameters of an optimizer
+
+_graph_task: Any = getattr(torch._C, "_current_graph_task_id", lambda: -1)  # pyright: ignore[reportPrivateUsage]
+
+
+class _Gradient(NamedTuple):
+    """The gradient of a parameter, as it was."""
+
+    parameter: "weakref.ref[Tensor]"
+    tensor: "weakref.ref[Tensor]"
+    version: int
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> "_Gradient | None":
+        """The gradient as it is, None where there is none."""
+        grad = parameter.grad
+        return None if grad is None else cls(weakref.ref(parameter), weakref.ref(grad), version_of(grad))
+
+    def changes(self) -> float:
+        """How often it has been changed in place since; infinite where there is another one, 0 where there is none."""
+        parameter = self.parameter()
+        grad = None if parameter is None else parameter.grad
+        if grad is None:
+            return 0
+        return version_of(grad) - self.version if grad is self.tensor() else float("inf")
+
+    def is_gone(self) -> bool:
+        """Whether the parameter is there, and has no gradient."""
+        parameter = self.parameter()
+        return parameter is not None and parameter.grad is None
+
+
+class Pass:
+    """Optimizers that stepped on the gradients of one backward pass, as far as gradients tell.
+
+    Args:
+        optimizer: the first of them, which has just stepped.
+        counts: what its step is a step of.
+        counting: all optimizers that count.
+        others: parameters that none of these holds.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, counts: Sequence[Optimizer], counting: Iterable[Optimizer], others: Iterable[Tensor]
+    ):
+        self.optimizers = Optimizers(counts)
+        self.inside = _graph_task()  # which backward pass runs meanwhile, as in a hook on gradients; -1: none
+        self._own = _gradients(parameters_of(optimizer))
+        self._noted = {id(o): (weakref.ref(o), _gradients(parameters_of(o))) for o in counting}
+        self._others = {id(p): gradient for p in others if (gradient := _Gradient.of(p)) is not None}
+
+    def has_new_gradients(self) -> bool:
+        """Whether a backward pass has renewed gradients of the optimizer that stepped first.
+
+        One change in place is none: they may have been set to zero.
+        """
+        return any(gradient.changes() > 1 for gradient in self._own)
+
+    def is_of(self, optimizers: Sequence[Optimizer]) -> bool | None:
+        """Whether the gradients that optimizers are about to step on are those of this pass.
+
+        Returns:
+            False where they are newer; None where nothing tells: after this pass they may have been scaled or clipped,
+            or there are none.
+        """
+        found = {self._is_of(o) for o in optimizers}
+        return True if True in found else False if False in found else None
+
+    def _is_of(self, optimizer: Optimizer) -> bool | None:
+        inside = _graph_task()
+        if -1 not in (inside, self.inside):
+            return inside == self.inside
+        now = _gradients(parameters_of(optimizer), 1)
+        owner, noted = self._noted.get(id(optimizer), (None, list[_Gradient]()))
+        known = owner is not None and owner() is optimizer
+        if not known:
+            noted = [self._others[id(p)] for p in parameters_of(optimizer) if id(p) in self._others]
+        if not now or not (noted or known):
+            return None
+        changes = [gradient.changes() for gradient in noted]
+        if not noted or max(changes) == float("inf") or any(gradient.is_gone() for gradient in noted):
+            return False  # there are others now
+        if max(changes) == 0:
+            return True
+        return False if self.has_new_gradients() else None
+
+
+class Partners:
+    """Optimizers that have stepped on the gradients of one backward pass before."""
+
+    def __init__(self):
+        self._groups: list[Optimizers] = []
+
+    def join(self, optimizers: Sequence[Optimizer]):
+        """Notes that optimizers are partners."""
+        joined = [group for group in self._groups if any(o in group for o in optimizers)]
+        if len(joined) == 1 and all(o in joined[0] for o in optimizers):
+            return
+        members = itertools.chain(optimizers, *joined)
+        self._groups = [group for group in self._groups if group not in joined and len(group)]
+        self._groups.append(Optimizers(members))
+
+    def are(self, one: Optimizer, other: Optimizer) -> bool:
+        """Whether two optimizers are partners."""
+        return any(one in group and other in group for group in self._groups)
+
+    def forget(self):
+        """Forgets all of them."""
+        self._groups = []
+
+
+def _gradients(parameters: Iterable[Tensor], most: int = _LOOKED_AT) -> list[_Gradient]:
+    """Some of the gradients that parameters have."""
+    return list(itertools.islice((g for g in map(_Gradient.of, parameters) if g is not None), most))
