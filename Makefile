@@ -2,7 +2,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo)  # for packages of the system
 
-.PHONY: demo test test-integrations check bench gpu sanitize install clean
+.PHONY: demo test test-integrations check bench docs gpu sanitize install clean
 
 demo: install  ## train a small GPT-2 on real text with the tracker on (about 4 minutes)
 	$(PYTHON) training/run.py --tracker=fast
@@ -26,6 +26,11 @@ check: test  ## what a change must pass: the same, and a smoke test of the bench
 bench: install  ## the headline table, and one benchmark a kernel
 	$(PYTHON) -m bench.svd_overhead
 	$(PYTHON) -m pytest -q bench --benchmark-only
+
+docs: install  ## the site in build/site, without a warning; then links, commands and code blocks of all pages
+	$(PYTHON) -m pip install --quiet -c requirements.txt -r requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+	$(PYTHON) -m pytest -q tests/test_docs.py
 
 # With the system's python and what it has: torch with CUDA, Triton and, better, CuPy. Nothing is downloaded.
 gpu:  ## what a GPU has to prove, in 8 minutes: native tests, then every benchmark; JSON under bench/results/<gpu name>/

@@ -9,6 +9,8 @@ from sosd_fast.spectra.svdvals import svdvals
 from sosd_fast.spectra.topk import TopK, topk_svdvals
 from sosd_fast.track import track
 
+__version__ = "0.2.0.dev0"
+
 __all__ = [
     "Distribution",
     "Muon",

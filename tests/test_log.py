@@ -15,11 +15,14 @@ def anchors():
 
 
 def cited():
-    """(file, anchor) of each place that names LOG.md in a source file; the anchor is empty where there is none."""
+    """(file, anchor) of each place that cites LOG.md in a source file; the anchor is empty where there is none.
+
+    A link to the page as a whole, `(../LOG.md)`, and the name of the file, `"LOG.md"`, cite no entry.
+    """
     for room in ROOMS:
         for path in sorted((ROOT / room).rglob("*")):
             if path.suffix in (".py", ".hpp", ".cpp", ".md") and path != Path(__file__).resolve():
-                for anchor in re.findall(r"LOG\.md(?:#([\w-]+))?", path.read_text()):
+                for anchor in re.findall(r"LOG\.md(?![)\"])(?:#([\w-]+))?", path.read_text()):
                     yield path.relative_to(ROOT), anchor
 
 

@@ -1,11 +1,11 @@
-"""The package: what works without what, and that documented code runs; test_architecture.py has the imports."""
+"""The package: what works without what, and what the architecture names; test_architecture.py has the imports."""
 
 import importlib.util
 import os
 import re
-import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,7 +14,6 @@ import torch
 from sosd_fast.__main__ import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
 
 
 def run(code, *arguments):
@@ -68,7 +67,7 @@ def test_callbacks_by_the_name_of_their_first_release():
         sosd_fast.callbacks.Callback  # noqa: B018
 
 
-@pytest.mark.parametrize("file", ["requirements.txt", "requirements-integrations.txt"])
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements-integrations.txt", "requirements-docs.txt"])
 def test_pins_serve_as_constraints(file):
     """A name and a version each: pip refuses constraints with extras."""
     lines = [line.split("#")[0].split(";")[0].strip() for line in (ROOT / file).read_text().splitlines()]
@@ -83,34 +82,20 @@ def test_public_names():
         assert getattr(sosd_fast, name).__doc__
 
 
+def test_there_is_one_version():
+    """That of the source: setuptools reads it from there, and CITATION.cff repeats it."""
+    import sosd_fast
+
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", sosd_fast.__version__)
+    assert f"\nversion: {sosd_fast.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert "version" not in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
 def test_doctor():
     text = "\n".join(doctor())
     assert f"torch       {torch.__version__}" in text and "svdvals                C++" in text
     done = subprocess.run([sys.executable, "-m", "sosd_fast", "doctor"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == text.strip()
-
-
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.S), ids=lambda code: code.split("\n")[0])
-def test_readme_code_runs(code, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(compile(code, "README.md", "exec"), names)
-    assert "probe" not in names or (names["probe"].step_count == 3 and names["probe"].latest())
-
-
-def test_readme_tree_is_the_tree():
-    """Every folder and file that it names is there, and every room of the library is named."""
-    tree = README.split("## Tree")[1]
-    top, named = "", {}
-    for line in tree.splitlines():
-        if match := re.match(r"([\w.]+)/ ", line + " "):
-            top = match[1]
-        for name in re.findall(r"^  +([\w/]+(?:\.py|/)) ", line) + re.findall(r"\b\w+\.(?:py|cpp)\b", line):
-            named.setdefault(top, set()).add(name)
-            assert any((ROOT / top).rglob(name.rstrip("/"))), f"{top}: {name}"
-    assert set(named) >= {"kernels", "sosd_fast", "bench", "training"}
-    rooms = {f"{path.parent.name}/" for path in (ROOT / "sosd_fast").glob("*/__init__.py")} - {"kernels/"}
-    assert rooms == {name for name in named["sosd_fast"] if name.endswith("/")}
 
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
@@ -166,36 +151,6 @@ def test_what_the_architecture_names_is_there():
         if path.suffix in (".py", ".cpp", ".hpp") and path != Path(__file__).resolve()
     )
     assert not wrong and not [name for name in named if not re.search(rf"\b{name}\b", code)]
-
-
-COMMAND = re.compile(
-    r"^(?:python|torchrun [^\n]*?) ?(-m [\w.]+(?: (?:report|analyze|doctor))?|training/\w+\.py)([^#\n]*)", re.M
-)
-DOCUMENTED = {
-    match.groups()
-    for page in ("README.md", "training/README.md", "training/paper/README.md")
-    for match in COMMAND.finditer((ROOT / page).read_text())
-}
-
-
-@pytest.mark.parametrize("command", sorted({command for command, _ in DOCUMENTED}))
-def test_documented_commands_have_their_flags(command, monkeypatch, capsys):
-    name, *rest = command.removeprefix("-m ").split()
-    monkeypatch.setattr(sys, "argv", [name, *rest, "--help"])
-    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
-    for module in (name, f"{name}.__main__"):  # runpy warns of what others imported
-        if module != "sosd_fast":
-            monkeypatch.delitem(sys.modules, module, raising=False)
-    with pytest.raises(SystemExit) as ended:
-        if name.endswith(".py"):
-            runpy.run_path(str(ROOT / name), run_name="__main__")
-        else:
-            runpy.run_module(name, run_name="__main__", alter_sys=True)
-    text = capsys.readouterr().out
-    assert ended.value.code == 0 and "usage" in text
-    own = [flags.split(" -- ")[0] for c, flags in DOCUMENTED if c == command]  # the others are for another command
-    for flag in {flag for flags in own for flag in re.findall(r"(?<= )--[\w-]+", flags)}:
-        assert flag in text, flag
 
 
 @pytest.mark.parametrize("installed", [True, False], ids=["installed", "not installed"])

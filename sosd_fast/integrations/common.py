@@ -59,7 +59,7 @@ class AttachedProbe:
         probe: the `Probe`, from the beginning of training; None where the model cannot be followed.
     """
 
-    def __init__(self, *, run_dir: str | os.PathLike | None = None, **track_options):
+    def __init__(self, *, run_dir: str | os.PathLike | None = None, **track_options: Any):
         super().__init__()
         self.run_dir, self._track_options = run_dir, track_options
         self.probe: Probe | None = None

@@ -5,7 +5,9 @@ Trainer(..., callbacks=[HuggingFaceCallback(run_dir="runs/a")])
 
 import copy
 import logging
+import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from sosd_fast.integrations.common import METRICS, AttachedProbe, of_all_processes, scalars
@@ -37,7 +39,9 @@ class HuggingFaceCallback(AttachedProbe, TrainerCallback):
         probe: the `Probe`, from the beginning of training; None where the model cannot be followed.
     """
 
-    def __init__(self, *, run_dir=None, metrics=METRICS, **track_options):
+    def __init__(
+        self, *, run_dir: str | os.PathLike | None = None, metrics: Sequence[str] = METRICS, **track_options: Any
+    ):
         super().__init__(run_dir=run_dir, **track_options)
         self._metrics, self._heard, self._loggers = metrics, {}, []
 

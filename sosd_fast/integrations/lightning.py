@@ -3,6 +3,8 @@
 lightning.Trainer(..., callbacks=[LightningCallback(run_dir="runs/a")])
 """
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 from sosd_fast.integrations.common import METRICS, AttachedProbe, of_all_processes, scalars
@@ -30,7 +32,9 @@ class LightningCallback(AttachedProbe, Callback):
         probe: the `Probe`, from the beginning of training; None where the model cannot be followed.
     """
 
-    def __init__(self, *, run_dir=None, metrics=METRICS, **track_options):
+    def __init__(
+        self, *, run_dir: str | os.PathLike | None = None, metrics: Sequence[str] = METRICS, **track_options: Any
+    ):
         super().__init__(run_dir=run_dir, **track_options)
         self._metrics, self._heard = metrics, {}
         self._step = 0  # the probe's, when the Trainer's was the one told

@@ -1,6 +1,7 @@
 """Figures from runs, as functions that return a matplotlib Figure; the caller saves it with `figure.savefig(path)`."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -8,13 +9,16 @@ from sosd_fast.runs.curves import spectral_alignment, variation_by_kind
 from sosd_fast.runs.phases import onsets
 from sosd_fast.runs.records import Run
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 INK = "#222222"  # of text, axes and the loss; the report puts the reader's colour in its place
 _COLORS = {"attention": "#4477aa", "mlp": "#ee6677", "embedding": "#228833", "head": "#aa3377", "other": "#777777"}
 _RUN_COLORS = ("#4477aa", "#ee7733", "#009988", "#cc3377", "#999933", "#888888")
 _POINTS = 1500  # drawn of a curve at most; a curve of more is drawn as its extremes and median over equal spans
 
 
-def plot_run(run: Run):
+def plot_run(run: Run) -> "Figure":
     """Draws the loss, and below it the SD variation of each module kind with its onset of stability, over the steps.
 
     Returns:
@@ -32,7 +36,7 @@ def plot_run(run: Run):
     return figure
 
 
-def plot_runs(runs: Mapping[str, Run]):
+def plot_runs(runs: Mapping[str, Run]) -> "Figure":
     """Overlays several runs: the loss, and the SD variation of each module kind in a panel of its own.
 
     Args:
@@ -66,7 +70,7 @@ def plot_runs(runs: Mapping[str, Run]):
     return figure
 
 
-def plot_spectra(run: Run, names: Sequence[str], *, change: bool = True, columns: int = 3):
+def plot_spectra(run: Run, names: Sequence[str], *, change: bool = True, columns: int = 3) -> "Figure":
     """Draws heat maps of spectra over time, one a matrix, all in one scale of colours.
 
     Each column of pixels is a singular distribution, the largest value at the top, ranks on a log scale. Between the
@@ -128,7 +132,7 @@ def plot_spectra(run: Run, names: Sequence[str], *, change: bool = True, columns
 
 def plot_alignment(
     runs: Mapping[str, Run], parameters: Mapping[str, tuple[Sequence[int], Sequence[float]]] | None = None
-):
+) -> "Figure":
     """Draws how close the spectra are to their final state, and the parameters to theirs.
 
     Args:

@@ -1,7 +1,9 @@
 """What theory allows a singular distribution to move by."""
 
+from typing import Any
 
-def theory_bound(update_norm, nuclear_norm, min_mn):
+
+def theory_bound(update_norm: Any, nuclear_norm: Any, min_mn: int) -> Any:
     """Bounds one step of SD variation by the size of the update, elementwise.
 
         |SD(W') - SD(W)|_2 <= (1 + sqrt(r)) |W' - W|_F / max(|W|_*, |W'|_*),   r = min(m, n)

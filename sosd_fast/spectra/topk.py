@@ -59,7 +59,7 @@ class TopK(NamedTuple):
 
 
 def topk_svdvals(
-    W,
+    W: Any,
     k: int,
     *,
     n_oversamples: int = 8,

@@ -1,9 +1,11 @@
 """What a user installs: the source distribution, the wheel, their files, and the types as pyright reads them."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import venv
@@ -11,6 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import sosd_fast
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
@@ -67,6 +71,40 @@ def test_the_source_distribution_builds_the_same_wheel(checkout, wheel, tmp_path
     python = sorted(Path(m.name).name for m in members if "kernels" in m.name and m.name.endswith(".py"))
     assert python == KERNELS
     assert files(wheel_of(sdist, tmp_path)) == files(wheel)
+
+
+def test_the_wheel_carries_the_version_of_the_source(wheel):
+    assert wheel.name.split("-")[1] == sosd_fast.__version__
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        assert f"\nVersion: {sosd_fast.__version__}\n" in archive.read(metadata).decode()
+
+
+def test_the_wheel_works_without_a_compiler_under_another_path(wheel, tmp_path):
+    """In a new environment that has nothing but this wheel, and torch and matplotlib by a .pth file."""
+    venv.create(tmp_path / "elsewhere", with_pip=True)
+    python = tmp_path / "elsewhere" / "bin" / "python"
+    pip("install", "--no-deps", "--no-index", wheel, python=python)
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = subprocess.run([python, "-I", "-c", ask], check=True, capture_output=True, text=True).stdout.strip()
+    # Last in the order, so that the wheel is found before an editable install of this tree. A .pth file that lies in
+    # that folder is not read, so that no finder of an editable install is set up.
+    Path(site, "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    no_compiler = {"PATH": str(python.parent), "CC": "/nowhere", "CXX": "/nowhere", "HOME": str(tmp_path)}
+    command = [python, "-I", ROOT / "tests" / "helpers" / "installed.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=no_compiler, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    version, folder = done.stdout.splitlines()[-1].split(maxsplit=1)
+    assert version == sosd_fast.__version__ and Path(folder) == Path(site) / "sosd_fast"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="manylinux is Linux")
+def test_the_wheel_needs_nothing_that_is_not_on_every_linux(wheel):
+    """So a tag manylinux fits it as it is: no library of this machine has to be copied into it."""
+    pytest.importorskip("auditwheel")
+    done = subprocess.run([sys.executable, "-m", "auditwheel", "show", wheel], capture_output=True, text=True)
+    found = re.search(r'following platform tag:\s+"(\w+)"', done.stdout)
+    assert found and found[1].startswith("manylinux_"), done.stdout + done.stderr
 
 
 def test_an_editable_install_reads_the_kernels_of_the_tree(checkout, tmp_path):

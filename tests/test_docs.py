@@ -1,0 +1,354 @@
+"""The pages: README's size, links, commands and flags, code blocks and what they print, and the site."""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import inspect
+import io
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import tomllib
+import zlib
+from pathlib import Path
+
+import pytest
+
+import sosd_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LOG.md", "training/README.md")),
+    *(ROOT / "training/paper").rglob("*.md"),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+TOLD = [page for page in PAGES if page.name not in ("CHANGELOG.md", "LOG.md")]  # which say what was, too
+RUN = [ROOT / "README.md", ROOT / "docs/tutorial.md", ROOT / "docs/methods.md"]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def without_code(text: str) -> str:
+    return FENCE.sub("", text)
+
+
+# --- README
+
+
+def figures(text: str) -> list[str]:
+    """The numbers in prose and tables; not those in code, addresses, names of files and words such as L2."""
+    prose = re.sub(r"`[^`\n]*`|\]\([^)\s]*\)", "", without_code(text))
+    return re.findall(r"(?<![\w.])\d[\d.,]*(?:e-?\d+)?", prose)
+
+
+def test_readme_is_short_and_has_a_picture_early():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 100 and any(re.match(r"!\[.+\]\(docs/\w+\.png\)", line) for line in lines[:25])
+    assert len(figures("\n".join(lines))) <= 30
+
+
+def test_figures_are_counted():
+    text = "Costs 5.7 % of 2,048 tokens, 3e-4 σ₁, by `k=32` ([paper](https://arxiv.org/abs/2605)).\n```\n1 2\n```\n"
+    assert figures(text) == ["5.7", "2,048", "3e-4"]
+
+
+def test_readme_says_what_one_gets_and_what_not():
+    text = (ROOT / "README.md").read_text()
+    bullets = {
+        title: re.findall(r"^- ", part, re.M) for title, part in re.findall(r"^## (.*)\n((?:(?!## ).*\n)*)", text, re.M)
+    }
+    assert len(bullets["What you get"]) == 5 and len(bullets["What it is not for"]) == 4
+    first = re.search(r"^- (.*)", text.split("## What it is not for")[1], re.M)
+    assert first and "GPU" in first[1]
+
+
+# --- Links
+
+
+def anchors(page: Path) -> set[str]:
+    """The places of a page that a link can lead to: headings, by GitHub's rule, and anchors of their own."""
+    text = without_code(page.read_text())
+    headings = (re.sub(r"[^\w\- ]", "", each.lower().replace("`", "")) for each in re.findall(r"^#+ (.*)$", text, re.M))
+    return {each.strip().replace(" ", "-") for each in headings} | set(re.findall(r'<a id="([\w-]+)">', text))
+
+
+def wrong_links(page: Path) -> list[str]:
+    """The links of a page that lead to no file, or to no place in it. A folder is no file: the site cannot show it."""
+    wrong = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+        path, _, anchor = target.partition("#")
+        if re.match(r"\w+:", target):
+            continue
+        file = (page.parent / path).resolve() if path else page
+        if not file.is_file() or (anchor and anchor not in anchors(file)):
+            wrong.append(target)
+    return wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    assert not wrong_links(page)
+
+
+def test_wrong_links_are_found(tmp_path):
+    (tmp_path / "a.md").write_text("# A place\n[a](b.md) [b](a.md#a-place) [c](#none) [d](https://x.y/z) [e](.)\n")
+    assert wrong_links(tmp_path / "a.md") == ["b.md", "#none", "."]
+
+
+# --- Commands and flags
+
+COMMAND = re.compile(
+    r"(?:python|torchrun [^\n`]*?) ?(-m (?:sosd_fast|bench|training)[\w.]*|(?:training|docs|examples)/\w+\.py)"
+    r"( (?:report|analyze|doctor|watch))?\b([^#\n`]*)"
+)
+DOCUMENTED = sorted({(m[1] + (m[2] or ""), m[3]) for page in TOLD for m in COMMAND.finditer(page.read_text())})
+
+
+@functools.cache
+def help_of(command: str) -> str:
+    """What a command says of itself, run in this process: importing torch anew for each takes seconds."""
+    name, *rest = command.removeprefix("-m ").split()
+    argv, path, out = sys.argv, list(sys.path), io.StringIO()
+    for module in (name, f"{name}.__main__"):  # runpy warns of what others imported
+        if module != "sosd_fast":
+            sys.modules.pop(module, None)
+    try:
+        sys.argv, sys.path[:0] = [name, *rest, "--help"], [str(ROOT)]
+        with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(out):
+            if name.endswith(".py"):
+                runpy.run_path(str(ROOT / name), run_name="__main__")
+            else:
+                runpy.run_module(name, run_name="__main__", alter_sys=True)
+    finally:
+        sys.argv, sys.path[:] = argv, path
+    assert ended.value.code == 0
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("command", sorted({command for command, _ in DOCUMENTED if "examples/" not in command}))
+def test_documented_commands_have_their_flags(command):
+    text = help_of(command)
+    own = [flags.split(" -- ")[0] for c, flags in DOCUMENTED if c == command]  # the others are for another command
+    wrong = [flag for flags in own for flag in re.findall(r"(?<= )--[\w-]+", flags) if flag not in text]
+    assert "usage" in text and not wrong
+
+
+def test_commands_are_found():
+    found = {command for command, _ in DOCUMENTED}
+    assert {"-m sosd_fast report", "-m sosd_fast doctor", "-m bench.probe", "training/run.py"} <= found
+    assert len(found) > 15
+
+
+FOREIGN = {"--nnodes", "--rdzv-"}  # torchrun's
+
+
+@pytest.mark.parametrize("page", TOLD, ids=name_of)
+def test_flags_in_prose_are_flags_of_some_command(page):
+    """Of any command that is documented somewhere."""
+    prose = without_code(page.read_text())
+    code = " ".join(re.findall(r"`([^`\n]*)`", prose))
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code))
+    known = "".join(help_of(command) for command in {c for c, _ in DOCUMENTED if "examples/" not in c}) if flags else ""
+    assert not [flag for flag in flags - FOREIGN if not re.search(rf"{flag}\b", known)]
+
+
+@pytest.mark.parametrize("page", TOLD, ids=name_of)
+def test_extras_exist(page):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r"pip install (?:-e )?'\.\[([\w,]+)\]'", page.read_text())
+    assert {extra for each in named for extra in each.split(",")} <= set(extras)
+
+
+@pytest.mark.parametrize("page", TOLD, ids=name_of)
+def test_make_targets_exist(page):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = re.findall(r"`make ([\w-]+)`|^make ([\w-]+)", page.read_text(), re.M)
+    assert {a or b for a, b in named} <= targets
+
+
+def test_examples_that_are_named_exist():
+    assert all((ROOT / command).is_file() for command, _ in DOCUMENTED if command.endswith(".py"))
+
+
+# --- Code blocks
+
+
+def alike(printed: str, documented: str) -> bool:
+    """Whether texts agree but for numbers with a fraction, which may be 30 % apart: other machines round otherwise."""
+    number = r"\d+\.\d+(?:e[-+]\d+)?"
+    if re.sub(number, "#", printed).split() != re.sub(number, "#", documented).split():
+        return False
+    pairs = zip(re.findall(number, printed), re.findall(number, documented), strict=True)
+    return all(abs(float(a) - float(b)) <= 0.3 * abs(float(b)) for a, b in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN, ids=name_of)
+def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
+    """The blocks of a page are one program; a block of text says what the block before it prints."""
+    monkeypatch.chdir(tmp_path)
+    names, printed, blocks = {}, "", [block for block in FENCE.findall(page.read_text()) if block[0]]
+    assert blocks and {kind for kind, _ in blocks} <= {"python", "text"}
+    for kind, code in blocks:
+        if kind == "text":
+            assert alike(printed, code), printed
+        else:
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(compile(code, name_of(page), "exec"), names)
+            printed = out.getvalue()
+
+
+def test_another_output_is_found():
+    assert alike("a 1.21 of 3\n", "a  1.2 of 3") and alike("1.5e-04", "1.6e-04")
+    assert not alike("a 1.21 of 4", "a 1.2 of 3") and not alike("a 2.4", "a 1.2") and not alike("", "a")
+
+
+def test_a_report_of_the_tutorials_kind_of_run(tmp_path, monkeypatch):
+    """README and the tutorial end with this command, on what their code has written."""
+    monkeypatch.chdir(tmp_path)
+    code = next(code for kind, code in FENCE.findall((ROOT / "README.md").read_text()) if kind == "python")
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(code, "README.md", "exec"), {})
+        from sosd_fast.__main__ import main
+
+        assert main(["report", "runs/first", "-o", "report.html"]) == 0
+    assert "<svg" in Path("report.html").read_text()
+
+
+@pytest.mark.parametrize("page", TOLD, ids=name_of)
+def test_python_blocks_are_python(page):
+    for kind, code in FENCE.findall(page.read_text()):
+        if kind in ("python", "py"):
+            compile(code, name_of(page), "exec")
+
+
+# --- Figures
+
+
+def rows(title: str) -> dict[str, list[float]]:
+    """The numbers in the table below a heading of the benchmarks, by the first cell of each row."""
+    part = (ROOT / "docs/benchmarks.md").read_text().split(f"## {title}")[1].split("\n## ")[0]
+    cells = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in part.splitlines() if line[:1] == "|"]
+    return {row[0]: [float(n) for n in re.findall(r"\d+\.?\d*", " ".join(row[1:]))] for row in cells[2:]}
+
+
+def kept(name: str):
+    return json.loads((ROOT / "bench/results/amd-epyc" / f"{name}.json").read_text())["rows"]
+
+
+def test_the_tables_are_those_of_the_results():
+    """To the digits that they show."""
+    near = functools.partial(pytest.approx, rel=0.06)
+    adamw, muon, table = kept("svd_overhead"), kept("svd_overhead-muon"), rows("What does measuring cost in")
+    for shown, (name, *_) in ((numbers, tracker.split(",")) for tracker, numbers in table.items()):
+        pairs = [(each[name]["tracker_ms"], each[name]["overhead_percent"]) for each in (adamw, muon)]
+        assert shown[:4] == near([*pairs[0], *pairs[1]])
+    budgets, shown = kept("probe_budget")["budget"], rows("Is the budget kept?")["cost, % of the step"]
+    assert len(table) == 4 and shown == near([100 * cost for cost in budgets.values()])
+    for title, name, columns in (
+        ("How fast are all", "svdvals", ("sosd_fast", "torch svdvals", "eigvalsh of the Gram")),
+        ("How fast are the leading", "topk", ("m", "svdvals")),
+        ("How fast is Newton", "newton_schulz", ("plain", "gram")),
+    ):
+        table = rows(title)
+        for shape, found in kept(name).items():
+            values = [found[column]["ms"] if isinstance(found[column], dict) else found[column] for column in columns]
+            assert table.pop(shape.replace("x", "×"))[: len(values)] == near(values), shape
+        assert not table
+
+
+def test_the_pictures_are_drawn_from_what_is_kept():
+    pictures = runpy.run_path(str(ROOT / "docs/pictures.py"))
+    assert list(pictures["costs"]().values()) == pytest.approx([40.4, 5.67, 5.34, 0.978], rel=0.01)
+    runs = json.loads((ROOT / "docs/pictures.json").read_text())
+    top, bottom = pictures["draw_loss"](runs).axes
+    assert list(runs) == ["AdamW", "Muon"] and len(top.lines) == 4 and bottom.get_yscale() == "log"
+    assert len(pictures["draw_costs"](pictures["costs"]()).axes[0].patches) == 4
+
+
+# --- The tree
+
+
+def test_the_tree_of_the_architecture_is_the_tree():
+    """Every folder and file that it names is there, and every room of the library is named."""
+    tree = next(code for kind, code in FENCE.findall((ROOT / "docs/architecture.md").read_text()) if not kind)
+    top, named = "", {}
+    for line in tree.splitlines():
+        if match := re.match(r"([\w.]+)/ ", line + " "):
+            top = match[1]
+        for name in re.findall(r"^  +([\w/]+(?:\.py|/)) ", line) + re.findall(r"\b\w+\.(?:py|cpp)\b", line):
+            named.setdefault(top, set()).add(name)
+            assert any((ROOT / top).rglob(name.rstrip("/"))), f"{top}: {name}"
+    assert set(named) >= {"kernels", "sosd_fast", "bench", "training"}
+    rooms = {f"{path.parent.name}/" for path in (ROOT / "sosd_fast").glob("*/__init__.py")} - {"kernels/"}
+    assert rooms == {name for name in named["sosd_fast"] if name.endswith("/")}
+
+
+# --- The site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The site, built from a copy of what it is made of, without a warning."""
+    if importlib.util.find_spec("mkdocs") is None or importlib.util.find_spec("mkdocstrings") is None:
+        pytest.skip("mkdocs is not installed: make docs")
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder / "site"],
+        cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    return folder / "site"
+
+
+def public_names() -> set[str]:
+    """What a user may name: `sosd_fast`'s own names, the members of its classes, and what pages and examples import."""
+    names = set()
+    for name in sosd_fast.__all__:
+        value = getattr(sosd_fast, name)
+        full = "sosd_fast.track.track" if name == "track" else f"sosd_fast.{name}"
+        names.add(full)
+        if value in (sosd_fast.Probe, sosd_fast.Run):
+            names |= {f"{full}.{member}" for member, of in inspect.getmembers(value) if _is_public(member, of)}
+        elif value in (sosd_fast.Record, sosd_fast.Distribution, sosd_fast.TopK):
+            names |= {f"{full}.{field}" for field in value.__annotations__}
+    sources = [code for page in TOLD if page.name != "architecture.md" for _, code in FENCE.findall(page.read_text())]
+    for text in [*sources, *(path.read_text() for path in (ROOT / "examples").glob("*.py"))]:
+        for module, imported in re.findall(r"^\s*from (sosd_fast\.[\w.]+) import ([\w, ]+)", text, re.M):
+            names |= {f"{module}.{name.strip()}" for name in imported.split(",")}
+    return names
+
+
+def _is_public(name: str, value) -> bool:
+    return not name.startswith("_") and (callable(value) or isinstance(value, property | functools.cached_property))
+
+
+def test_the_site_has_every_public_name(site):
+    entries = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode().splitlines()
+    missing = sorted(public_names() - {entry.split()[0] for entry in entries})
+    assert len(public_names()) > 60 and not missing
+
+
+def test_the_site_shows_the_pages_and_pictures(site):
+    home = (site / "index.html").read_text()
+    assert 'src="loss.png"' in home and (site / "loss.png").is_file() and (site / "training/paper/index.html").is_file()
+    assert (site / "source/sosd_fast/spectra/precision.py/index.html").is_file()
+
+
+def test_a_broken_page_breaks_the_site(site, tmp_path):  # noqa: ARG001
+    left_out = shutil.ignore_patterns(".*", "build", "*.so", "*.egg-info", "__pycache__")
+    copy = shutil.copytree(ROOT, tmp_path / "copy", symlinks=True, ignore=left_out)
+    with (copy / "docs/tutorial.md").open("a") as page:
+        page.write("\n[nowhere](no-such-page.md)\n")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+    assert done.returncode and "no-such-page.md" in done.stderr + done.stdout
