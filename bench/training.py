@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.harness import ROOT, finish, interleaved, parser, show
-from sosd_fast.distributed.layout import RankAssignment, assign, cost, shape_of
+from sosd_fast.distributed.layout import assign, cost, shape_of
+from sosd_fast.distributed.share import RankAssignment
 from sosd_fast.matrices import find_matrices
 from sosd_fast.probe.followed import Found
 from sosd_fast.probe.probe import Probe

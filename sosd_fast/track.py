@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sosd_fast.distributed.layout import share
+from sosd_fast.distributed.share import share
 from sosd_fast.matrices import DEFAULT_SPLIT, find_matrices
 from sosd_fast.probe.followed import Found
 from sosd_fast.probe.probe import Probe, probes_of

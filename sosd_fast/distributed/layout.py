@@ -1,35 +1,68 @@
-"""Which rank holds what of a model's matrices: whole ones (DDP), rows of them (FSDP2), or both (hybrid sharding).
+"""Which rank holds what of a model's matrices, for any placement of DTensors on a mesh of any dimension.
 
-Replicas share the matrices out by cost and need not communicate. Of a row-sharded matrix (m, n) rank p of P holds rows
-p c to (p + 1) c, c = ceil(m / P), the rule of torch's Shard(0).
+Of a parameter a rank holds a box, and of a matrix in it a block: some of its rows by some of its columns. Ranks with
+the same block have copies of it, and one of them sends it where it is needed. All of this is arithmetic that every
+rank does alike; nothing here communicates.
+
+Shard(d) splits dimension d in chunks of ceil(size / ranks), the rule of `torch.chunk`: late ranks may hold nothing.
 """
 
 import dataclasses
-import weakref
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sosd_fast.matrices import Matrix
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
 
-# Models that the ranks of a group hold copies of, though nothing about them says so: what a Trainer passes to callbacks
-copies: "weakref.WeakKeyDictionary[nn.Module, ProcessGroup]" = weakref.WeakKeyDictionary()
+Box = tuple[tuple[int, int], ...]  # (start, stop) along each dimension of a tensor
 
 
-class RankAssignment(NamedTuple):
-    """What one rank measures of a model's matrices."""
+class Mesh(NamedTuple):
+    """The ranks of a mesh, in the order of its coordinates, the last of which runs fastest."""
 
-    matrices: list[Matrix]  # those of this rank's replica
-    parameters: list[Tensor]  # of all matrices
-    group: "ProcessGroup | None"  # the ranks that hold rows of these matrices, where they are sharded
-    rank: int  # of all ranks
-    ranks: int
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    @property
+    def coordinates(self) -> dict[int, tuple[int, ...]]:
+        """Where each rank stands in it."""
+        return dict(zip(self.ranks, itertools.product(*map(range, self.shape)), strict=True))
+
+
+class Block(NamedTuple):
+    """The entries of a matrix that a rank holds: those in some of its rows and some of its columns."""
+
+    rows: range | Tensor  # their numbers, ascending
+    columns: range | Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m_p, n_p)."""
+        return len(self.rows), len(self.columns)
+
+    @property
+    def size(self) -> int:
+        """How many entries there are."""
+        return len(self.rows) * len(self.columns)
+
+
+NOTHING = Block(range(0), range(0))
+
+
+class Spread(NamedTuple):
+    """Where the entries of one matrix are."""
+
+    blocks: tuple[Block, ...]  # of each rank
+    owner: int  # the rank that measures and records the matrix
+    senders: tuple[int, ...]  # ranks that hold every entry once between them, the owner's own and the nearest ones
 
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
@@ -44,114 +77,233 @@ def shape_of(matrix: Matrix) -> tuple[int, int]:
     return m, n
 
 
+def box_at(
+    shape: Sequence[int], mesh_shape: Sequence[int], coordinate: Sequence[int], placements: "Sequence[Placement]"
+) -> Box:
+    """The part of a tensor that the rank at a coordinate of a mesh holds.
+
+    Args:
+        shape: of the whole tensor.
+        mesh_shape: of the mesh.
+        coordinate: of the rank in the mesh.
+        placements: one for each dimension of the mesh.
+
+    Raises:
+        ValueError: a placement that says of no rank which part it holds: partial sums, or one that is not known.
+    """
+    # The dimensions of the mesh that split each dimension of the tensor, in the order in which they did. That is the
+    # mesh's own, but for _StridedShard: FSDP2 makes one of a dimension that tensor parallelism has split before in as
+    # many parts as its split_factor says, on later dimensions of the mesh.
+    splits: list[list[int]] = [[] for _ in shape]
+    for i in reversed(range(len(placements))):
+        placement = placements[i]
+        if placement.is_replicate():
+            continue
+        dim = getattr(placement, "dim", None)
+        if placement.is_partial() or dim is None:
+            raise ValueError(f"holds {placement}, which no rank has the values of")
+        before, factor = splits[dim], int(getattr(placement, "split_factor", 1))
+        sizes = [math.prod(mesh_shape[each] for each in before[:j]) for j in range(len(before) + 1)]
+        if factor not in sizes:
+            raise ValueError(f"is split by {placement}, which does not fit a mesh of shape {tuple(mesh_shape)}")
+        before.insert(sizes.index(factor), i)
+    box = []
+    for size, order in zip(shape, splits, strict=True):
+        start, stop = 0, size
+        for i in order:
+            chunk = -(-(stop - start) // mesh_shape[i])
+            start, stop = (min(start + part * chunk, stop) for part in (coordinate[i], coordinate[i] + 1))
+        box.append((start, stop))
+    return tuple(box)
+
+
+def boxes_on(shape: Sequence[int], mesh: Mesh, placements: "Sequence[Placement]") -> dict[int, Box]:
+    """The part of a tensor that each rank of a mesh holds; raises as `box_at` does."""
+    return {rank: box_at(shape, mesh.shape, at, placements) for rank, at in mesh.coordinates.items()}
+
+
+def mesh_of(tensor: "DTensor") -> Mesh:
+    """The mesh of a DTensor."""
+    mesh = tensor.device_mesh
+    return Mesh(tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist()))
+
+
+def box_of(tensor: "DTensor") -> Box:
+    """The part of a DTensor that this rank holds, whose shape is that of its local tensor.
+
+    Raises:
+        ValueError: placements that cannot be described, or a local tensor of another shape than they say.
+    """
+    mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return ((0, 0),) * tensor.ndim
+    box = box_at(tensor.shape, tuple(mesh.shape), coordinate, tensor.placements)
+    expected, found = [stop - start for start, stop in box], list(tensor.to_local().shape)
+    if expected != found and (0 not in expected or 0 not in found):
+        raise ValueError(
+            f"has a part of shape {tuple(found)} on this rank, where {tuple(tensor.placements)} of "
+            f"{tuple(tensor.shape)} over a mesh of shape {tuple(mesh.shape)} makes it {tuple(expected)}"
+        )
+    return box
+
+
+def block_of(matrix: Matrix, box: Box) -> Block:
+    """The entries of a matrix that lie in a box of its parameter."""
+    if any(start >= stop for start, stop in box):
+        return NOTHING
+    shape = tuple(matrix.parameter.shape)
+    if matrix.flatten:
+        f = matrix.flatten
+        return Block(_flat(shape[:f], box[:f]), _flat(shape[f:], box[f:]))
+    if not all(start <= i < stop for i, (start, stop) in zip(matrix.index, box, strict=False)):
+        return NOTHING
+    sides = [range(*each) for each in box[len(matrix.index) :]]
+    if matrix.part is not None:
+        dim, offset, length = matrix.part
+        period = matrix.period or shape[len(matrix.index) + dim]
+        within = [
+            i // period * length + min(max(i % period - offset, 0), length) for i in (sides[dim].start, sides[dim].stop)
+        ]
+        sides[dim] = range(*within)
+    block = Block(*sides)
+    return block if block.size else NOTHING
+
+
+def _flat(shape: Sequence[int], box: Box) -> range | Tensor:
+    """The numbers that the entries of a box have in the flattened tensor."""
+    partial = [d for d, (size, (start, stop)) in enumerate(zip(shape, box, strict=True)) if stop - start < size]
+    last = partial[-1] if partial else 0
+    if all(stop - start == 1 for start, stop in box[:last]):  # one stretch of memory
+        first = 0
+        for size, (start, _) in zip(shape, box, strict=True):
+            first = first * size + start
+        return range(first, first + math.prod(stop - start for start, stop in box))
+    numbers = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for size, (start, stop) in zip(shape, box, strict=True):
+        numbers = (numbers[:, None] * size + torch.arange(start, stop, device="cpu")).flatten()
+    return numbers
+
+
+def local_block(matrix: Matrix, box: Box, local: Tensor) -> Tensor:
+    """The entries of a matrix in a box of its parameter, (m_p, n_p), as `block_of` numbers them.
+
+    Args:
+        matrix: any.
+        box: of its parameter.
+        local: the values of the parameter in the box. Not modified.
+
+    Returns:
+        A view, or a copy where the entries stand apart; (0, 0) where there is none.
+    """
+    block = block_of(matrix, box)
+    if not block.size:
+        return local.new_empty(0, 0)
+    if matrix.flatten:
+        return local.flatten(0, matrix.flatten - 1).flatten(1)
+    local = local[tuple(i - start for i, (start, _) in zip(matrix.index, box, strict=False))]
+    if matrix.part is None:
+        return local
+    dim, offset, length = matrix.part
+    start, _ = box[len(matrix.index) + dim]
+    numbers = (block.rows, block.columns)[dim]
+    assert isinstance(numbers, range)
+    if not matrix.period:
+        return local.narrow(dim, numbers.start + offset - start, len(numbers))
+    at = torch.arange(numbers.start, numbers.stop, device=local.device)
+    return local.index_select(dim, at // length * matrix.period + at % length + offset - start)
+
+
+def put(whole: Tensor, block: Block, values: Tensor):
+    """Writes the entries of a block, (m_p, n_p), into the matrix (m, n)."""
+    if isinstance(block.rows, range) and isinstance(block.columns, range):
+        take(whole, block).copy_(values)
+    else:
+        whole[_index(block, whole.device)] = values
+
+
+def take(whole: Tensor, block: Block) -> Tensor:
+    """The entries of a block, (m_p, n_p), of a matrix (m, n): a view where rows and columns are consecutive."""
+    if isinstance(block.rows, range) and isinstance(block.columns, range):
+        return whole[block.rows.start : block.rows.stop, block.columns.start : block.columns.stop]
+    return whole[_index(block, whole.device)]
+
+
+def _index(block: Block, device: torch.device) -> tuple[Tensor, Tensor]:
+    rows, columns = (torch.as_tensor(side, device=device) for side in block)
+    return rows[:, None], columns[None, :]
+
+
 def cost(shape: tuple[int, int]) -> float:
     """What the full spectrum of an (m, n) matrix costs, in units of a product's operations (LOG.md#svdvals-cpu)."""
     r = min(shape)
     return r * r * max(shape) + 2.2 * r**3
 
 
-def assign(costs: Sequence[float], parts: int) -> list[int]:
+def assign(costs: Sequence[float], parts: int, allowed: Sequence[Collection[int]] | None = None) -> list[int]:
     """Shares work out: the longest first, each to the part that has least so far.
 
     Args:
         costs: of each item.
         parts: how many.
+        allowed: the parts that each item may go to; None allows all. Those that may not go everywhere go first.
 
     Returns:
-        The part of each item. No part has more than 4/3 - 1/(3 parts) times the best maximum.
+        The part of each item. Where all are allowed, no part has more than 4/3 - 1/(3 parts) times the best maximum.
 
     Source: Graham, Bounds on Multiprocessing Timing Anomalies (1969).
     """
-    total, part = [0.0] * parts, [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        part[i] = min(range(parts), key=total.__getitem__)
+    total, part, everywhere = [0.0] * parts, [0] * len(costs), range(parts)
+    choices = [everywhere if allowed is None else sorted(allowed[i]) for i in range(len(costs))]
+    for i in sorted(range(len(costs)), key=lambda i: (len(choices[i]) == parts, -costs[i])):
+        part[i] = min(choices[i], key=total.__getitem__)
         total[part[i]] += costs[i]
     return part
 
 
-def share(model: nn.Module, matrices: list[Matrix]) -> RankAssignment:
-    """Finds what this rank measures.
+def spread(
+    matrices: Sequence[Matrix],
+    boxes: Sequence[Sequence[Box | None]],
+    meshes: Sequence[Mesh | None] | None = None,
+) -> list[Spread]:
+    """Says who holds what of each matrix, who owns it, and who sends its blocks to the owner.
+
+    A matrix that some ranks hold whole goes to one of these, and need not be sent.
 
     Args:
-        model: DistributedDataParallel, among `copies`, sharded by `fully_shard`, or none of these.
-        matrices: all of its matrices, in the same order on every rank.
-
-    Raises:
-        ValueError: a parameter that is sharded other than by rows over one dimension of a mesh, or parameters on
-            several meshes.
+        matrices: any; their parameters are asked for nothing but their shapes.
+        boxes: of each matrix's parameter, what each rank holds; None of it for nothing.
+        meshes: of each matrix's parameter, by the numbers of ranks that the boxes have, where there is one. Of ranks
+            with the same block that one sends it to the owner whose coordinates differ least from the owner's, then
+            the one next in number.
     """
-    model = getattr(model, "_orig_mod", model)
-    parameters = [m.parameter for m in matrices]
-    sharded = [p for p in parameters if is_sharded(p)]
-    if not sharded:
-        ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-        group = model.process_group if ddp else copies.get(model)
-        if group is None:
-            return RankAssignment(matrices, parameters, None, 0, 1)
-        rank, ranks = group.rank(), group.size()
-        return RankAssignment(_own(matrices, rank, ranks), parameters, None, rank, ranks)
-    mesh, placements = sharded[0].device_mesh, sharded[0].placements
-    for m in matrices:
-        p = m.parameter
-        rows = [d for d, each in enumerate(getattr(p, "placements", ())) if each.is_shard(0)]
-        if not is_sharded(p) or len(rows) != 1 or p.placements != placements or p.device_mesh != mesh:
-            raise ValueError(
-                f"track: expected every parameter sharded by rows over one mesh, got {m.name} with "
-                f"placements={getattr(p, 'placements', None)}. Use fully_shard, or exclude the parameter."
-            )
-    if any(not (p.is_shard(0) or p.is_replicate()) for p in placements) or mesh.ndim > 2:
-        raise ValueError(
-            f"track: expected rows sharded over one dimension and copies over another, got placements={placements}. "
-            "Use fully_shard with a mesh of one or two dimensions."
-        )
-    at = row_dimension(sharded[0])
-    replica, replicas = (mesh.get_local_rank(1 - at), mesh.size(1 - at)) if mesh.ndim == 2 else (0, 1)
-    group = mesh.get_group(at)
-    rank = replica * group.size() + group.rank()
-    return RankAssignment(_own(matrices, replica, replicas), parameters, group, rank, replicas * group.size())
+    blocks = [
+        tuple(NOTHING if box is None else block_of(m, box) for box in of) for m, of in zip(matrices, boxes, strict=True)
+    ]
+    shapes, ranks = [shape_of(m) for m in matrices], len(boxes[0]) if boxes else 1
+    whole = [
+        [p for p, block in enumerate(of) if block.size == math.prod(shape)] or range(ranks)
+        for of, shape in zip(blocks, shapes, strict=True)
+    ]
+    owners = assign([cost(shape) for shape in shapes], ranks, whole)
+    found = []
+    for i, (of, held, owner) in enumerate(zip(blocks, boxes, owners, strict=True)):
+        holders: dict[Box, list[int]] = {}
+        for p, box in enumerate(held):
+            if of[p].size and box is not None:
+                holders.setdefault(box, []).append(p)
+        mesh = meshes[i] if meshes else None
+        coordinates = mesh.coordinates if mesh else {}
+        own = coordinates.get(owner, ())
 
+        def order(p: int, owner: int = owner, own=own, coordinates=coordinates) -> tuple[int, int, int]:
+            differ = sum(a != b for a, b in zip(own, coordinates.get(p, ()), strict=False))
+            return differ if p in coordinates else len(own) + 1, abs(p - owner), p
 
-def _own(matrices, part, parts):
-    parts_of = assign([cost(shape_of(m)) for m in matrices], parts)
-    return [m for m, p in zip(matrices, parts_of, strict=True) if p == part]
+        senders = [owner if owner in those else min(those, key=order) for those in holders.values()]
+        found.append(Spread(of, owner, tuple(sorted(senders))))
+    return found
 
 
 def row_dimension(tensor: "DTensor") -> int:
     """The dimension of the mesh over which a tensor's rows are sharded."""
     return next(d for d, each in enumerate(tensor.placements) if each.is_shard(0))
-
-
-def row_range(matrix: Matrix, rank: int, ranks: int) -> tuple[int, int]:
-    """The rows (first, end) of a matrix that a rank holds."""
-    rows = matrix.parameter.shape[0]
-    chunk = -(-rows // ranks)
-    start, stop = min(rank * chunk, rows), min((rank + 1) * chunk, rows)
-    if matrix.index:  # a stack: the rank has the whole matrix or nothing of it
-        return (0, shape_of(matrix)[0]) if start <= matrix.index[0] < stop else (0, 0)
-    if matrix.part is None or matrix.part[0] == 1:
-        return start, stop
-    _, offset, length = matrix.part
-    period = matrix.period or rows
-    first, end = (row // period * length + min(max(row % period - offset, 0), length) for row in (start, stop))
-    return first, end
-
-
-def local_rows(matrix: Matrix, rank: int, ranks: int) -> Tensor:
-    """This rank's rows of a matrix of a row-sharded parameter, (m_p, n); none where it holds none."""
-    p = matrix.parameter
-    assert is_sharded(p)
-    local, start = p.to_local().detach(), rank * -(-p.shape[0] // ranks)
-    first, end = row_range(matrix, rank, ranks)
-    if matrix.index:
-        return local[(matrix.index[0] - start, *matrix.index[1:])] if end else local.new_empty(0, p.shape[-1])
-    if matrix.flatten:
-        return local.flatten(1)
-    if matrix.part is None:
-        return local
-    dim, offset, length = matrix.part
-    if matrix.period:  # its rows stand among those of other parts
-        rows = torch.arange(first, end, device=local.device)
-        return local[rows // length * matrix.period + rows % length + offset - start]
-    if dim == 1:
-        return local.narrow(1, offset, length)
-    return local.narrow(0, offset + first - start if end > first else 0, end - first)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sosd_fast import kernels
 from sosd_fast.distributed.exchange import Exchange
-from sosd_fast.distributed.layout import assign, cost, local_rows, row_range, shape_of
+from sosd_fast.distributed.layout import assign, cost, shape_of
+from sosd_fast.distributed.share import local_rows, row_range
 from sosd_fast.matrices import Matrix
 from sosd_fast.spectra import gram
 from sosd_fast.spectra.precision import Method, choose, climb

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from sosd_fast.distributed.layout import copies
+from sosd_fast.distributed.share import copies
 from sosd_fast.runs.records import JsonLines, Record
 from sosd_fast.track import Probe, track
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sosd_fast.distributed.layout import RankAssignment, shape_of
+from sosd_fast.distributed.layout import shape_of
+from sosd_fast.distributed.share import RankAssignment
 from sosd_fast.distributed.spectra import RowShards
 from sosd_fast.matrices import Matrix
 from sosd_fast.probe.measurement import Measurement

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from sosd_fast import kernels, newton_schulz
 from sosd_fast.distributed import layout
+from sosd_fast.distributed import share as sharing
 from sosd_fast.distributed import spectra as module
 from sosd_fast.distributed.exchange import apply_to_whole
 from sosd_fast.distributed.spectra import RowShards
@@ -79,7 +80,7 @@ if dist.get_rank() == 0:
     torch.save(whole.state_dict(), f"{sys.argv[2]}/whole.pt")
 
 expected = {m.name: m.tensor() for m in find_matrices(whole)}
-share = layout.share(model, find_matrices(model))
+share = sharing.share(model, find_matrices(model))
 shards = RowShards(share.matrices, share.group)
 names = [m.name for m in share.matrices]
 everyone = [None] * ranks
@@ -151,7 +152,7 @@ if not hybrid:
     with torch.no_grad():
         net(torch.ones(2, 6))
     assert not layout.is_sharded(net[0].weight)
-    assert layout.share(net, find_matrices(net)).group is not None and layout.is_sharded(net[0].weight)
+    assert sharing.share(net, find_matrices(net)).group is not None and layout.is_sharded(net[0].weight)
 
 # What is beyond the range of squares and of sums of products, and float64 that is so
 extremes = nn.Module()
@@ -165,7 +166,7 @@ for name, W in {
     extremes.register_parameter(name, nn.Parameter(distribute_tensor(W, mesh, placements)))
     setattr(whole, name, nn.Parameter(W))
 found = find_matrices(extremes)
-held = layout.share(extremes, found)
+held = sharing.share(extremes, found)
 shards = RowShards(held.matrices, held.group)
 for i, m in enumerate(held.matrices):
     W = dict(whole.named_parameters())[m.name].detach()
@@ -183,7 +184,7 @@ for i, m in enumerate(held.matrices):
 # More ranks than matrices
 lone = nn.Module()
 lone.weight = nn.Parameter(distribute_tensor(noisy(9, 5), mesh, placements))
-few = layout.share(lone, find_matrices(lone))
+few = sharing.share(lone, find_matrices(lone))
 few_shards = RowShards(few.matrices, few.group)
 if few.matrices:
     S = few_shards.spectra([0]).S[0]
@@ -196,7 +197,7 @@ assert sum(count) == 1
 failing = nn.Module()
 for name, (*shape, seed) in {"a": (30, 20, 0), "b": (30, 20, 1), "wide": (20, 30, 0), "wide2": (20, 30, 1)}.items():
     failing.register_parameter(name, nn.Parameter(distribute_tensor(noisy(*shape, seed=seed), mesh, placements)))
-held = layout.share(failing, find_matrices(failing))
+held = sharing.share(failing, find_matrices(failing))
 shards = RowShards(held.matrices, held.group)
 warnings = []
 kernels.log.addFilter(lambda record: warnings.append(record.getMessage()))
@@ -241,7 +242,7 @@ assert all("recorded as NaN: _LinAlgError('did not converge')" in text for own i
 odd = nn.Module()
 odd.weight = nn.Parameter(distribute_tensor(noisy(8, 8), mesh, [Replicate(), Shard(1)] if hybrid else [Shard(1)]))
 try:
-    layout.share(odd, find_matrices(odd))
+    sharing.share(odd, find_matrices(odd))
     raise AssertionError("columns were taken for rows")
 except ValueError as error:
     assert "expected every parameter sharded by rows over one mesh, got weight" in str(error)

@@ -7,7 +7,8 @@ from prepared import run_ranks
 from torch import nn
 
 from sosd_fast.checkpoints.analyze import analyze
-from sosd_fast.distributed.layout import assign, cost, row_range, shape_of
+from sosd_fast.distributed.layout import assign, cost, shape_of
+from sosd_fast.distributed.share import row_range
 from sosd_fast.matrices import Matrix
 
 WORKER = Path(__file__).with_name("sharded_worker.py")

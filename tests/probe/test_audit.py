@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sosd_fast
-from sosd_fast.distributed.layout import share
+from sosd_fast.distributed.share import share
 from sosd_fast.matrices import find_matrices
 from sosd_fast.probe import full
 from sosd_fast.probe.audit import Auditor, audit
