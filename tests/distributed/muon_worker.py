@@ -107,15 +107,17 @@ def partial_sums(mesh):
 
 
 def layouts():
-    if ranks in (2, 3):
+    if ranks == 2:
+        mesh = init_device_mesh("cpu", (ranks,))
+        yield "mixed", distributed(mesh, Shard(1), but=("tall", "odd_too"))
+        yield "column TP", parallelized(ColwiseParallel, mesh)
+        yield "row TP", parallelized(RowwiseParallel, mesh)
+    elif ranks == 3:
         mesh = init_device_mesh("cpu", (ranks,))
         yield "rows", distributed(mesh, Shard(0))
         yield "columns", distributed(mesh, Shard(1))
         yield "copies", distributed(mesh, Replicate())
-        yield "mixed", distributed(mesh, Shard(1), but=("tall", "odd_too"))
         yield "partial sums", partial_sums(mesh)
-        yield "column TP", parallelized(ColwiseParallel, mesh)
-        yield "row TP", parallelized(RowwiseParallel, mesh)
     elif ranks == 8:
         mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("replicate", "shard", "tp"))
         for style in (ColwiseParallel, RowwiseParallel):
@@ -188,6 +190,7 @@ for layout, spread in layouts():
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(kept[name])
+    optimizer.zero_grad()  # or torch leaves the state of the other one empty
     fresh = muon(model)
     state = get_optimizer_state_dict(model, fresh)
     dcp.load(state, checkpoint_id=folder)

@@ -5,8 +5,8 @@ from prepared import run_ranks
 
 WORKER = Path(__file__).with_name("muon_worker.py")
 LAYOUTS = {
-    2: ["rows", "columns", "copies", "mixed", "partial sums", "column TP", "row TP"],
-    3: ["rows", "columns", "copies", "mixed", "partial sums", "column TP", "row TP"],
+    2: ["mixed", "column TP", "row TP"],
+    3: ["rows", "columns", "copies", "partial sums"],
     4: ["both sides", "rows twice", "copies of columns", "FSDP2 + ColwiseParallel", "FSDP2 + RowwiseParallel"],
     8: ["HSDP + ColwiseParallel", "HSDP + RowwiseParallel"],
 }
