@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sosd_fast.distributed.exchange import apply_to_whole
-from sosd_fast.distributed.layout import box_of, is_sharded
+from sosd_fast.distributed.exchange import apply_to_whole, boxes_of
+from sosd_fast.distributed.layout import is_sharded
 from sosd_fast.kernels.newton_schulz import newton_schulz
 
 
@@ -91,7 +91,7 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
             _check_gradient(p)  # before anything is updated
-        alike: dict[object, list[Tensor]] = {}  # parameters of one shape, dtype and device, updated together
+        alike: dict[tuple, list[Tensor]] = {}  # parameters of one shape, dtype and device, updated together
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.grad is not None and p.numel():
@@ -116,7 +116,7 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             assert p.grad is not None
             grad = p.grad
-            if is_sharded(p) and grad.placements != p.placements:  # sums that ranks hold parts of, for one
+            if is_sharded(p) and is_sharded(grad) and grad.placements != p.placements:  # such as partial sums
                 grad = grad.redistribute(placements=p.placements)
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(grad)
@@ -161,7 +161,7 @@ def _check_gradient(p: Tensor):
         )
     if is_sharded(p):
         try:
-            box_of(p)
+            boxes_of(tuple(p.shape), p.device_mesh, tuple(p.placements))
         except ValueError as error:
             raise ValueError(
                 f"Muon: expected a parameter that ranks hold parts or copies of, got one of shape {tuple(p.shape)} "

@@ -117,6 +117,8 @@ def _apply_at_owners(blocks, like, kinds, function, group):
 
     exchange, ranks = Exchange(group, blocks[0].device), dist.get_process_group_ranks(group)
     boxes = [boxes_of(tuple(t.shape), t.device_mesh, tuple(t.placements)) for t in like]
+    for block, t, of in zip(blocks, like, boxes, strict=True):
+        assert block.numel() == _entries(of[ranks[exchange.rank]]), f"{t.placements} of {t.shape}: {block.shape}"
     costly_first = sorted(range(len(like)), key=lambda i: -cost(tuple(like[i].shape)))
     shares = [costly_first[q :: len(ranks)] for q in range(len(ranks))]  # dealt out: whose each matrix is
     own, none = shares[exchange.rank], blocks[0].reshape(-1)[:0]
@@ -124,10 +126,12 @@ def _apply_at_owners(blocks, like, kinds, function, group):
     def flat(parts):
         return torch.cat([none, *(part.reshape(-1) for part in parts)])
 
-    sizes = [[math.prod(stop - start for start, stop in boxes[i][q]) for i in own] for q in ranks]
+    sizes = [[_entries(boxes[i][q]) for i in own] for q in ranks]
     received = exchange.all_to_all([flat(blocks[i] for i in share) for share in shares], list(map(sum, sizes)))
     whole = [none.new_empty(like[i].shape) for i in own]
-    parts_of = [[W[tuple(slice(*each) for each in boxes[i][q])] for i, W in zip(own, whole, strict=True)] for q in ranks]
+    parts_of = [
+        [W[tuple(slice(*each) for each in boxes[i][q])] for i, W in zip(own, whole, strict=True)] for q in ranks
+    ]
     for values, counts, parts in zip(received, sizes, parts_of, strict=True):
         for part, value in zip(parts, values.split(counts), strict=True):
             part.copy_(value.view(part.shape))
@@ -144,15 +148,17 @@ def _apply_at_owners(blocks, like, kinds, function, group):
 
 
 @functools.lru_cache(maxsize=4096)  # of all ranks, at every step
-def boxes_of(
-    shape: tuple[int, ...], mesh: "DeviceMesh", placements: "tuple[Placement, ...]"
-) -> Mapping[int, Box]:
+def boxes_of(shape: tuple[int, ...], mesh: "DeviceMesh", placements: "tuple[Placement, ...]") -> Mapping[int, Box]:
     """The part of a tensor that each rank of a mesh holds.
 
     Raises:
         ValueError: placements that do not say it.
     """
     return boxes_on(shape, Mesh(tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist())), placements)
+
+
+def _entries(box: Box) -> int:
+    return math.prod(stop - start for start, stop in box)
 
 
 def _splitting(tensor: "DTensor") -> tuple[int, ...]:
