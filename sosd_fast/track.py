@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sosd_fast.distributed.share import share
+from sosd_fast.distributed.share import RankAssignment, share
 from sosd_fast.matrices import DEFAULT_SPLIT, find_matrices
 from sosd_fast.probe.followed import Found
 from sosd_fast.probe.probe import Probe, probes_of
@@ -139,13 +139,19 @@ def track(
     this = weakref.ref(model)
     said: dict[str, str] = {}
 
+    known: RankAssignment | None = None
+
     def find() -> Found | None:
+        nonlocal known
         model = this()
         if model is None:
             return None
         left_out: dict[str, str] = {}
         unreadable: dict[str, str] = {}
-        found = share(model, find_matrices(model, include, exclude, split, left_out, unreadable))
+        matrices = find_matrices(model, include, exclude, split, left_out, unreadable)
+        known = found = share(model, matrices, known)
+        left_out.update(found.left_out)
+        unreadable.update(found.left_out)
         for name in _partitioned(model):
             left_out[name] = unreadable[name] = f"is {_ZERO_3}"
         new = {name: why for name, why in unreadable.items() if name not in said}

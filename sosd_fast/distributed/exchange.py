@@ -58,12 +58,19 @@ class Exchange:
         self._dist.broadcast_object_list(values, group=self._group, group_src=0, device=self._device)
         return values[0]
 
-    def all_to_all(self, outgoing: list[Tensor], sizes: list[int]) -> list[Tensor]:
-        """Sends outgoing[q], one-dimensional, to rank q and returns what came from each, of the sizes given."""
-        self.sent_bytes += sum(part.nbytes for q, part in enumerate(outgoing) if q != self.rank)
-        flat = torch.cat(outgoing)
-        received = flat.new_empty(sum(sizes))
-        self._dist.all_to_all_single(received, flat, sizes, [len(part) for part in outgoing], group=self._group)
+    def deliver(self, outgoing: list[list[Tensor]], sizes: list[int], like: Tensor) -> list[Tensor]:
+        """Sends tensors of any shapes to each rank; returns what came from each, flat, of the sizes given.
+
+        Args:
+            outgoing: for each rank.
+            sizes: how many entries come from each.
+            like: a tensor of their dtype and device.
+        """
+        counts = [sum(each.numel() for each in part) for part in outgoing]
+        self.sent_bytes += like.itemsize * (sum(counts) - counts[self.rank])
+        flat = torch.cat([like.new_empty(0), *(each.reshape(-1) for part in outgoing for each in part)])
+        received = like.new_empty(sum(sizes))
+        self._dist.all_to_all_single(received, flat, sizes, counts, group=self._group)
         return list(received.split(sizes))
 
 
@@ -121,28 +128,23 @@ def _apply_at_owners(blocks, like, kinds, function, group):
         assert block.numel() == _entries(of[ranks[exchange.rank]]), f"{t.placements} of {t.shape}: {block.shape}"
     costly_first = sorted(range(len(like)), key=lambda i: -cost(tuple(like[i].shape)))
     shares = [costly_first[q :: len(ranks)] for q in range(len(ranks))]  # dealt out: whose each matrix is
-    own, none = shares[exchange.rank], blocks[0].reshape(-1)[:0]
-
-    def flat(parts):
-        return torch.cat([none, *(part.reshape(-1) for part in parts)])
-
+    own, like_block = shares[exchange.rank], blocks[0]
     sizes = [[_entries(boxes[i][q]) for i in own] for q in ranks]
-    received = exchange.all_to_all([flat(blocks[i] for i in share) for share in shares], list(map(sum, sizes)))
-    whole = [none.new_empty(like[i].shape) for i in own]
+    received = exchange.deliver([[blocks[i] for i in share] for share in shares], list(map(sum, sizes)), like_block)
+    whole = [like_block.new_empty(like[i].shape) for i in own]
     parts_of = [
         [W[tuple(slice(*each) for each in boxes[i][q])] for i, W in zip(own, whole, strict=True)] for q in ranks
     ]
     for values, counts, parts in zip(received, sizes, parts_of, strict=True):
         for part, value in zip(parts, values.split(counts), strict=True):
             part.copy_(value.view(part.shape))
-    done = _apply_here(whole, None, [kinds[i] for i in own], function)
-    for W, result in zip(whole, done, strict=True):
+    for W, result in zip(whole, _apply_here(whole, None, [kinds[i] for i in own], function), strict=True):
         W.copy_(result)
-    counts = [[blocks[i].numel() for i in share] for share in shares]
-    received = exchange.all_to_all([flat(parts) for parts in parts_of], list(map(sum, counts)))
+    sizes = [[blocks[i].numel() for i in share] for share in shares]
+    received = exchange.deliver(parts_of, list(map(sum, sizes)), like_block)
     results = list(blocks)
-    for share, values, sizes_of in zip(shares, received, counts, strict=True):
-        for i, value in zip(share, values.split(sizes_of), strict=True):
+    for share, counts, values in zip(shares, sizes, received, strict=True):
+        for i, value in zip(share, values.split(counts), strict=True):
             results[i] = value.view(blocks[i].shape)
     return results
 

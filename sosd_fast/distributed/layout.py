@@ -101,7 +101,10 @@ def box_at(
             continue
         dim = getattr(placement, "dim", None)
         if placement.is_partial() or dim is None:
-            raise ValueError(f"holds {placement}, which no rank has the values of")
+            raise ValueError(
+                f"has the placement {placement}, of whose values each rank has a part of a sum; redistribute it to "
+                "Shard or Replicate first"
+            )
         before, factor = splits[dim], int(getattr(placement, "split_factor", 1))
         sizes = [math.prod(mesh_shape[each] for each in before[:j]) for j in range(len(before) + 1)]
         if factor not in sizes:
@@ -276,9 +279,10 @@ def spread(
             with the same block that one sends it to the owner whose coordinates differ least from the owner's, then
             the one next in number.
     """
-    blocks = [
-        tuple(NOTHING if box is None else block_of(m, box) for box in of) for m, of in zip(matrices, boxes, strict=True)
-    ]
+    blocks = []
+    for m, of in zip(matrices, boxes, strict=True):
+        each = {box: NOTHING if box is None else block_of(m, box) for box in set(of)}
+        blocks.append(tuple(each[box] for box in of))
     shapes, ranks = [shape_of(m) for m in matrices], len(boxes[0]) if boxes else 1
     whole = [
         [p for p, block in enumerate(of) if block.size == math.prod(shape)] or range(ranks)
@@ -302,8 +306,3 @@ def spread(
         senders = [owner if owner in those else min(those, key=order) for those in holders.values()]
         found.append(Spread(of, owner, tuple(sorted(senders))))
     return found
-
-
-def row_dimension(tensor: "DTensor") -> int:
-    """The dimension of the mesh over which a tensor's rows are sharded."""
-    return next(d for d, each in enumerate(tensor.placements) if each.is_shard(0))

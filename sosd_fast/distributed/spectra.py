@@ -1,10 +1,14 @@
-"""Spectra of matrices whose rows several ranks hold, W = [W_1; W_2; ...] (m, n), the same on every rank.
+"""Spectra of matrices that several ranks hold parts of, W (m, n), the same on every rank.
 
-    m >= n   each rank sends its part W_p^T W_p of the Gram matrix, one triangle, to the matrix's owner, who sums them
-             in the order of ranks; the leading values take two sums over ranks, of (k + oversamples) n and its square
-    m < n    rows are the short side: they go to the owner, who measures the whole matrix
+`sosd_fast.distributed.ways` says how each is brought together. Where its long side is split, upright, A = W or W^T:
 
-Owners then tell all ranks the spectra, so that every rank carries the same state and takes the same decisions.
+    all values      A^T A = sum_p A_p^T A_p: each sender gives one triangle of its part to the owner, who sums them in
+                    the order of ranks
+    leading values  two sums over ranks, of (k + oversamples) min(m, n) entries and of its square
+
+Else the blocks go to the owner, who measures the whole matrix, or, where that is less, the leading values take sums of
+(k + oversamples) (m + n) entries. Owners then tell all ranks the spectra, so that every rank carries the same state and
+takes the same decisions.
 """
 
 import contextlib
@@ -17,8 +21,9 @@ from torch import Tensor
 
 from sosd_fast import kernels
 from sosd_fast.distributed.exchange import Exchange
-from sosd_fast.distributed.layout import assign, cost, shape_of
-from sosd_fast.distributed.share import local_rows, row_range
+from sosd_fast.distributed.layout import Block, Box, Spread, is_sharded, local_block, put, shape_of
+from sosd_fast.distributed.thin import BlockProducts
+from sosd_fast.distributed.ways import Way, full_way, leading_way
 from sosd_fast.matrices import Matrix
 from sosd_fast.spectra import gram
 from sosd_fast.spectra.precision import Method, choose, climb
@@ -30,14 +35,16 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 METHODS = tuple(Method)
-CHUNK_BYTES = 64 * 2**20  # sent at a time
+CHUNK_BYTES = 64 * 2**20  # that a rank sends, or receives, at a time
 
 
-class RowShards(Exchange):
-    """Matrices whose rows the ranks of a group hold. All ranks make the same calls, in the same order.
+class Shards(Exchange):
+    """Matrices that the ranks of a group hold parts of. All ranks make the same calls, in the same order.
 
     Args:
-        matrices: of row-sharded parameters.
+        matrices: the same on every rank; of their parameters each rank has its part.
+        boxes: what this rank holds of each parameter; None for nothing.
+        spreads: who holds what of each matrix.
         group: the ranks.
 
     Attributes:
@@ -45,81 +52,107 @@ class RowShards(Exchange):
         owner: of each matrix, its rank in the group.
     """
 
-    def __init__(self, matrices: list[Matrix], group: "ProcessGroup"):
+    def __init__(
+        self, matrices: list[Matrix], boxes: Sequence[Box | None], spreads: Sequence[Spread], group: "ProcessGroup"
+    ):
         super().__init__(group, matrices[0].parameter.device if matrices else torch.device("cpu"))
-        self.matrices = matrices
+        self.matrices, self._boxes, self._spreads = matrices, boxes, spreads
         self.shapes = [shape_of(m) for m in matrices]
-        self.owner = assign([cost(shape) for shape in self.shapes], self.ranks)
+        self.owner = [each.owner for each in spreads]
         self._triangles: dict[int, Tensor] = {}
         self._said = False  # that a matrix could not be measured
-        ranges = [[row_range(m, p, self.ranks) for m in matrices] for p in range(self.ranks)]
-        self._counts = [[end - first for first, end in own] for own in ranges]  # [rank][matrix]
+        self._full = [full_way(*each)[0] for each in zip(self.shapes, self._itemsizes(), spreads, strict=True)]
+
+    def _itemsizes(self) -> list[int]:
+        return [m.parameter.dtype.itemsize for m in self.matrices]
 
     def mine(self, i: int) -> bool:
         """Whether this rank owns a matrix."""
         return self.owner[i] == self.rank
 
     def local(self, i: int) -> Tensor:
-        """This rank's rows of a matrix."""
-        return local_rows(self.matrices[i], self.rank, self.ranks)
+        """The entries of a matrix that this rank contributes, (m_p, n_p), (0, 0) where another one has copies."""
+        m, box = self.matrices[i], self._boxes[i]
+        p = m.parameter
+        if box is None or self.rank not in self._spreads[i].senders:
+            return torch.empty(0, 0, dtype=p.dtype, device=p.device)
+        if is_sharded(p):
+            p = p.to_local()
+        return local_block(m, box, m.read(p) if m.read else p.detach())
+
+    def _upright(self, i: int) -> Tensor:
+        """`local` with the long side first; (0, r) where there is none."""
+        m, n = self.shapes[i]
+        A = self.local(i) if m >= n else self.local(i).mT
+        return A if A.numel() else A.new_empty(0, min(m, n))
 
     def spectra(self, indices: Sequence[int], method: str | Method = "auto", previous: Tensor | None = None) -> Spectra:
         """`sosd_fast.spectra.svdvals.spectra` of matrices of one shape and dtype, the same on every rank."""
-        m, n = self.shapes[indices[0]]
-        r, count = min(m, n), len(indices)
-        found = torch.zeros(count, 2 * r + 2, dtype=torch.float64, device=self._device)  # S, bound, error, method
+        r = min(self.shapes[indices[0]])
+        found = torch.zeros(len(indices), 2 * r + 2, dtype=torch.float64, device=self._device)
+        ways = [self._full[i] for i in indices]
+        if method in (Method.EXACT, Method.BIDIAG64):
+            ways = [Way.GATHER if way is Way.LONG else way for way in ways]
+        by_products = [j for j, way in enumerate(ways) if way is Way.LONG]
+        others = [j for j, way in enumerate(ways) if way is not Way.LONG]
+        if others:
+            self._of_whole([indices[j] for j in others], others, method, previous, found)
+            self._tell(found, others, [self.owner[indices[j]] for j in others])
+        if by_products:
+            self._of_products(indices, by_products, method, previous, found)
+        names = tuple(METHODS[int(name)] for name in found[:, -1].tolist())
+        return Spectra(found[:, :r], found[:, r : 2 * r], found[:, -2], names)
 
-        def keep(j, S, bound, sd_error, name):
-            found[j] = torch.cat([S, bound, sd_error[None], S.new_tensor([METHODS.index(name)])])
+    def _of_whole(self, indices: Sequence[int], rows: Sequence[int], method, previous: Tensor | None, found: Tensor):
+        """Writes the spectra of the matrices that this rank owns among some into their rows of `found`."""
+        r = min(self.shapes[indices[0]])
+        nan = found.new_full((r,), torch.nan)
+        missing = nan, nan, nan[0], Method.GRAM32 if method == "auto" else Method(method)
+        for chunk in self._chunks(indices):
+            matrices = self._gather([indices[j] for j in chunk])
+            own = [rows[j] for j in chunk if self.mine(indices[j])]
+            if own:
+                before = None if previous is None else previous[own]
+                for row, values in zip(own, self._survivors(spectra, missing, matrices, method, before), strict=True):
+                    _write(found, row, *values)
 
-        def whole(positions, method):
-            for at in self._chunks(positions, 4 * m * n // self.ranks):
-                own = [j for j in at if self.mine(indices[j])]
-                matrices = self._gather([indices[j] for j in at])
-                if own:
-                    before = None if previous is None else previous[own]
-                    nan = found.new_full((r,), torch.nan)
-                    missing = nan, nan, nan[0], Method.GRAM32 if method == "auto" else Method(method)
-                    for j, values in zip(own, self._survivors(spectra, missing, matrices, method, before), strict=True):
-                        keep(j, *values)
-
-        if m < n or method in (Method.EXACT, Method.BIDIAG64):
-            whole(range(count), method)
-            return self._told(found, r)
-        given, on_host = self.matrices[indices[0]].parameter.dtype, self._device.type == "cpu"
+    def _of_products(self, indices: Sequence[int], rows: list[int], method, previous: Tensor | None, found: Tensor):
+        """Writes the spectra of matrices whose Gram matrices are summed into their rows of `found`, on every rank."""
+        of = [indices[row] for row in rows]
+        shape, owners = self.shapes[of[0]], [self.owner[i] for i in of]
+        inner, n = max(shape), min(shape)
+        given, on_host = self.matrices[of[0]].parameter.dtype, self._device.type == "cpu"
         climbs = method == "auto" and on_host
-        methods = choose(previous, count, given, on_host=on_host) if method == "auto" else [Method(method)] * count
-        scale, finite = self._scales([self.local(i) for i in indices], given)
+        known = None if previous is None else previous[rows]
+        methods = choose(known, len(of), given, on_host=on_host) if method == "auto" else [Method(method)] * len(of)
+        scale, finite = self._scales([self.local(i) for i in of], given)
 
         def of_grams(G: Tensor, exact: Tensor, scale: Tensor, finite: Tensor, name: Method) -> tuple[Tensor, ...]:
             dtype, known = name.dtype(given), gram.Products(*exact.split([n, exact.shape[1] - n], dim=1))
-            drift = gram.correct(G, known, m)
+            drift = gram.correct(G, known, inner)
             S, drift = gram.singular_values(library_eigenvalues(G), known, drift)
-            return finished(S, name, m, kernels.Backend.TORCH, dtype, drift, scale, finite)
+            return finished(S, name, inner, kernels.Backend.TORCH, dtype, drift, scale, finite)
 
         def compute(plan: dict[Method, list[int]]) -> list[float]:
-            nonlocal told
             for name, at in plan.items():
-                found[at] = 0
                 if name is Method.BIDIAG64:
-                    whole(at, name)
+                    self._of_whole([of[j] for j in at], [rows[j] for j in at], name, previous, found)
                     continue
                 dtype = name.dtype(given)
-                for chunk in self._chunks(at, dtype.itemsize * n * (n + 1) // 2):
-                    own, G, exact = self._grams([indices[j] for j in chunk], scale[chunk], finite[chunk], dtype)
+                step = max(1, CHUNK_BYTES // (dtype.itemsize * n * (n + 1) // 2))
+                for first in range(0, len(at), step):
+                    chunk = at[first : first + step]
+                    own, G, exact = self._grams([of[j] for j in chunk], scale[chunk], finite[chunk], dtype)
                     if own:
                         mine = [chunk[o] for o in own]
-                        missing = exact[0, :r] * torch.nan, exact[0, :r] * torch.nan, exact[0, 0] * torch.nan
-                        of = self._survivors(of_grams, missing, G, exact, scale[mine], finite[mine], name)
-                        for j, values in zip(mine, of, strict=True):
-                            keep(j, *values, name=name)
-            told = self._told(found, r)
-            return told.sd_error.tolist() if climbs else [0.0] * count
+                        missing = exact[0, :n] * torch.nan, exact[0, :n] * torch.nan, exact[0, 0] * torch.nan
+                        results = self._survivors(of_grams, missing, G, exact, scale[mine], finite[mine], name)
+                        for j, values in zip(mine, results, strict=True):
+                            _write(found, rows[j], *values, name=name)
+            self._tell(found, rows, owners)
+            return found[rows, -2].tolist() if climbs else [0.0] * len(of)
 
-        told = None
         climb(compute, methods)
-        assert told is not None
-        return told
 
     def topk(self, indices: Sequence[int], k: int, states: Sequence[State | None]):
         """`topk_svdvals` of matrices of one shape and dtype.
@@ -128,34 +161,52 @@ class RowShards(Exchange):
             S (B, k), residual (B, k) and Frobenius norms (B,), NaN where a matrix is not finite, the same on every
             rank, and the states for the next call, None where only the owner has one.
         """
-        m, n = self.shapes[indices[0]]
-        count, rows = len(indices), [self.local(i) for i in indices]
-        dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
-        largest = self._largest(rows)
-        power = kernels.power_of_two(largest.where(largest > 0, 1.0))  # in float64 its inverse is normal
-        squares = torch.stack([(A.double() / p).square().sum() for A, p in zip(rows, power, strict=True)])
-        norms = torch.where(largest.isfinite(), self.sum(squares).sqrt() * power, torch.nan)
-        if m >= n:
-            products = Products(torch, [A[None] for A in rows], largest, self.sum)
-            state, b = stacked(states), min(k + 8, n)
-            start = state or cold_state(torch, count, b, n, dtype, self._device)
-            step = functools.partial(subspace_step, products)
-            with kernels.full_precision(self._device.type):
-                on_host = self._device.type == "cpu"
-                S, residual, V, P = iterate(step, *start, k, cold=state is None, look=on_host)
-            return S, residual, norms, [State(*each) for each in zip(V, P, strict=True)]
-        found = torch.zeros(2, count, k, dtype=torch.float64, device=self._device)
-        kept: list[State | None] = [None] * count
-        for at in self._chunks(range(count), 4 * m * n // self.ranks):
-            own = [j for j in at if self.mine(indices[j])]
+        shape = self.shapes[indices[0]]
+        b = min(k + 8, *shape)
+        itemsize = self.matrices[indices[0]].parameter.dtype.itemsize
+        ways = [leading_way(shape, itemsize, self._spreads[i], b)[0] for i in indices]
+        found = torch.zeros(len(indices), 2 * k + 1, dtype=torch.float64, device=self._device)
+        kept: list[State | None] = [None] * len(indices)
+        others = [j for j, way in enumerate(ways) if way in (Way.WHOLE, Way.GATHER)]
+        missing = found.new_full((k,), torch.nan), found.new_full((k,), torch.nan), found.new_tensor(torch.nan), None
+        for chunk in self._chunks([indices[j] for j in others]):
+            at = [others[c] for c in chunk]
             matrices = self._gather([indices[j] for j in at])
+            own = [j for j in at if self.mine(indices[j])]
             if own:
-                missing = found[0, 0] * torch.nan, found[0, 0] * torch.nan, None
                 state = stacked([states[j] for j in own])
-                for j, each in zip(own, self._survivors(_leading, missing, matrices, k, state), strict=True):
-                    found[0, j], found[1, j], kept[j] = each
-        S, residual = self.sum(found)
-        return S, residual, norms, kept
+                for j, values in zip(own, self._survivors(_leading, missing, matrices, k, state), strict=True):
+                    *numbers, kept[j] = values
+                    found[j] = torch.cat([each.reshape(-1) for each in numbers])
+        if others:
+            self._tell(found, others, [self.owner[indices[j]] for j in others])
+        for way in (Way.LONG, Way.THIN):
+            if at := [j for j, each in enumerate(ways) if each is way]:
+                *numbers, after = self._by_products([indices[j] for j in at], k, [states[j] for j in at], way)
+                found[at] = torch.cat([each.double().view(len(at), -1) for each in numbers], dim=1)
+                for j, state in zip(at, after, strict=True):
+                    kept[j] = state
+        return found[:, :k], found[:, k : 2 * k], found[:, -1], kept
+
+    def _by_products(self, indices: Sequence[int], k: int, states: Sequence[State | None], way: Way):
+        """`topk` by thin products with each rank's blocks, which all ranks add up."""
+        m, n = self.shapes[indices[0]]
+        own = [self._upright(i) for i in indices]
+        largest = self._largest(own)
+        norms = self._norms(own, largest)
+        if way is Way.LONG:
+            products = Products(torch, [A[None] for A in own], largest, self.sum)
+        else:
+            blocks = [self._spreads[i].blocks[self.rank] for i in indices]
+            blocks = [Block(*reversed(block)) if m < n else block for block in blocks]
+            products = BlockProducts(own, blocks, (max(m, n), min(m, n)), largest, self.sum)
+        dtype = torch.float64 if own[0].dtype == torch.float64 else torch.float32
+        state, on_host = stacked(states), self._device.type == "cpu"
+        start = state or cold_state(torch, len(own), min(k + 8, m, n), min(m, n), dtype, self._device)
+        step = functools.partial(subspace_step, products)
+        with kernels.full_precision(self._device.type):
+            S, residual, V, P = iterate(step, *start, k, cold=state is None, look=on_host)
+        return S, residual, norms, [State(*each) for each in zip(V, P, strict=True)]
 
     def _survivors(self, function: Callable, missing: tuple, batch, *arguments) -> list[tuple]:
         """The results of a function for each matrix of a batch, `missing` for those for which it raises.
@@ -188,59 +239,114 @@ class RowShards(Exchange):
                 if not self._said:
                     self._said = True
                     kernels.log.warning(
-                        "sosd_fast: rank %d could not measure a row-sharded matrix, which is recorded as NaN: %r. "
+                        "sosd_fast: rank %d could not measure a matrix, which is recorded as NaN: %r. "
                         "This is said once.", self.rank, error,
                     )  # fmt: skip
         return found
 
-    def _told(self, found: Tensor, r: int) -> Spectra:
-        told = self.sum(found.clone())
-        names = tuple(METHODS[int(name)] for name in told[:, -1].tolist())
-        return Spectra(told[:, :r], told[:, r : 2 * r], told[:, -2], names)
+    def _tell(self, found: Tensor, rows: Sequence[int], owners: Sequence[int]):
+        """Gives all ranks the rows that each owner has."""
+        held = [[row for row, owner in zip(rows, owners, strict=True) if owner == p] for p in range(self.ranks)]
+        own, width = found[held[self.rank]], found.shape[1]
+        parts = self.deliver([[own]] * self.ranks, [len(of) * width for of in held], found)
+        for of, part in zip(held, parts, strict=True):
+            found[of] = part.view(-1, width)
 
-    def _chunks(self, positions, size: int) -> list[list[int]]:
-        step = max(1, CHUNK_BYTES // max(size, 1))
-        positions = list(positions)
-        return [positions[i : i + step] for i in range(0, len(positions), step)]
+    def _chunks(self, indices: Sequence[int]) -> list[list[int]]:
+        """Positions in a list of matrices in turn, so that no rank sends or receives more than CHUNK_BYTES of several.
+
+        Args:
+            indices: of matrices that owners measure whole.
+        """
+        chunks: list[list[int]] = [[]]
+        load = [[0, 0] for _ in range(self.ranks)]
+        for j, i in enumerate(indices):
+            where, size = self._spreads[i], self.matrices[i].parameter.dtype.itemsize
+            moved = [(p, where.blocks[p].size * size) for p in where.senders if p != where.owner]
+            for p, count in moved:
+                load[p][0] += count
+                load[where.owner][1] += count
+            if chunks[-1] and max(map(max, load)) > CHUNK_BYTES:
+                chunks.append([])
+                load = [[0, 0] for _ in range(self.ranks)]
+                for p, count in moved:
+                    load[p][0] += count
+                    load[where.owner][1] += count
+            chunks[-1].append(j)
+        return chunks
 
     def _gather(self, indices: Sequence[int]) -> list[Tensor]:
-        """The whole matrices that this rank owns among those given."""
-        n = self.shapes[indices[0]][1]
-        rows = {i: self.local(i).reshape(-1) for i in indices}
-        of = [[i for i in indices if self.owner[i] == q] for q in range(self.ranks)]
-        empty = next(iter(rows.values()))[:0]
-        outgoing = [torch.cat([empty, *(rows[i] for i in of[q])]) for q in range(self.ranks)]
-        own = of[self.rank]
-        counts = [[self._counts[p][i] * n for i in own] for p in range(self.ranks)]
-        parts = self.all_to_all(outgoing, list(map(sum, counts)))
-        pieces = [part.split(sizes) for part, sizes in zip(parts, counts, strict=True)] if own else []
-        return [torch.cat([pieces[p][j] for p in range(self.ranks)]).view(-1, n) for j in range(len(own))]
+        """The whole matrices that this rank owns among those given, each block from one rank that holds it."""
+        found: dict[int, Tensor] = {}
+        moving = {i: None for i in indices if self._spreads[i].senders != (self.owner[i],)}
+        for i in indices:
+            if self.mine(i):
+                own = self.local(i)
+                found[i] = own if i not in moving else own.new_empty(self.shapes[i])
+                if i in moving and own.numel():
+                    put(found[i], self._spreads[i].blocks[self.rank], own)
+        # one that is larger than a chunk comes in pieces of it
+        sizes = [self.matrices[i].parameter.dtype.itemsize * self.shapes[i][0] * self.shapes[i][1] for i in moving]
+        rounds = max((-(-size // CHUNK_BYTES) for size in sizes), default=0)
+        for turn in range(rounds):
+
+            def piece(block: Block, turn: int = turn) -> Block:
+                step = -(-len(block.rows) // rounds)
+                return Block(block.rows[turn * step : (turn + 1) * step], block.columns)
+
+            outgoing: list[list[Tensor]] = [[] for _ in range(self.ranks)]
+            incoming: list[list[tuple[int, Block]]] = [[] for _ in range(self.ranks)]
+            for i in moving:
+                where, owner = self._spreads[i], self.owner[i]
+                for p in where.senders:
+                    if p == owner:
+                        continue
+                    if p == self.rank:
+                        step = -(-len(where.blocks[p].rows) // rounds)
+                        outgoing[owner].append(self.local(i)[turn * step : (turn + 1) * step])
+                    if owner == self.rank:
+                        incoming[p].append((i, piece(where.blocks[p])))
+            like = torch.empty(0, dtype=self.matrices[indices[0]].parameter.dtype, device=self._device)
+            parts = self.deliver(outgoing, [sum(block.size for _, block in of) for of in incoming], like)
+            for of, part in zip(incoming, parts, strict=True):
+                for (i, block), values in zip(of, part.split([block.size for _, block in of]), strict=True):
+                    put(found[i], block, values.view(block.shape))
+        return list(found.values())
 
     def _grams(self, indices, scale, finite, dtype) -> tuple[list[int], Tensor, Tensor]:
         """The positions of the Gram matrices that this rank owns, their lower triangles, and their exact products."""
-        n = self.shapes[indices[0]][1]
+        n = min(self.shapes[indices[0]])
         if n not in self._triangles:
             self._triangles[n] = torch.tril_indices(n, n, device=self._device)
         triangle = tuple(self._triangles[n])
-        size = n * (n + 1) // 2
-        outgoing: list[list[Tensor]] = [[torch.empty(0, dtype=dtype, device=self._device)] for _ in range(self.ranks)]
-        exact = torch.zeros(len(indices), n + min(n - 1, gram.PAIRS), dtype=torch.float64, device=self._device)
+        sizes = n * (n + 1) // 2, n + min(n - 1, gram.PAIRS)
+        on_host = self._device.type == "cpu"  # a device would be waited for
+        plain = ((scale == 1) & finite).tolist() if on_host else [False] * len(indices)
+        outgoing: list[list[list[Tensor]]] = [[[] for _ in range(self.ranks)] for _ in sizes]
         with kernels.full_precision(self._device.type):
             for j, i in enumerate(indices):
-                if self._counts[self.rank][i]:
-                    A = torch.where(finite[j], self.local(i).double() * scale[j], 0.0).to(dtype)
-                    outgoing[self.owner[i]].append((A.mT @ A)[triangle])
-                    exact[j] = torch.cat(gram.Products.of(A.mT))
+                if self.rank in self._spreads[i].senders:
+                    A = self._upright(i)
+                    A = A.to(dtype) if plain[j] else torch.where(finite[j], A.double() * scale[j], 0.0).to(dtype)
+                    outgoing[0][self.owner[i]].append((A.mT @ A)[triangle])
+                    outgoing[1][self.owner[i]].append(torch.cat(gram.Products.of(A.mT)))
         own = [j for j, i in enumerate(indices) if self.mine(i)]
-        held = [[j for j in own if self._counts[p][indices[j]]] for p in range(self.ranks)]
-        parts = self.all_to_all([torch.cat(part) for part in outgoing], [size * len(js) for js in held])
-        packed = torch.zeros(len(own), size, dtype=dtype, device=self._device)
-        for part, js in zip(parts, held, strict=True):
-            for position, piece in zip(js, part.view(-1, size), strict=True):
-                packed[own.index(position)] += piece
+        held = [[o for o, j in enumerate(own) if p in self._spreads[indices[j]].senders] for p in range(self.ranks)]
+        sums = []
+        for size, sent, kind in zip(sizes, outgoing, (dtype, torch.float64), strict=True):
+            sums.append(total := torch.zeros(len(own), size, dtype=kind, device=self._device))
+            parts = self.deliver(sent, [size * len(of) for of in held], total)
+            for part, of in zip(parts, held, strict=True):
+                total[of] += part.view(-1, size)
         G = torch.zeros(len(own), n, n, dtype=dtype, device=self._device)
-        G[:, triangle[0], triangle[1]] = packed
-        return own, G, self.sum(exact)[own]
+        G[:, triangle[0], triangle[1]] = sums[0]
+        return own, G, sums[1]
+
+    def _norms(self, own: list[Tensor], largest: Tensor) -> Tensor:
+        """Frobenius norms (B,), float64, from each rank's entries."""
+        power = kernels.power_of_two(largest.where(largest > 0, 1.0))  # in float64 its inverse is normal
+        squares = torch.stack([_norm(A, p).square() for A, p in zip(own, power, strict=True)])
+        return torch.where(largest.isfinite(), self.sum(squares).sqrt() * power, torch.nan)
 
     def _largest(self, rows: list[Tensor]) -> Tensor:
         """The largest entry of each matrix (B,), float64; Inf where one is not finite."""
@@ -253,6 +359,21 @@ class RowShards(Exchange):
         return kernels.scale_of(self._largest(rows), torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+def _write(found: Tensor, row: int, S: Tensor, bound: Tensor, sd_error: Tensor, name: Method):
+    found[row] = torch.cat([S, bound, sd_error[None], S.new_tensor([METHODS.index(name)])])
+
+
+def _norm(A: Tensor, power: Tensor) -> Tensor:
+    """The Frobenius norm of A, a matrix of any size, over a power of two near its largest entry, float64."""
+    if A.dtype == torch.float64:
+        return torch.linalg.vector_norm(A / power)
+    return torch.linalg.vector_norm(A, dtype=torch.float64) / power
+
+
 def _leading(matrices: list[Tensor], k: int, state: State | None):
+    largest = torch.stack([kernels.largest_entry(W)[0, 0].double() for W in matrices])
+    power = kernels.power_of_two(largest.where(largest > 0, 1.0))
+    norms = torch.stack([_norm(W, p) * p for W, p in zip(matrices, power, strict=True)])
+    norms = torch.where(largest.isfinite(), norms, torch.nan)
     S, residual, state = topk_svdvals(matrices, k, state=state)
-    return S.double(), residual.double(), [State(*each) for each in zip(*state, strict=True)]
+    return S.double(), residual.double(), norms, [State(*each) for each in zip(*state, strict=True)]

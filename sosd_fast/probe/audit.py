@@ -88,7 +88,7 @@ class Auditor:
         try:
             result = audit(state, m)
         except Exception as error:
-            if state.rows is not None:
+            if state.shards is not None:
                 raise
             state.warn_once("cannot be audited", f"at step {m.step} ({type(error).__name__}: {error})")
             return
@@ -111,8 +111,8 @@ class Auditor:
 def audit(state: MatrixState, found: Measurement) -> Audit | None:
     """Compares a spectrum just measured with an SVD in float64; None for a matrix without a distribution."""
     assert found.full is not None
-    if state.rows:
-        S = state.rows.spectra([state.place], Method.BIDIAG64).S[0]
+    if state.shards:
+        S = state.shards.spectra([state.place], Method.BIDIAG64).S[0]
     else:
         W = state.tensor().double()
         if not W.isfinite().all():  # LAPACK raises

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sosd_fast.distributed.layout import shape_of
 from sosd_fast.distributed.share import RankAssignment
-from sosd_fast.distributed.spectra import RowShards
+from sosd_fast.distributed.spectra import Shards
 from sosd_fast.matrices import Matrix
 from sosd_fast.probe.measurement import Measurement
 from sosd_fast.probe.state import MatrixState, form_of
@@ -54,7 +54,7 @@ class FollowedMatrices:
         self.model, self._find = model, find
         self._method, self._keep_weights = "exact" if method == "exact" else "auto", keep_weights
         self.states: list[MatrixState] = []
-        self.rows: RowShards | None = None
+        self.shards: Shards | None = None
         self.left_out: Mapping[str, str] = {}
         self._refer_to_first = False
         self._in_model: frozenset[int] = frozenset()  # the parameters at the last search
@@ -82,11 +82,11 @@ class FollowedMatrices:
         """Whether the data of a parameter were replaced by data of another form, or the model has other parameters.
 
         Its parameters are looked at every 20 steps, which takes 1.2 ms then where there are 600 modules; and not
-        where ranks hold rows, for `fully_shard` puts others in their place during a step.
+        where ranks measure together, for `fully_shard` puts others in their place during a step.
         """
         if any(t.form != form_of(t.matrix.parameter) for t in self.states):
             return True
-        return step % _LOOK_EVERY == 0 and self.rows is None and self._parameters() != self._in_model
+        return step % _LOOK_EVERY == 0 and self.shards is None and self._parameters() != self._in_model
 
     def moved(self) -> bool:
         """Whether weights differ from those first followed, by some of their entries; waits for a device."""
@@ -149,10 +149,13 @@ class FollowedMatrices:
         for t in unreadable:
             t.follow(t.matrix)
         self.states += unreadable
-        rows = RowShards(share.matrices, share.group) if share.group is not None else None
+        shards = None
+        if share.group is not None:
+            boxes = [each.boxes[share.rank] for each in share.common]
+            shards = Shards(share.matrices, boxes, share.spreads, share.group)
         for place, t in enumerate(self.states):
-            t.rows, t.place = rows, place
-        self.share, self.rows, self.left_out = share, rows, found.left_out
+            t.shards, t.place = shards, place
+        self.share, self.shards, self.left_out = share, shards, found.left_out
         followed = set(map(id, known.values()))
         new = [t.place for t in self.states if id(t) not in followed]
         if step is not None:

@@ -61,14 +61,14 @@ class FullGroup:
 
         On the host they are also of one shape. On a CUDA device nothing here waits for the device.
         """
-        matrices, rows = [t.tensor() for t in states], states[0].rows
+        matrices, shards = [t.tensor() for t in states], states[0].shards
         device = matrices[0].device
         method, strict = states[0].method, states[0].method == "exact64"
         before = _stack([t.S for t in states], device)
         # The precision is chosen by spectra on the host: to read them from a device would wait for it.
-        known = before if device.type == "cpu" or rows else _stack([t.spectrum for t in states], device="cpu")
-        if rows:
-            result = rows.spectra([t.place for t in states], Method.BIDIAG64 if strict else method, known)
+        known = before if device.type == "cpu" or shards else _stack([t.spectrum for t in states], device="cpu")
+        if shards:
+            result = shards.spectra([t.place for t in states], Method.BIDIAG64 if strict else method, known)
         else:
             weights = [W.double() for W in matrices] if strict else matrices
             result = spectra(weights, "exact" if strict else method, known)
@@ -89,7 +89,7 @@ class FullGroup:
                     torch.linalg.vector_norm(W.float() - W_before, dtype=torch.float64)
                     for W, W_before in zip(matrices, earlier, strict=True)
                 ])  # fmt: skip
-                moved = rows.sum(moved.square()).sqrt() if rows else moved
+                moved = shards.sum(moved.square()).sqrt() if shards else moved
                 bound = theory_bound(moved, torch.maximum(sums[:, 0], d.nuclear_norm), result.S.shape[1])
         consecutive = [t.S_step is not None and step - t.S_step == every for t in states]
         for t, W, S in zip(states, matrices, result.S, strict=True):

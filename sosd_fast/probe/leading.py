@@ -48,8 +48,8 @@ class LeadingGroup:
         On a CUDA device they need only have a short side in common, and nothing here waits for the device.
         """
         subspaces = [t.subspace for t in states]
-        if rows := states[0].rows:
-            S, residual, norms, subspaces = rows.topk([t.place for t in states], k, subspaces)
+        if shards := states[0].shards:
+            S, residual, norms, subspaces = shards.topk([t.place for t in states], k, subspaces)
         else:
             S, residual, norms, subspaces = _topk([t.tensor() for t in states], k, subspaces)
         for t, subspace in zip(states, subspaces, strict=True):

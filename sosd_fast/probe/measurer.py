@@ -96,7 +96,7 @@ class PendingStep:
         try:
             return group.read(results.get())
         except Exception as error:
-            if group.states[0].rows is not None:
+            if group.states[0].shards is not None:
                 raise  # ranks that go on alone would wait for each other for ever
             return [error] * len(group.states)
 
@@ -147,7 +147,7 @@ class Measurer:
                 results = executor.fetch(group.tensors)
             pending.add(group, results)
         except Exception as error:
-            if states[0].rows is not None:
+            if states[0].shards is not None:
                 raise  # ranks that go on alone would wait for each other for ever
             if len(states) == 1:
                 pending.lose(kind, states[0], error)
@@ -156,7 +156,7 @@ class Measurer:
                     self._launch_group(pending, step, kind, [state])
 
     def _executor(self, state: MatrixState) -> Executor:
-        if state.rows is not None:  # ranks measure together, and at once
+        if state.shards is not None:  # ranks measure together, and at once
             return HostExecutor()
         device = state.matrix.parameter.device
         if device not in self._executors:
@@ -174,9 +174,9 @@ class Measurer:
         groups: dict[tuple[object, ...], list[MatrixState]] = {}
         for t in states:
             p = t.matrix.parameter
-            by_side = p.is_cuda and t.rows is None and (kind == "leading" or t.method != "exact")
-            fresh = t.S is None if kind == "full" else t.rows is None and t.subspace is None
-            alone = t.place if (t.lost or t.matrix.read) and t.rows is None else None
+            by_side = p.is_cuda and t.shards is None and (kind == "leading" or t.method != "exact")
+            fresh = t.S is None if kind == "full" else t.shards is None and t.subspace is None
+            alone = t.place if (t.lost or t.matrix.read) and t.shards is None else None
             key = (min(t.shape) if by_side else t.shape, p.dtype, p.device, t.method, fresh, alone)
             groups.setdefault(key, []).append(t)
         return [sorted(group, key=lambda t: t.shape) for group in groups.values()]

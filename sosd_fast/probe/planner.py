@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sosd_fast.probe.measurement import Kind
 
 if TYPE_CHECKING:
-    from sosd_fast.distributed.spectra import RowShards
+    from sosd_fast.distributed.spectra import Shards
 
 _MARGIN = 1.15
 _COVERED = 0.9  # a smaller share of the matrices each step is worth a message
@@ -55,7 +55,7 @@ class Planner:
         self.leading: list[int] = []
         self._method, self._k, self._every, self._fraction = method, k, every, budget
         self._count = 0  # of matrices
-        self._rows: RowShards | None = None
+        self._shards: Shards | None = None
         self._budget: Budget | None = None
         self._planned: float | None = None  # when the last plan within the budget was made
         self._required: set[int] = set()  # to be measured in full at the next step, whatever the budget
@@ -63,9 +63,9 @@ class Planner:
         self.seen = 0
         self._steps, self._full_shares, self._leading_shares = 0, 0.0, 0.0
 
-    def follow(self, shapes: Sequence[tuple[int, int]], rows: "RowShards | None" = None):
-        """Plans for these matrices from now on, of which ranks may share the rows; `calibrate` must follow."""
-        self._count, self._rows = len(shapes), rows
+    def follow(self, shapes: Sequence[tuple[int, int]], shards: "Shards | None" = None):
+        """Plans for these matrices from now on, which ranks may measure together; `calibrate` must follow."""
+        self._count, self._shards = len(shapes), shards
         self._budget = None
         self._required.clear()
         # With fewer than 3 k values the leading ones cost as much as all of them.
@@ -114,9 +114,9 @@ class Planner:
             plan = Plan(list(range(self._count)), self.leading)
         else:
             plan = self._budget.plan(now - self._planned)
-            if self._rows:  # ranks that measure together follow the clock of the first
-                plan = self._rows.broadcast_object(plan)
-            if not self._rows or self._rows.rank == 0:
+            if self._shards:  # ranks that measure together follow the clock of the first
+                plan = self._shards.broadcast_object(plan)
+            if not self._shards or self._shards.rank == 0:
                 self._say_coverage(self._budget, step)
         if self._budget:
             self._planned = now

@@ -66,8 +66,8 @@ class Probe(View):
         try:
             with self._lock:  # steps of other threads wait
                 hooks.add(key, self)
-                if rows := self._matrices.rows:
-                    self.step_count = rows.broadcast_object(self.step_count)
+                if shards := self._matrices.shards:
+                    self.step_count = shards.broadcast_object(self.step_count)
                 self._start(settings.reference, written)
             self._recorder.tell()
         except BaseException:
@@ -199,7 +199,7 @@ class Probe(View):
 
     def _start(self, reference: Any, written: int | None):
         """Measures the matrices as they are: the first spectra, and what the planner must know."""
-        self._planner.follow(self._matrices.shapes, self._matrices.rows)
+        self._planner.follow(self._matrices.shapes, self._matrices.shards)
         if len(self._matrices):  # there may be more ranks than matrices
             measurements, _ = self._measure(self._planner.everything)
             self._matrices.check_measurable(measurements)
@@ -231,7 +231,7 @@ class Probe(View):
         self._collect(wait=True)  # pending results count the matrices as they were
         new = self._matrices.take(found, self.step_count)
         self._steps.follow(self._matrices.share.parameters)
-        self._planner.follow(self._matrices.shapes, self._matrices.rows)
+        self._planner.follow(self._matrices.shapes, self._matrices.shards)
         return new
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sosd_fast.distributed.layout import cost, shape_of
-from sosd_fast.distributed.spectra import RowShards
+from sosd_fast.distributed.spectra import Shards
 from sosd_fast.matrices import Matrix
 from sosd_fast.probe.measurement import Kind, Measurement
 from sosd_fast.spectra.products import State
@@ -50,7 +50,7 @@ class MatrixState:
         self.shape = shape_of(matrix)
         self.cost = cost(self.shape)  # of a full spectrum, in operations
         self.place = 0  # among the matrices that the probe follows
-        self.rows: RowShards | None = None  # where several ranks hold rows of it
+        self.shards: Shards | None = None  # where ranks measure together
         self.form: tuple[Any, ...] | None = None  # of its parameter
         self.method = method  # auto or exact; each audit that fails makes it gram64, then exact64 (exact in float64)
         self.keep_weights = keep_weights
@@ -71,7 +71,7 @@ class MatrixState:
     @property
     def mine(self) -> bool:
         """Whether this rank records the matrix."""
-        return self.rows is None or self.rows.mine(self.place)
+        return self.shards is None or self.shards.mine(self.place)
 
     @property
     def known(self) -> bool:
@@ -79,13 +79,13 @@ class MatrixState:
         return self.spectrum is not None and math.isfinite(self.spectrum[0])
 
     def tensor(self) -> Tensor:
-        """Returns the matrix, or this rank's rows of it.
+        """Returns the matrix, or what this rank contributes of it, where ranks measure together.
 
         Raises:
             ValueError: the matrix has another shape than when it was found, which `Parameter.data` allows.
         """
-        if self.rows:
-            return self.rows.local(self.place)
+        if self.shards:
+            return self.shards.local(self.place)
         W = self.matrix.tensor()
         if W.shape != self.shape:
             raise ValueError(

@@ -2,13 +2,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from prepared import run_ranks
 from torch import nn
 
 from sosd_fast.checkpoints.analyze import analyze
 from sosd_fast.distributed.layout import assign, cost, shape_of
-from sosd_fast.distributed.share import row_range
 from sosd_fast.matrices import Matrix
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
@@ -28,22 +26,6 @@ def test_gpt2_small_is_shared_equally():
         parts = assign(costs, ranks)
         load = [sum(c for c, p in zip(costs, parts, strict=True) if p == part) for part in range(ranks)]
         assert max(load) <= 1.05 * sum(costs) / ranks
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 20])
-def test_every_row_is_held_once(ranks):
-    parameter = torch.empty(17, 5, device="meta")
-    stack = torch.empty(4, 6, 5, device="meta")
-    for m in (
-        Matrix("plain", parameter),
-        *(Matrix("part", parameter, part=(0, start, length)) for start, length in ((0, 6), (6, 6), (12, 5))),
-        Matrix("columns", parameter, part=(1, 2, 3)),
-        *(Matrix("by head", torch.empty(24, 5, device="meta"), part=(0, start, 2), period=6) for start in (0, 2, 4)),
-        *(Matrix("expert", stack, index=(e,)) for e in range(4)),
-    ):
-        ranges = [row_range(m, rank, ranks) for rank in range(ranks)]
-        rows = [row for first, end in ranges for row in range(first, end)]
-        assert rows == list(range(shape_of(m)[0]))
 
 
 def test_conv_kernels_flatten():

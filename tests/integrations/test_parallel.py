@@ -7,6 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchrun import torchrun
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import sosd_fast
 from sosd_fast.integrations.common import METRICS, scalars
@@ -48,6 +49,32 @@ def test_each_process_measures_its_share(tmp_path, library, kind):
         for r in run.records:
             for key, value in scalars(r, METRICS).items() if r.step % 2 == 0 else ():
                 assert float(rows[r.step // 2][key]) == value, "of both processes"
+
+
+def test_a_plan_of_tensor_parallelism(tmp_path):
+    """Of transformers: the spectra of a training run are those of one process."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    for processes, kind in ((1, "alone"), (2, "parallel")):
+        worker = Path(__file__).with_name("tensor_parallel_worker.py")
+        done = torchrun(processes, worker, tmp_path, kind, timeout=600)
+        assert done.returncode == 0, done.stdout
+    assert done.stdout.count("16 DTensors") == 2, done.stdout
+    alone, run = (sosd_fast.load(tmp_path / kind) for kind in ("alone", "parallel"))
+    assert run.names == alone.names and len(run.names) == 16
+    keys = [(r.step, r.name) for r in run.records]
+    assert len(set(keys)) == len(keys) == 4 * 16
+    for name in run.names:
+        for own, other in zip(run.spectra(name)[1], alone.spectra(name)[1], strict=True):
+            assert sd_distance(torch.from_numpy(own), torch.from_numpy(other)) <= 1e-5, name
 
 
 def test_flat_parameters_are_refused_and_end_no_training(tmp_path):

@@ -1,0 +1,221 @@
+"""Run by test_layouts.py on several ranks: spectra of matrices that ranks hold in one layout, against one process's.
+
+The arguments are the layout and a folder.
+"""
+
+import functools
+import sys
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from sosd_fast.distributed import spectra as module
+from sosd_fast.distributed.layout import is_sharded
+from sosd_fast.distributed.share import share
+from sosd_fast.distributed.spectra import Shards
+from sosd_fast.distributed.ways import Way, full_way, leading_way
+from sosd_fast.matrices import find_matrices
+from sosd_fast.spectra.svdvals import spectra
+from sosd_fast.spectra.topk import topk_svdvals
+from sosd_fast.testing import matrix, sd_distance
+
+dist.init_process_group("gloo")
+torch.set_num_threads(1)
+rank, ranks = dist.get_rank(), dist.get_world_size()
+kind = sys.argv[1]
+
+
+def noisy(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+WEIGHTS = {
+    "tall": noisy(67, 20),
+    "tall_again": noisy(67, 20, seed=1),
+    "very_tall": noisy(480, 9),
+    "wide": noisy(20, 67),
+    "very_wide": noisy(9, 480),
+    "square": noisy(40, 40),
+    "attn.c_attn": noisy(3 * 34, 34),
+    "graded": matrix("log4", 60, 40),
+    "rank_one": matrix("rank_one", 60, 40),
+    "tiny": noisy(45, 30) * 1e-30,
+    "huge_wide": noisy(30, 45) * 1e30,
+    "bf16": noisy(50, 30).bfloat16(),
+    "fp64": noisy(50, 30).double(),
+    "zero": torch.zeros(41, 30),
+    "nan": noisy(41, 30).index_fill(0, torch.tensor([40]), torch.nan),
+    "lone": noisy(3, 2),
+}
+ROW_WISE = ("tall_again", "wide", "very_wide", "rank_one", "fp64", "huge_wide")  # the others column-wise
+PLAIN = ("square", "tiny")
+
+
+class Experts(nn.Module):
+    def __init__(self, W):
+        super().__init__()
+        self.weight = nn.Parameter(W)
+
+
+def model_of():
+    model = nn.Module()
+    for name, W in WEIGHTS.items():
+        *path, last = name.split(".")
+        at = model
+        for part in path:
+            at.add_module(part, getattr(at, part, nn.Module()))
+            at = getattr(at, part)
+        linear = nn.Linear(1, 1, bias=False)
+        linear.weight = nn.Parameter(W.clone())
+        at.add_module(last, linear)
+    model.conv = nn.Conv2d(2, 13, 3, bias=False)
+    model.conv.weight.data = noisy(13, 2, 3, 3)
+    model.experts = Experts(noisy(4, 30, 20, seed=3))
+    return model
+
+
+def leaves(model):
+    return [m for m in model.modules() if m._parameters]
+
+
+def parallelized(model, mesh):
+    """By the real plans of tensor parallelism, but for what is left plain."""
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name not in PLAIN}
+    plan = {name: RowwiseParallel() if name in ROW_WISE else ColwiseParallel() for name in linear}
+    return parallelize_module(model, mesh, plan)
+
+
+def placed(model, mesh, placements):
+    for leaf in leaves(model):
+        for name, p in list(leaf.named_parameters(recurse=False)):
+            some = [Shard(each.dim % p.ndim) if isinstance(each, Shard) else each for each in placements]
+            setattr(leaf, name, nn.Parameter(distribute_tensor(p.data, mesh, some)))
+    return model
+
+
+def fsdp(model, mesh, root=True):
+    for leaf in leaves(model):
+        fully_shard(leaf, mesh=mesh)
+    return fully_shard(model, mesh=mesh) if root else model
+
+
+def build(model):
+    if kind == "tp":
+        return parallelized(model, init_device_mesh("cpu", (ranks,)))
+    if kind == "fsdp+tp":
+        mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("dp", "tp"))
+        return fsdp(parallelized(model, mesh["tp"]), mesh["dp"])
+    if kind == "hsdp+tp":
+        mesh = init_device_mesh("cpu", (2, 2, ranks // 4), mesh_dim_names=("copies", "dp", "tp"))
+        return fsdp(parallelized(model, mesh["tp"]), mesh["copies", "dp"])
+    if kind == "columns":
+        return placed(model, init_device_mesh("cpu", (ranks,)), [Shard(1)])
+    if kind == "last":  # of a kernel's dimensions and a stack's, which stand apart in the matrix
+        return placed(model, init_device_mesh("cpu", (2, ranks // 2)), [Shard(-1), Shard(0)])
+    if kind == "copies":
+        return placed(model, init_device_mesh("cpu", (ranks,)), [Replicate()])
+    if kind == "experts":  # over all ranks, beside dense ones: on another mesh, plain, or of FSDP2 without its root
+        mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("fsdp", "ep"))
+        experts = model.experts
+        del model.experts
+        kept = {name: getattr(model, name) for name in PLAIN}
+        for name in kept:
+            delattr(model, name)
+        fsdp(model, init_device_mesh("cpu", (ranks,)), root=False)
+        for name, child in kept.items():
+            model.add_module(name, child)
+        experts.weight = nn.Parameter(distribute_tensor(experts.weight.data, mesh["ep"], [Shard(0)]))
+        model.experts = fully_shard(experts, mesh=mesh["fsdp"], shard_placement_fn=lambda _: Shard(1))
+        return model
+    raise ValueError(kind)
+
+
+def gathered(value):
+    everyone = [None] * ranks
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def together(model):
+    found = share(model, find_matrices(model))
+    return found, Shards(found.matrices, [each.boxes[found.rank] for each in found.common], found.spreads, found.group)
+
+
+def local(p):
+    return p.to_local() if is_sharded(p) else p.detach()
+
+
+expected = {m.name: m.tensor() for m in find_matrices(model_of())}
+model = build(model_of())
+before = [local(p).clone() for p in model.parameters()]
+found, shards = together(model)
+names = [m.name for m in found.matrices]
+assert sorted(names) == sorted(expected) and not found.left_out, (names, found.left_out)
+assert all(other == names for other in gathered(names))
+owned = gathered([name for i, name in enumerate(names) if shards.mine(i)])
+assert sorted(name for own in owned for name in own) == sorted(names)
+if kind == "copies":
+    assert all(each.senders == (each.owner,) for each in found.spreads)
+
+ways = set()
+
+
+def way_of(forced, *arguments):
+    way, sent = leading_way(*arguments)
+    ways.add(way)
+    return way if forced is None or way is Way.WHOLE else forced, sent
+
+
+groups = {}
+for i, m in enumerate(found.matrices):
+    groups.setdefault((shards.shapes[i], m.parameter.dtype), []).append(i)
+bits = {}
+for at in groups.values():
+    matrices = [expected[names[i]] for i in at]
+    assert tuple(matrices[0].shape) == shards.shapes[at[0]]
+    ref = spectra([W.double() if W.isfinite().all() else W for W in matrices], "exact")
+    result = shards.spectra(at)
+    with mock.patch.object(module, "CHUNK_BYTES", 1000):  # many chunks, and matrices larger than one
+        again = shards.spectra(at, previous=result.S)
+        exact = shards.spectra(at, "exact")
+    for j, i in enumerate(at):
+        bits[names[i]] = result.S[j].numpy().tobytes(), str(result.methods[j])
+        if names[i].startswith("nan"):
+            assert result.S[j].isnan().all() and exact.S[j].isnan().all()
+        elif names[i].startswith("zero"):
+            assert (result.S[j] == 0).all()
+        else:
+            assert result.methods[j] == spectra([matrices[j]]).methods[0], names[i]
+            for each in (result, again, exact):
+                assert sd_distance(each.S[j], ref.S[j]) <= min(1e-6, float(each.sd_error[j])), names[i]
+                assert ((each.S[j] - ref.S[j]).abs() <= each.bound[j] * 1.01 + 1e-30).all(), names[i]
+    for k, forced in {(1, None), (min(3, *matrices[0].shape), None), (1, Way.THIN), (1, Way.GATHER)}:
+        states, state = [None] * len(at), None
+        for step in range(4):  # cold, then warm
+            with mock.patch.object(module, "leading_way", functools.partial(way_of, forced)):
+                S, residual, norms, states = shards.topk(at, k, states)
+            one = topk_svdvals(matrices, k, state=state)
+            state = one.state
+            for j, i in enumerate(at):
+                if names[i].startswith("nan"):
+                    assert S[j].isnan().all() and norms[j].isnan()
+                    continue
+                top = ref.S[j, 0]
+                assert ((S[j].double() - one.S[j].double()).abs() <= 2e-5 * top).all(), (names[i], step, S[j], one.S[j])
+                assert abs(norms[j] - matrices[j].double().norm()) <= 1e-6 * top, names[i]
+ways |= {
+    full_way(shapes, m.parameter.dtype.itemsize, each)[0]
+    for shapes, m, each in zip(shards.shapes, found.matrices, found.spreads, strict=True)
+}
+assert ways >= {"copies": {Way.WHOLE}, "last": {Way.GATHER}}.get(kind, {Way.LONG, Way.GATHER}), ways
+assert all(other == bits for other in gathered(bits))  # the same on every rank
+for p, earlier in zip(model.parameters(), before, strict=True):
+    assert torch.equal(local(p).nan_to_num(7), earlier.nan_to_num(7))
+print("all as in one process", flush=True)
+dist.destroy_process_group()

@@ -1,0 +1,75 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prepared import run_ranks
+
+import sosd_fast
+
+WORKER = Path(__file__).with_name("layouts_worker.py")
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks"),
+    [("tp", 2), ("tp", 3), ("fsdp+tp", 4), ("hsdp+tp", 8), ("columns", 3), ("last", 4), ("copies", 2), ("experts", 4)],
+)
+def test_spectra_are_those_of_one_process(kind, ranks):
+    done = run_ranks(ranks, WORKER, kind)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all as in one process") == ranks, done.stdout
+
+
+def test_what_is_sent_and_held_is_bounded():
+    done = run_ranks(4, Path(__file__).with_name("traffic_worker.py"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all within bounds") == 4, done.stdout
+
+
+def test_odd_parameters(tmp_path):
+    done = run_ranks(4, Path(__file__).with_name("odd_layouts_worker.py"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all said") == 4, done.stdout
+
+
+TRAINING = Path(__file__).with_name("training_layouts_worker.py")
+
+
+def trained(folder, kind, method, ranks):
+    done = run_ranks(ranks, TRAINING, kind, method, folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("trained") == ranks
+    result = json.loads((folder / f"{kind}-{method}.json").read_text())
+    return result, None if method == "none" else sosd_fast.load(folder / f"{kind}-{method}")
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("fsdp+tp", 4), ("without root", 4), ("tp", 2)])
+def test_records_of_a_training_run_are_those_of_one_process(kind, ranks, tmp_path):
+    untouched, _ = trained(tmp_path, kind, "none", ranks)
+    for method in ("full", "exact", "auto", "topk"):
+        one, alone = trained(tmp_path, "alone", method, 1)
+        result, run = trained(tmp_path, kind, method, ranks)
+        expected, records = alone.records, run.records
+        assert result == untouched, method  # bit for bit
+        assert np.allclose(result["losses"], one["losses"], rtol=1e-5)
+        keys = [(r.step, r.name) for r in records]
+        assert len(keys) == len(set(keys)) and run.names == alone.names
+        if method != "auto":  # which the clock decides on
+            assert sorted(keys) == sorted((r.step, r.name) for r in expected)
+        for name in alone.names:
+            (steps, S), (known_steps, known_S) = run.spectra(name), alone.spectra(name)
+            both = np.intersect1d(steps, known_steps)
+            assert 0 in both and (method == "auto" or len(both) == len(steps) == len(known_steps))
+            for own, other in zip(S[np.isin(steps, both)], known_S[np.isin(known_steps, both)], strict=True):
+                assert np.linalg.norm(own / own.sum() - other / other.sum()) < 1e-5, name
+        known = {(r.step, r.name): r for r in expected}
+        for r in records:
+            other = known.get((r.step, r.name), r)
+            assert r.shape == other.shape
+            if method in ("full", "exact"):
+                assert r.method == other.method
+                assert (r.sd_variation is None) == (other.sd_variation is None)
+                if r.sd_variation is not None:
+                    assert abs(r.sd_variation - other.sd_variation) < 1e-5
+            elif r.topk is not None and r.method == other.method:
+                assert np.allclose(r.topk[:4], other.topk[:4], rtol=1e-3), (r, other)
