@@ -148,9 +148,10 @@ def test_checkpoints_resume_bit_for_bit_and_on_other_numbers_of_ranks(text, tmp_
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_auto_agrees_on_what_to_measure_and_half_precision_trains(text, tmp_path):
+@pytest.mark.parametrize(("ranks", "kind"), [(2, "fsdp"), (2, "tp"), (4, "fsdp+tp")])
+def test_auto_agrees_on_what_to_measure_and_half_precision_trains(text, tmp_path, ranks, kind):
     flags = [*FLAGS, "--tracker=fast", "--tracker-budget=0.01", "--dtype=bfloat16", "--steps=12", f"--data={text}"]
-    done = run_ranks(2, WORKER, *flags, "--parallel=fsdp", f"--run-dir={tmp_path / 'run'}")
+    done = run_ranks(ranks, WORKER, *flags, f"--parallel={kind}", f"--run-dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     found = sosd_fast.load(tmp_path / "run")
     assert found.log[-1]["loss"] < found.log[0]["loss"] and len(found.log) == 12
