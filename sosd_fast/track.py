@@ -55,10 +55,12 @@ def track(
     weights, a schedule-free optimizer's averages or a replayed graph's, are measured by `Probe.step` at the point where
     the model holds them, with `optimizers=[]`; docs/steps.md shows how.
 
-    Several ranks share the work. Call it on each of them, with the model as DistributedDataParallel or `fully_shard`
-    made it: each measures and records its matrices, and writes them to run_dir/rank-00000 and so on, which
-    `sosd_fast.load(run_dir)` merges. Rows that FSDP2 spread are measured where they are, in steps that all ranks take
-    together: what stops the probe of one of them stops the run at the ranks' time limit.
+    Several ranks share the work. Call it on each of them, with the model as DistributedDataParallel, `fully_shard` or
+    `parallelize_module` made it: each measures and records its matrices, and writes them to run_dir/rank-00000 and so
+    on, which `sosd_fast.load(run_dir)` merges. DTensors may be placed in any way on any meshes, beside plain parameters
+    too; those that hold partial sums are left out. Plain ones that differ from rank to rank get the rank in their name.
+    What the ranks hold parts of they measure in steps that all of them take together: what stops the probe of one of
+    them stops the run at the ranks' time limit.
 
     Args:
         model: any nn.Module. Measured once right away, so that the first step has something to compare with.

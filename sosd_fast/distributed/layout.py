@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sosd_fast.matrices import Matrix
+from sosd_fast.spectra import gram
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -63,6 +64,7 @@ class Spread(NamedTuple):
     blocks: tuple[Block, ...]  # of each rank
     owner: int  # the rank that measures and records the matrix
     senders: tuple[int, ...]  # ranks that hold every entry once between them, the owner's own and the nearest ones
+    by_products: bool = False  # whether the senders' Gram matrices are summed for the full spectrum
 
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
@@ -242,6 +244,24 @@ def cost(shape: tuple[int, int]) -> float:
     return r * r * max(shape) + 2.2 * r**3
 
 
+def gram_bytes(r: int, itemsize: int) -> int:
+    """What a sender sends of its part of a Gram matrix (r, r): one triangle, and the elements known in float64."""
+    return r * (r + 1) // 2 * max(4, itemsize) + 8 * (r + min(r - 1, gram.PAIRS))
+
+
+def long_side_is_split(shape: tuple[int, int], blocks: Collection[Block]) -> bool:
+    """Whether every block has all entries along the short side of a matrix."""
+    short = 0 if shape[0] < shape[1] else 1
+    return all(block.shape[short] == shape[short] for block in blocks)
+
+
+def _products_pay(matrix: Matrix, shape: tuple[int, int], blocks: Collection[Block]) -> bool:
+    """Whether Gram matrices of the blocks of a matrix are fewer bytes than the blocks, all of them but the largest."""
+    size = matrix.parameter.dtype.itemsize
+    moved = math.prod(shape) - max((block.size for block in blocks), default=0)
+    return long_side_is_split(shape, blocks) and (len(blocks) - 1) * gram_bytes(min(shape), size) < moved * size
+
+
 def assign(costs: Sequence[float], parts: int, allowed: Sequence[Collection[int]] | None = None) -> list[int]:
     """Shares work out: the longest first, each to the part that has least so far.
 
@@ -288,13 +308,20 @@ def spread(
         [p for p, block in enumerate(of) if block.size == math.prod(shape)] or range(ranks)
         for of, shape in zip(blocks, shapes, strict=True)
     ]
-    owners = assign([cost(shape) for shape in shapes], ranks, whole)
-    found = []
-    for i, (of, held, owner) in enumerate(zip(blocks, boxes, owners, strict=True)):
-        holders: dict[Box, list[int]] = {}
+    holding: list[dict[Box, list[int]]] = [{} for _ in matrices]
+    for holders, of, held in zip(holding, blocks, boxes, strict=True):
         for p, box in enumerate(held):
             if of[p].size and box is not None:
                 holders.setdefault(box, []).append(p)
+    by_products = [
+        _products_pay(m, shape, [of[those[0]] for those in holders.values()])
+        for m, shape, of, holders in zip(matrices, shapes, blocks, holding, strict=True)
+    ]
+    # Where Gram matrices are summed, all senders compute a part of these; the eigenvalues are left to the owner.
+    costs = [cost(shape) - by * min(shape) ** 2 * max(shape) for shape, by in zip(shapes, by_products, strict=True)]
+    owners = assign(costs, ranks, whole)
+    found = []
+    for i, (of, holders, owner) in enumerate(zip(blocks, holding, owners, strict=True)):
         mesh = meshes[i] if meshes else None
         coordinates = mesh.coordinates if mesh else {}
         own = coordinates.get(owner, ())
@@ -304,5 +331,5 @@ def spread(
             return differ if p in coordinates else len(own) + 1, abs(p - owner), p
 
         senders = [owner if owner in those else min(those, key=order) for those in holders.values()]
-        found.append(Spread(of, owner, tuple(sorted(senders))))
+        found.append(Spread(of, owner, tuple(sorted(senders)), by_products[i]))
     return found

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sosd_fast import kernels
 from sosd_fast.distributed.group import lockstep
 from sosd_fast.distributed.layout import (
     Box,
@@ -118,9 +119,10 @@ def _together(
         return known._replace(matrices=found, parameters=parameters)
     if group is not None:  # copies of models whose matrices are spread
         members = members | set(dist.get_process_group_ranks(group))
-    known_groups = [p.device_mesh.get_group(d) for p in parameters if is_sharded(p) for d in range(p.device_mesh.ndim)]
+    standing = {p.device_mesh: None for p in parameters if is_sharded(p) and p.device_mesh.get_coordinate() is not None}
+    groups = [mesh.get_group(d) for mesh in standing for d in range(mesh.ndim)]
     digest = {each.name: f"{each.shape} {each.dtype}" for each in told if each.mesh}
-    group = lockstep(members, digest, groups=dict.fromkeys(known_groups))
+    group = lockstep(members, digest, groups=groups)
     device = next(p.device for p in parameters if is_sharded(p))
     prints: dict[int, int] = {}
     for p, m in ((id(m.parameter), m) for m in matrices if not is_sharded(m.parameter)):
@@ -137,6 +139,13 @@ def _together(
         name, why = next(iter(left_out.items()))
         raise ValueError(f"track: expected at least one matrix that can be measured, got {name}, which {why}.")
     rank, found = group.rank(), []
+    different = [each.name for each in common if each.name.endswith("]") and "[rank " in each.name]
+    if different and rank == 0:
+        kernels.log.warning(
+            "sosd_fast: plain parameters differ from rank to rank, and each rank's own are recorded under its number: "
+            "%s%s. Make them equal, or DTensors, to have one record of each.",
+            ", ".join(different[:4]), ", ..." if len(different) > 4 else "",
+        )  # fmt: skip
     for each in common:
         if (place := each.places[rank]) is not None:
             found.append(dataclasses.replace(matrices[place], name=each.name))
@@ -214,7 +223,7 @@ def _joined(meshes: Sequence[Mesh | None], number: Mapping[int, int]) -> Mesh | 
     ranks = tuple(number[rank] for mesh in given for rank in mesh.ranks)
     if len({mesh.shape for mesh in given}) != 1 or len(set(ranks)) < len(ranks):
         return None
-    return Mesh((len(given), *given[0].shape), ranks)
+    return Mesh(given[0].shape if len(given) == 1 else (len(given), *given[0].shape), ranks)
 
 
 def fingerprint(values: Tensor) -> int:

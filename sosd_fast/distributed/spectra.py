@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from sosd_fast import kernels
-from sosd_fast.distributed.exchange import Exchange
-from sosd_fast.distributed.layout import Block, Box, Spread, is_sharded, local_block, put, shape_of
+from sosd_fast.distributed.blocks import CHUNK_BYTES, Blocks
+from sosd_fast.distributed.layout import Block, Box, Spread
 from sosd_fast.distributed.thin import BlockProducts
 from sosd_fast.distributed.ways import Way, full_way, leading_way
 from sosd_fast.matrices import Matrix
@@ -35,50 +35,18 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 METHODS = tuple(Method)
-CHUNK_BYTES = 64 * 2**20  # that a rank sends, or receives, at a time
 
 
-class Shards(Exchange):
-    """Matrices that the ranks of a group hold parts of. All ranks make the same calls, in the same order.
-
-    Args:
-        matrices: the same on every rank; of their parameters each rank has its part.
-        boxes: what this rank holds of each parameter; None for nothing.
-        spreads: who holds what of each matrix.
-        group: the ranks.
-
-    Attributes:
-        shapes: (m, n) of each matrix.
-        owner: of each matrix, its rank in the group.
-    """
+class Shards(Blocks):
+    """The spectra of `Blocks`."""
 
     def __init__(
         self, matrices: list[Matrix], boxes: Sequence[Box | None], spreads: Sequence[Spread], group: "ProcessGroup"
     ):
-        super().__init__(group, matrices[0].parameter.device if matrices else torch.device("cpu"))
-        self.matrices, self._boxes, self._spreads = matrices, boxes, spreads
-        self.shapes = [shape_of(m) for m in matrices]
-        self.owner = [each.owner for each in spreads]
+        super().__init__(matrices, boxes, spreads, group)
         self._triangles: dict[int, Tensor] = {}
         self._said = False  # that a matrix could not be measured
-        self._full = [full_way(*each)[0] for each in zip(self.shapes, self._itemsizes(), spreads, strict=True)]
-
-    def _itemsizes(self) -> list[int]:
-        return [m.parameter.dtype.itemsize for m in self.matrices]
-
-    def mine(self, i: int) -> bool:
-        """Whether this rank owns a matrix."""
-        return self.owner[i] == self.rank
-
-    def local(self, i: int) -> Tensor:
-        """The entries of a matrix that this rank contributes, (m_p, n_p), (0, 0) where another one has copies."""
-        m, box = self.matrices[i], self._boxes[i]
-        p = m.parameter
-        if box is None or self.rank not in self._spreads[i].senders:
-            return torch.empty(0, 0, dtype=p.dtype, device=p.device)
-        if is_sharded(p):
-            p = p.to_local()
-        return local_block(m, box, m.read(p) if m.read else p.detach())
+        self._full = [full_way(*each)[0] for each in zip(self.shapes, self.sizes, spreads, strict=True)]
 
     def _upright(self, i: int) -> Tensor:
         """`local` with the long side first; (0, r) where there is none."""
@@ -108,8 +76,8 @@ class Shards(Exchange):
         r = min(self.shapes[indices[0]])
         nan = found.new_full((r,), torch.nan)
         missing = nan, nan, nan[0], Method.GRAM32 if method == "auto" else Method(method)
-        for chunk in self._chunks(indices):
-            matrices = self._gather([indices[j] for j in chunk])
+        for chunk in self.chunks(indices, self.moved):
+            matrices = self.gather([indices[j] for j in chunk])
             own = [rows[j] for j in chunk if self.mine(indices[j])]
             if own:
                 before = None if previous is None else previous[own]
@@ -139,12 +107,16 @@ class Shards(Exchange):
                     self._of_whole([of[j] for j in at], [rows[j] for j in at], name, previous, found)
                     continue
                 dtype = name.dtype(given)
-                step = max(1, CHUNK_BYTES // (dtype.itemsize * n * (n + 1) // 2))
-                for first in range(0, len(at), step):
-                    chunk = at[first : first + step]
-                    own, G, exact = self._grams([of[j] for j in chunk], scale[chunk], finite[chunk], dtype)
-                    if own:
-                        mine = [chunk[o] for o in own]
+                at_once = max(1, CHUNK_BYTES // (dtype.itemsize * n * (n + 1) // 2))  # that a sender sends
+                for chunk in self.chunks([of[j] for j in at], lambda _, size=dtype.itemsize * n * n: size):
+                    mine, parts = list[int](), list[tuple[Tensor, Tensor]]()
+                    for first in range(0, len(chunk), at_once):
+                        some = [at[c] for c in chunk[first : first + at_once]]
+                        own, *sums = self._grams([of[j] for j in some], scale[some], finite[some], dtype)
+                        mine += [some[o] for o in own]
+                        parts.append((sums[0], sums[1]))
+                    if mine:
+                        G, exact = (torch.cat(each) for each in zip(*parts, strict=True))
                         missing = exact[0, :n] * torch.nan, exact[0, :n] * torch.nan, exact[0, 0] * torch.nan
                         results = self._survivors(of_grams, missing, G, exact, scale[mine], finite[mine], name)
                         for j, values in zip(mine, results, strict=True):
@@ -163,15 +135,15 @@ class Shards(Exchange):
         """
         shape = self.shapes[indices[0]]
         b = min(k + 8, *shape)
-        itemsize = self.matrices[indices[0]].parameter.dtype.itemsize
-        ways = [leading_way(shape, itemsize, self._spreads[i], b)[0] for i in indices]
+        itemsize = self.sizes[indices[0]]
+        ways = [leading_way(shape, itemsize, self.spreads[i], b)[0] for i in indices]
         found = torch.zeros(len(indices), 2 * k + 1, dtype=torch.float64, device=self._device)
         kept: list[State | None] = [None] * len(indices)
         others = [j for j, way in enumerate(ways) if way in (Way.WHOLE, Way.GATHER)]
         missing = found.new_full((k,), torch.nan), found.new_full((k,), torch.nan), found.new_tensor(torch.nan), None
-        for chunk in self._chunks([indices[j] for j in others]):
+        for chunk in self.chunks([indices[j] for j in others], self.moved):
             at = [others[c] for c in chunk]
-            matrices = self._gather([indices[j] for j in at])
+            matrices = self.gather([indices[j] for j in at])
             own = [j for j in at if self.mine(indices[j])]
             if own:
                 state = stacked([states[j] for j in own])
@@ -197,7 +169,7 @@ class Shards(Exchange):
         if way is Way.LONG:
             products = Products(torch, [A[None] for A in own], largest, self.sum)
         else:
-            blocks = [self._spreads[i].blocks[self.rank] for i in indices]
+            blocks = [self.spreads[i].blocks[self.rank] for i in indices]
             blocks = [Block(*reversed(block)) if m < n else block for block in blocks]
             products = BlockProducts(own, blocks, (max(m, n), min(m, n)), largest, self.sum)
         dtype = torch.float64 if own[0].dtype == torch.float64 else torch.float32
@@ -252,67 +224,6 @@ class Shards(Exchange):
         for of, part in zip(held, parts, strict=True):
             found[of] = part.view(-1, width)
 
-    def _chunks(self, indices: Sequence[int]) -> list[list[int]]:
-        """Positions in a list of matrices in turn, so that no rank sends or receives more than CHUNK_BYTES of several.
-
-        Args:
-            indices: of matrices that owners measure whole.
-        """
-        chunks: list[list[int]] = [[]]
-        load = [[0, 0] for _ in range(self.ranks)]
-        for j, i in enumerate(indices):
-            where, size = self._spreads[i], self.matrices[i].parameter.dtype.itemsize
-            moved = [(p, where.blocks[p].size * size) for p in where.senders if p != where.owner]
-            for p, count in moved:
-                load[p][0] += count
-                load[where.owner][1] += count
-            if chunks[-1] and max(map(max, load)) > CHUNK_BYTES:
-                chunks.append([])
-                load = [[0, 0] for _ in range(self.ranks)]
-                for p, count in moved:
-                    load[p][0] += count
-                    load[where.owner][1] += count
-            chunks[-1].append(j)
-        return chunks
-
-    def _gather(self, indices: Sequence[int]) -> list[Tensor]:
-        """The whole matrices that this rank owns among those given, each block from one rank that holds it."""
-        found: dict[int, Tensor] = {}
-        moving = {i: None for i in indices if self._spreads[i].senders != (self.owner[i],)}
-        for i in indices:
-            if self.mine(i):
-                own = self.local(i)
-                found[i] = own if i not in moving else own.new_empty(self.shapes[i])
-                if i in moving and own.numel():
-                    put(found[i], self._spreads[i].blocks[self.rank], own)
-        # one that is larger than a chunk comes in pieces of it
-        sizes = [self.matrices[i].parameter.dtype.itemsize * self.shapes[i][0] * self.shapes[i][1] for i in moving]
-        rounds = max((-(-size // CHUNK_BYTES) for size in sizes), default=0)
-        for turn in range(rounds):
-
-            def piece(block: Block, turn: int = turn) -> Block:
-                step = -(-len(block.rows) // rounds)
-                return Block(block.rows[turn * step : (turn + 1) * step], block.columns)
-
-            outgoing: list[list[Tensor]] = [[] for _ in range(self.ranks)]
-            incoming: list[list[tuple[int, Block]]] = [[] for _ in range(self.ranks)]
-            for i in moving:
-                where, owner = self._spreads[i], self.owner[i]
-                for p in where.senders:
-                    if p == owner:
-                        continue
-                    if p == self.rank:
-                        step = -(-len(where.blocks[p].rows) // rounds)
-                        outgoing[owner].append(self.local(i)[turn * step : (turn + 1) * step])
-                    if owner == self.rank:
-                        incoming[p].append((i, piece(where.blocks[p])))
-            like = torch.empty(0, dtype=self.matrices[indices[0]].parameter.dtype, device=self._device)
-            parts = self.deliver(outgoing, [sum(block.size for _, block in of) for of in incoming], like)
-            for of, part in zip(incoming, parts, strict=True):
-                for (i, block), values in zip(of, part.split([block.size for _, block in of]), strict=True):
-                    put(found[i], block, values.view(block.shape))
-        return list(found.values())
-
     def _grams(self, indices, scale, finite, dtype) -> tuple[list[int], Tensor, Tensor]:
         """The positions of the Gram matrices that this rank owns, their lower triangles, and their exact products."""
         n = min(self.shapes[indices[0]])
@@ -325,13 +236,13 @@ class Shards(Exchange):
         outgoing: list[list[list[Tensor]]] = [[[] for _ in range(self.ranks)] for _ in sizes]
         with kernels.full_precision(self._device.type):
             for j, i in enumerate(indices):
-                if self.rank in self._spreads[i].senders:
+                if self.rank in self.spreads[i].senders:
                     A = self._upright(i)
                     A = A.to(dtype) if plain[j] else torch.where(finite[j], A.double() * scale[j], 0.0).to(dtype)
                     outgoing[0][self.owner[i]].append((A.mT @ A)[triangle])
                     outgoing[1][self.owner[i]].append(torch.cat(gram.Products.of(A.mT)))
         own = [j for j, i in enumerate(indices) if self.mine(i)]
-        held = [[o for o, j in enumerate(own) if p in self._spreads[indices[j]].senders] for p in range(self.ranks)]
+        held = [[o for o, j in enumerate(own) if p in self.spreads[indices[j]].senders] for p in range(self.ranks)]
         sums = []
         for size, sent, kind in zip(sizes, outgoing, (dtype, torch.float64), strict=True):
             sums.append(total := torch.zeros(len(own), size, dtype=kind, device=self._device))

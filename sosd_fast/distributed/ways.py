@@ -13,9 +13,8 @@ import math
 from collections.abc import Sequence
 from enum import StrEnum
 
-from sosd_fast.distributed.layout import Spread, shape_of
+from sosd_fast.distributed.layout import Spread, gram_bytes, long_side_is_split, shape_of
 from sosd_fast.matrices import Matrix
-from sosd_fast.spectra import gram
 
 
 class Way(StrEnum):
@@ -37,14 +36,9 @@ def full_way(shape: tuple[int, int], itemsize: int, spread: Spread) -> tuple[Way
     """
     if spread.senders == (spread.owner,):
         return Way.WHOLE, 0
-    gathered = _gathered(shape, itemsize, spread)
-    if _long_side_is_split(shape, spread):
-        r = min(shape)
-        triangle = r * (r + 1) // 2 * max(4, itemsize) + 8 * (r + min(r - 1, gram.PAIRS))
-        sent = sum(p != spread.owner for p in spread.senders) * triangle
-        if sent < gathered:
-            return Way.LONG, sent
-    return Way.GATHER, gathered
+    if spread.by_products:
+        return Way.LONG, sum(p != spread.owner for p in spread.senders) * gram_bytes(min(shape), itemsize)
+    return Way.GATHER, _gathered(shape, itemsize, spread)
 
 
 def leading_way(shape: tuple[int, int], itemsize: int, spread: Spread, directions: int) -> tuple[Way, int]:
@@ -59,7 +53,8 @@ def leading_way(shape: tuple[int, int], itemsize: int, spread: Spread, direction
     if spread.senders == (spread.owner,):
         return Way.WHOLE, 0
     gathered = _gathered(shape, itemsize, spread)
-    r, b, way = min(shape), directions, Way.LONG if _long_side_is_split(shape, spread) else Way.THIN
+    long = long_side_is_split(shape, [spread.blocks[p] for p in spread.senders])
+    r, b, way = min(shape), directions, Way.LONG if long else Way.THIN
     summed = b * r + (b * b if way is Way.LONG else 2 * b * max(shape))
     sent = 2 * (len(spread.blocks) - 1) * summed * max(4, itemsize)  # of a ring's sums
     return (way, sent) if sent < gathered else (Way.GATHER, gathered)
@@ -87,9 +82,3 @@ def full_bytes(matrices: Sequence[Matrix], spreads: Sequence[Spread]) -> int:
 def _gathered(shape: tuple[int, int], itemsize: int, spread: Spread) -> int:
     held = spread.blocks[spread.owner].size if spread.owner in spread.senders else 0
     return (math.prod(shape) - held) * itemsize
-
-
-def _long_side_is_split(shape: tuple[int, int], spread: Spread) -> bool:
-    """Whether every block has all entries along the short side."""
-    short = 0 if shape[0] < shape[1] else 1
-    return all(spread.blocks[p].shape[short] == shape[short] for p in spread.senders)

@@ -16,12 +16,14 @@ from sosd_fast.distributed.layout import (
     block_of,
     box_at,
     boxes_on,
+    cost,
     local_block,
     put,
     shape_of,
     spread,
     take,
 )
+from sosd_fast.distributed.ways import full_bytes
 from sosd_fast.matrices import Matrix
 
 
@@ -161,3 +163,19 @@ def test_the_shape_of_a_block_is_that_of_its_entries():
     block = block_of(m, box)
     assert not isinstance(block.columns, range) and block.shape == (4, 12) and shape_of(m) == (4, 30)
     assert torch.equal(take(m.tensor(), block), local_block(m, box, cut(m.parameter, box)))
+
+
+def test_the_owner_of_summed_products_is_left_the_eigenvalues_alone():
+    """GPT-2 small's on 4 ranks, FSDP2: its embedding must not count as ten matrices for the rank that owns it."""
+    mesh = Mesh((4,), tuple(range(4)))
+    shapes = [(768, 768)] * 48 + [(3072, 768)] * 12 + [(768, 3072)] * 12 + [(50304, 768)]
+    several = [Matrix(f"w{i}", torch.empty(shape, device="meta")) for i, shape in enumerate(shapes)]
+    boxes = [list(boxes_on(shape, mesh, [Shard(0)]).values()) for shape in shapes]
+    found = spread(several, boxes)
+    assert [each.by_products for each in found] == [m > n for m, n in shapes]  # not of what is split on its short side
+    load = [0.0] * 4
+    for (m, n), each in zip(shapes, found, strict=True):
+        load[each.owner] += cost((m, n)) - each.by_products * m * n * n
+    assert max(load) <= 1.05 * sum(load) / 4
+    # a full measurement of all: less than the matrices' own size
+    assert full_bytes(several, found) <= sum(4 * m * n for m, n in shapes)

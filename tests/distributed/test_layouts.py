@@ -12,7 +12,17 @@ WORKER = Path(__file__).with_name("layouts_worker.py")
 
 @pytest.mark.parametrize(
     ("kind", "ranks"),
-    [("tp", 2), ("tp", 3), ("fsdp+tp", 4), ("hsdp+tp", 8), ("columns", 3), ("last", 4), ("copies", 2), ("experts", 4)],
+    [
+        ("tp", 2),
+        ("tp", 3),
+        ("fsdp+tp", 4),
+        ("hsdp+tp", 8),
+        ("columns", 3),
+        ("last", 4),
+        ("copies", 2),
+        ("experts", 4),
+        ("ep", 4),
+    ],
 )
 def test_spectra_are_those_of_one_process(kind, ranks):
     done = run_ranks(ranks, WORKER, kind)
@@ -32,32 +42,38 @@ def test_odd_parameters(tmp_path):
     assert done.stdout.count("all said") == 4, done.stdout
 
 
+METHODS = ("none", "full", "exact", "auto", "topk")
 TRAINING = Path(__file__).with_name("training_layouts_worker.py")
 
 
-def trained(folder, kind, method, ranks):
-    done = run_ranks(ranks, TRAINING, kind, method, folder)
+def trained(folder, kind, ranks, methods=METHODS):
+    """The result and the records of each method."""
+    done = run_ranks(ranks, TRAINING, kind, ",".join(methods), folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained") == ranks
-    result = json.loads((folder / f"{kind}-{method}.json").read_text())
-    return result, None if method == "none" else sosd_fast.load(folder / f"{kind}-{method}")
+    results = {method: json.loads((folder / f"{kind}-{method}.json").read_text()) for method in methods}
+    return results, {m: sosd_fast.load(folder / f"{kind}-{m}") for m in methods if m != "none"}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("alone"), "alone", 1)
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("fsdp+tp", 4), ("without root", 4), ("tp", 2)])
-def test_records_of_a_training_run_are_those_of_one_process(kind, ranks, tmp_path):
-    untouched, _ = trained(tmp_path, kind, "none", ranks)
-    for method in ("full", "exact", "auto", "topk"):
-        one, alone = trained(tmp_path, "alone", method, 1)
-        result, run = trained(tmp_path, kind, method, ranks)
-        expected, records = alone.records, run.records
-        assert result == untouched, method  # bit for bit
+def test_records_of_a_training_run_are_those_of_one_process(kind, ranks, tmp_path, alone):
+    results, runs = trained(tmp_path, kind, ranks)
+    for method, run in runs.items():
+        result, one, alone_run = results[method], alone[0][method], alone[1][method]
+        assert result == results["none"], method  # bit for bit
         assert np.allclose(result["losses"], one["losses"], rtol=1e-5)
+        expected, records = alone_run.records, run.records
         keys = [(r.step, r.name) for r in records]
-        assert len(keys) == len(set(keys)) and run.names == alone.names
+        assert len(keys) == len(set(keys)) and run.names == alone_run.names
         if method != "auto":  # which the clock decides on
             assert sorted(keys) == sorted((r.step, r.name) for r in expected)
-        for name in alone.names:
-            (steps, S), (known_steps, known_S) = run.spectra(name), alone.spectra(name)
+        for name in alone_run.names:
+            (steps, S), (known_steps, known_S) = run.spectra(name), alone_run.spectra(name)
             both = np.intersect1d(steps, known_steps)
             assert 0 in both and (method == "auto" or len(both) == len(steps) == len(known_steps))
             for own, other in zip(S[np.isin(steps, both)], known_S[np.isin(known_steps, both)], strict=True):
