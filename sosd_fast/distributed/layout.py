@@ -249,17 +249,27 @@ def gram_bytes(r: int, itemsize: int) -> int:
     return r * (r + 1) // 2 * max(4, itemsize) + 8 * (r + min(r - 1, gram.PAIRS))
 
 
+def products_pay(sent: int, gathered: int) -> bool:
+    """Whether sums of products, for which ranks send so many bytes, are better than bringing the matrix to its owner.
+
+    They are where they move an eighth of the bytes: what each rank computes for them besides, by torch's operations,
+    takes longer than the owner's kernels take for the whole matrix.
+    """
+    return 8 * sent < gathered
+
+
 def long_side_is_split(shape: tuple[int, int], blocks: Collection[Block]) -> bool:
     """Whether every block has all entries along the short side of a matrix."""
     short = 0 if shape[0] < shape[1] else 1
     return all(block.shape[short] == shape[short] for block in blocks)
 
 
-def _products_pay(matrix: Matrix, shape: tuple[int, int], blocks: Collection[Block]) -> bool:
-    """Whether Gram matrices of the blocks of a matrix are fewer bytes than the blocks, all of them but the largest."""
+def _sums_products(matrix: Matrix, shape: tuple[int, int], blocks: Collection[Block]) -> bool:
+    """Whether the Gram matrices of the blocks of a matrix are sent; else it is the blocks, all but the largest."""
     size = matrix.parameter.dtype.itemsize
-    moved = math.prod(shape) - max((block.size for block in blocks), default=0)
-    return long_side_is_split(shape, blocks) and (len(blocks) - 1) * gram_bytes(min(shape), size) < moved * size
+    gathered = (math.prod(shape) - max((block.size for block in blocks), default=0)) * size
+    sent = (len(blocks) - 1) * gram_bytes(min(shape), size)
+    return long_side_is_split(shape, blocks) and products_pay(sent, gathered)
 
 
 def assign(costs: Sequence[float], parts: int, allowed: Sequence[Collection[int]] | None = None) -> list[int]:
@@ -314,7 +324,7 @@ def spread(
             if of[p].size and box is not None:
                 holders.setdefault(box, []).append(p)
     by_products = [
-        _products_pay(m, shape, [of[those[0]] for those in holders.values()])
+        _sums_products(m, shape, [of[those[0]] for those in holders.values()])
         for m, shape, of, holders in zip(matrices, shapes, blocks, holding, strict=True)
     ]
     # Where Gram matrices are summed, all senders compute a part of these; the eigenvalues are left to the owner.

@@ -26,6 +26,7 @@ from sosd_fast.distributed.thin import BlockProducts
 from sosd_fast.distributed.ways import Way, full_way, leading_way
 from sosd_fast.matrices import Matrix
 from sosd_fast.spectra import gram
+from sosd_fast.spectra.norms import frobenius_norms
 from sosd_fast.spectra.precision import Method, choose, climb
 from sosd_fast.spectra.products import Products, State, cold_state, stacked
 from sosd_fast.spectra.svdvals import Spectra, finished, library_eigenvalues, spectra
@@ -239,7 +240,7 @@ class Shards(Blocks):
                 if self.rank in self.spreads[i].senders:
                     A = self._upright(i)
                     A = A.to(dtype) if plain[j] else torch.where(finite[j], A.double() * scale[j], 0.0).to(dtype)
-                    outgoing[0][self.owner[i]].append((A.mT @ A)[triangle])
+                    outgoing[0][self.owner[i]].append(_lower_gram(A)[triangle])
                     outgoing[1][self.owner[i]].append(torch.cat(gram.Products.of(A.mT)))
         own = [j for j, i in enumerate(indices) if self.mine(i)]
         held = [[o for o, j in enumerate(own) if p in self.spreads[indices[j]].senders] for p in range(self.ranks)]
@@ -270,6 +271,15 @@ class Shards(Blocks):
         return kernels.scale_of(self._largest(rows), torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+def _lower_gram(A: Tensor) -> Tensor:
+    """The lower triangle of A^T A and some of the upper one, for about half the operations of a whole product."""
+    n = A.shape[1]
+    G, step = A.new_empty(n, n), max(64, -(-n // 8))
+    for first in range(0, n, step):
+        torch.mm(A[:, first:].mT, A[:, first : first + step], out=G[first:, first : first + step])
+    return G
+
+
 def _write(found: Tensor, row: int, S: Tensor, bound: Tensor, sd_error: Tensor, name: Method):
     found[row] = torch.cat([S, bound, sd_error[None], S.new_tensor([METHODS.index(name)])])
 
@@ -282,9 +292,6 @@ def _norm(A: Tensor, power: Tensor) -> Tensor:
 
 
 def _leading(matrices: list[Tensor], k: int, state: State | None):
-    largest = torch.stack([kernels.largest_entry(W)[0, 0].double() for W in matrices])
-    power = kernels.power_of_two(largest.where(largest > 0, 1.0))
-    norms = torch.stack([_norm(W, p) * p for W, p in zip(matrices, power, strict=True)])
-    norms = torch.where(largest.isfinite(), norms, torch.nan)
+    norms = frobenius_norms(matrices)
     S, residual, state = topk_svdvals(matrices, k, state=state)
     return S.double(), residual.double(), norms, [State(*each) for each in zip(*state, strict=True)]

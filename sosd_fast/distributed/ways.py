@@ -6,14 +6,14 @@
     gather  every sender sends its block to the owner, in the parameter's own dtype
     thin    of the leading values all ranks add up products with the subspace along both sides
 
-Of those that are possible the one that moves the fewest bytes is taken. All of this is arithmetic, without processes.
+Products are taken where they move far fewer bytes. All of this is arithmetic, without processes.
 """
 
 import math
 from collections.abc import Sequence
 from enum import StrEnum
 
-from sosd_fast.distributed.layout import Spread, gram_bytes, long_side_is_split, shape_of
+from sosd_fast.distributed.layout import Spread, gram_bytes, long_side_is_split, products_pay, shape_of
 from sosd_fast.matrices import Matrix
 
 
@@ -57,7 +57,7 @@ def leading_way(shape: tuple[int, int], itemsize: int, spread: Spread, direction
     r, b, way = min(shape), directions, Way.LONG if long else Way.THIN
     summed = b * r + (b * b if way is Way.LONG else 2 * b * max(shape))
     sent = 2 * (len(spread.blocks) - 1) * summed * max(4, itemsize)  # of a ring's sums
-    return (way, sent) if sent < gathered else (Way.GATHER, gathered)
+    return (way, sent) if products_pay(sent, gathered) else (Way.GATHER, gathered)
 
 
 def full_bytes(matrices: Sequence[Matrix], spreads: Sequence[Spread]) -> int:

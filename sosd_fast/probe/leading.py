@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sosd_fast.kernels import largest_entry, power_of_two
 from sosd_fast.probe.measurement import Kind, LeadingValues, of_each
 from sosd_fast.probe.state import MatrixState
+from sosd_fast.spectra.norms import frobenius_norms
 from sosd_fast.spectra.products import State, stacked
 from sosd_fast.spectra.topk import topk_svdvals
 
@@ -95,23 +94,6 @@ def _topk(
     norms = frobenius_norms(matrices)
     S, residual, subspace = topk_svdvals(matrices, k, state=subspace, norms=norms)
     return S, residual, norms, [State(*parts) for parts in zip(*subspace, strict=True)]
-
-
-def frobenius_norms(matrices: list[Tensor]) -> Tensor:
-    """Returns Frobenius norms (B,), float64, on the device of the matrices; NaN where one is not finite."""
-    matrices = [W.detach() for W in matrices]
-    on_host = matrices[0].device.type == "cpu"
-    # In float64 no square of float32 leaves the range. The host computes in float64 only where that is needed, for
-    # it takes longer there.
-    dtype = torch.float32 if on_host and matrices[0].dtype != torch.float64 else torch.float64
-    norms = torch.stack(torch._foreach_norm(matrices, 2, dtype)).double()  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
-    if on_host or matrices[0].dtype == torch.float64:  # on a device float64 is always scaled: to look would wait for it
-        for j, W in enumerate(matrices):
-            if not on_host or not 1e-15 < float(norms[j]) < 1e18:
-                power = power_of_two(largest_entry(W).double())
-                scaled = torch.linalg.vector_norm(W.double() / power)
-                norms[j] = torch.where(scaled.isfinite(), scaled * power[0, 0], torch.nan)
-    return norms
 
 
 def leading_variation(

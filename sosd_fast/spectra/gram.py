@@ -28,6 +28,11 @@ class Products(NamedTuple):
         """Those of W (..., r, K), which is scaled so that its squares stay in range. Waits for no device."""
         if W.dtype == torch.float64:  # torch.sum adds in pairs, more accurately than a product does
             squares = W.square().sum(-1)
+        elif W.device.type == "cpu" and W.stride(-1) != 1:
+            # The norm's sums in float64 along what stands apart take 10 ns an entry; these take 1.3.
+            squares = W.new_zeros(W.shape[:-1], dtype=torch.float64)
+            for part in W.split(256, -1):
+                squares += part.double().square().sum(-1)
         else:
             squares = torch.linalg.vector_norm(W, dim=-1, dtype=torch.float64).square()
         some = W[..., : PAIRS + 1, :].double()

@@ -172,7 +172,7 @@ def test_the_owner_of_summed_products_is_left_the_eigenvalues_alone():
     several = [Matrix(f"w{i}", torch.empty(shape, device="meta")) for i, shape in enumerate(shapes)]
     boxes = [list(boxes_on(shape, mesh, [Shard(0)]).values()) for shape in shapes]
     found = spread(several, boxes)
-    assert [each.by_products for each in found] == [m > n for m, n in shapes]  # not of what is split on its short side
+    assert [each.by_products for each in found] == [m > 3072 for m, _ in shapes]  # of others that saves too little
     load = [0.0] * 4
     for (m, n), each in zip(shapes, found, strict=True):
         load[each.owner] += cost((m, n)) - each.by_products * m * n * n

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import sosd_fast
-from sosd_fast.probe.leading import frobenius_norms, leading_variation
+from sosd_fast.probe.leading import leading_variation
+from sosd_fast.spectra.norms import frobenius_norms
 
 SCALES = {torch.float32: (1.0, 1e30, 1e-30, 1e37), torch.float64: (1.0, 1e200, 1e-200, 1e-300, 1e300, 1e-160)}
 
@@ -56,7 +57,7 @@ def test_it_recovers_after_zero_and_subnormal_and_broken_ones(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, *SCALES], ids=str)
-def testfrobenius_norms(dtype):
+def test_frobenius_norms(dtype):
     W = torch.randn(8, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
     sizes = [0, 14, -10] if dtype == torch.float16 else [0, -120, 124] if dtype != torch.float64 else [0, -1000, 1015]
     matrices = [(W.double() * 2.0**size).to(dtype) for size in sizes]
