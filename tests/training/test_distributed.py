@@ -128,7 +128,7 @@ def half_done(run_dir, to):
 
 
 @pytest.mark.parametrize(("ranks", "kind"), [(2, "fsdp"), (4, "fsdp+tp")])
-def test_checkpoints_resume_bit_for_bit_and_on_other_numbers_of_ranks(text, tmp_path, ranks, kind):
+def test_checkpoints_resume_bit_for_bit_and_in_other_layouts(text, tmp_path, ranks, kind):
     whole = tmp_path / "whole"
     flags = [*FLAGS, "--model=llama-nano", "--optimizer=muon", "--tracker=topk", f"--data={text}"]
     done = run_ranks(ranks, WORKER, *flags, f"--parallel={kind}", "--checkpoint-every=3", f"--run-dir={whole}")
@@ -141,11 +141,13 @@ def test_checkpoints_resume_bit_for_bit_and_on_other_numbers_of_ranks(text, tmp_
     records = [sosd_fast.load(path).records for path in (same, whole)]
     assert records[0] == records[1] and records[0][-1].step == 6
 
-    one = half_done(whole, tmp_path / "one")
-    done = run(WORKER, f"--resume={one}", "--parallel=none", "--tracker=off")
-    assert done.returncode == 0, done.stderr
-    losses = [[line["loss"] for line in log(run_dir)] for run_dir in (one, whole)]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    for count, other in ((1, "none"), (2, "tp")):
+        elsewhere = half_done(whole, tmp_path / other)
+        flags = [f"--resume={elsewhere}", f"--parallel={other}", "--tracker=off"]
+        done = run(WORKER, *flags) if count == 1 else run_ranks(count, WORKER, *flags)
+        assert done.returncode == 0, done.stderr
+        losses = [[line["loss"] for line in log(run_dir)] for run_dir in (elsewhere, whole)]
+        np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("ranks", "kind"), [(2, "fsdp"), (2, "tp"), (4, "fsdp+tp")])
