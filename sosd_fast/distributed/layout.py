@@ -272,20 +272,27 @@ def _sums_products(matrix: Matrix, shape: tuple[int, int], blocks: Collection[Bl
     return long_side_is_split(shape, blocks) and products_pay(sent, gathered)
 
 
-def assign(costs: Sequence[float], parts: int, allowed: Sequence[Collection[int]] | None = None) -> list[int]:
+def assign(
+    costs: Sequence[float],
+    parts: int,
+    allowed: Sequence[Collection[int]] | None = None,
+    load: Sequence[float] | None = None,
+) -> list[int]:
     """Shares work out: the longest first, each to the part that has least so far.
 
     Args:
         costs: of each item.
         parts: how many.
         allowed: the parts that each item may go to; None allows all. Those that may not go everywhere go first.
+        load: what each part has already; None is nothing.
 
     Returns:
-        The part of each item. Where all are allowed, no part has more than 4/3 - 1/(3 parts) times the best maximum.
+        The part of each item. Where all are allowed and nothing is there, no part has more than
+        4/3 - 1/(3 parts) times the best maximum.
 
     Source: Graham, Bounds on Multiprocessing Timing Anomalies (1969).
     """
-    total, part, everywhere = [0.0] * parts, [0] * len(costs), range(parts)
+    total, part, everywhere = list(load or [0.0] * parts), [0] * len(costs), range(parts)
     choices = [everywhere if allowed is None else sorted(allowed[i]) for i in range(len(costs))]
     for i in sorted(range(len(costs)), key=lambda i: (len(choices[i]) == parts, -costs[i])):
         part[i] = min(choices[i], key=total.__getitem__)
@@ -327,11 +334,19 @@ def spread(
         _sums_products(m, shape, [of[those[0]] for those in holders.values()])
         for m, shape, of, holders in zip(matrices, shapes, blocks, holding, strict=True)
     ]
-    # Where Gram matrices are summed, all senders compute a part of these; the eigenvalues are left to the owner.
-    costs = [cost(shape) - by * min(shape) ** 2 * max(shape) for shape, by in zip(shapes, by_products, strict=True)]
-    owners = assign(costs, ranks, whole)
-    found = []
-    for i, (of, holders, owner) in enumerate(zip(blocks, holding, owners, strict=True)):
+    # Where Gram matrices are summed, the senders share their cost; what is left to the owner are the eigenvalues.
+    load, found = [0.0] * ranks, dict[int, Spread]()
+    for i in (i for i, summed in enumerate(by_products) if summed):
+        r, senders = min(shapes[i]), list[int]()
+        for those in holding[i].values():
+            senders.append(p := min(those, key=load.__getitem__))
+            load[p] += blocks[i][p].size * r
+        owner = min(senders, key=load.__getitem__)
+        load[owner] += cost((r, r)) - r**3
+        found[i] = Spread(blocks[i], owner, tuple(sorted(senders)), by_products=True)
+    others = [i for i in range(len(matrices)) if i not in found]
+    owners = assign([cost(shapes[i]) for i in others], ranks, [whole[i] for i in others], load)
+    for i, owner in zip(others, owners, strict=True):
         mesh = meshes[i] if meshes else None
         coordinates = mesh.coordinates if mesh else {}
         own = coordinates.get(owner, ())
@@ -340,6 +355,6 @@ def spread(
             differ = sum(a != b for a, b in zip(own, coordinates.get(p, ()), strict=False))
             return differ if p in coordinates else len(own) + 1, abs(p - owner), p
 
-        senders = [owner if owner in those else min(those, key=order) for those in holders.values()]
-        found.append(Spread(of, owner, tuple(sorted(senders)), by_products[i]))
-    return found
+        senders = [owner if owner in those else min(those, key=order) for those in holding[i].values()]
+        found[i] = Spread(blocks[i], owner, tuple(sorted(senders)))
+    return [found[i] for i in range(len(matrices))]
