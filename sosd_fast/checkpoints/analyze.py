@@ -128,7 +128,7 @@ def _views(key: str, tensor: Tensor, scale: Tensor | None, split: Mapping, confi
         scaled = by_scale(tensor.shape, scale, blocks) if scale is not None else None
         tensor = scaled(tensor, ()) if scaled else tensor.float()  # eight-bit floats, exactly
     name, original = plain_name(key)
-    fused = fused_by_config(name, max(tensor.shape), config)
+    fused = fused_by_config(name, tensor.shape, config)
     found = matrices_of(name, tensor, split, fused=fused, original=original)
     return [] if isinstance(found, str) else found
 
