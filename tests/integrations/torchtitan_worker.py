@@ -1,8 +1,10 @@
-"""Run by test_torchtitan.py under torchrun: torchtitan's own Trainer and debug models on a CPU, with the probe or without.
+# ruff: noqa: ARG002, E402
+"""Run by test_torchtitan.py under torchrun: torchtitan's own Trainer on a CPU, with the probe and without.
 
 Where torchtitan knows accelerators only, a line here stands in: the device, its memory's monitor, the time limits of
 groups. Gloo multiplies no sums, so FSDP2 is told to divide by itself; attention is torch's own, for flex_attention has
-no backward pass on a CPU. The Trainer, the models, their parallelisation and optimizers are torchtitan's, of two layers.
+no backward pass on a CPU. The Trainer, the debug models, of which two layers are left, their parallelisation and the
+optimizers are torchtitan's.
 """
 
 import json
