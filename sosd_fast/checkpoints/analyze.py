@@ -4,6 +4,7 @@ Matrices are read and measured a few at a time, so that memory stays below three
 torch itself takes.
 """
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sosd_fast.checkpoints.files import Checkpoint, same_bits
+from sosd_fast.checkpoints.files import Checkpoint
 from sosd_fast.checkpoints.layouts import series, step_of
 from sosd_fast.fused import fused_by_config
 from sosd_fast.kernels.distribution import Distribution, singular_distribution
@@ -192,12 +193,13 @@ def _tied(checkpoint: Checkpoint) -> dict[str, str]:
             groups.setdefault(shape, []).append(name)
     found: dict[str, str] = {}
     for names in groups.values():
+        first: dict[bytes, str] = {}
         names.sort(key=lambda name: (kind(plain_name(name)[0]) == "head", name.count(".")))
-        for i, name in enumerate(names):
-            for other in names[:i]:
-                if other not in found and same_bits(*(checkpoint.read([n])[n] for n in (name, other))):
-                    found[name] = other
-                    break
+        for name in names if len(names) > 1 else ():
+            bits = checkpoint.read([name])[name].contiguous().view(torch.uint8).numpy()
+            same = first.setdefault(hashlib.blake2b(bits).digest(), name)
+            if same != name:
+                found[name] = same
     return found
 
 

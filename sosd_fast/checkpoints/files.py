@@ -44,6 +44,11 @@ class Checkpoint:
         if not path.exists():
             raise ValueError(f"analyze: expected a file or folder of weights, got path={path}. It does not exist.")
         found = files_of(path) if path.is_dir() else Found([path])
+        if path.is_dir() and any(path.glob("zero_pp_rank_*_model_states.pt")):
+            raise ValueError(
+                f"analyze: expected weights, got path={path} of DeepSpeed, whose ZeRO stage 3 keeps them in the files "
+                "of its optimizer. Run zero_to_fp32.py, which stands beside them."
+            )
         if not found.files:
             raise ValueError(
                 f"analyze: expected a folder with {', '.join(FORMATS)} files or the {INDEX} of "
@@ -72,11 +77,6 @@ class Checkpoint:
         for file in opened.values():
             left_out |= file.left_out
         self.notes = list(_notes(found, left_out))
-        if not self.shapes and any(self.path.glob("*zero_pp_rank*")):
-            raise ValueError(
-                f"analyze: expected weights, got path={path} of DeepSpeed, whose ZeRO stage 3 keeps them in the files "
-                "of its optimizer. Run zero_to_fp32.py, which stands beside them."
-            )
         if not self.shapes:
             raise ValueError(
                 f"analyze: expected weights, got path={path} without a floating-point matrix"
@@ -161,10 +161,10 @@ class Checkpoint:
 
     def _is_equal(self, key: str) -> bool:
         first, *others = (file.read([key])[key] for file in self._parts[key])
-        return all(same_bits(first, other) for other in others)
+        return all(_same_bits(first, other) for other in others)
 
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
+def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same."""
     return (
         a.shape == b.shape

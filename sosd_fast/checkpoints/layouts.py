@@ -15,7 +15,7 @@ from sosd_fast.checkpoints.formats import FORMATS
 
 _NO_WEIGHTS = re.compile(r"optim|scheduler|scaler|rng_state|training_args|^random_states|^zero_pp_rank")
 _STEP = re.compile(r"(?:^|[^a-z])(?:step|iter|iteration|checkpoint|ckpt|globalstep)s?[-_=.]?0*(\d{1,15})(?![0-9a-z])")
-_MAX_INDEX = 32 * 2**20
+_MAX_INDEX, _MAX_ENTRIES = 24 * 2**20, 400_000  # 91,000 weights of DeepSeek-V3 take 9 MB
 
 
 class Layout(NamedTuple):
@@ -59,8 +59,8 @@ LAYOUTS = {
         re.compile(r"mp_rank_\d\d(_model_states\.pt|/model_optim_rng\.pt|/model_rng\.pt)"),
         re.compile(r"(attention\.dense|self_attention\.linear_proj|dense_4h_to_h|linear_fc2)\.weight$"),
         re.compile(
-            r"(query_key_value|linear_qkv|dense_h_to_4h|linear_fc1|(word_)?embed(ding|_tokens|_in)?s?(\.word_embeddings)?|"
-            r"output_layer|lm_head|final_linear)\.weight$"
+            r"(^|\.)(query_key_value|linear_qkv|dense_h_to_4h|linear_fc1|word_embeddings|embed_tokens|output_layer|lm_head)"
+            r"\.weight$"
         ),
     ),
 }
@@ -178,7 +178,10 @@ def _index(folder: Path, index: Path) -> dict[str, str]:
     try:
         if index.stat().st_size > _MAX_INDEX:
             raise ValueError
-        home = json.loads(index.read_text())["weight_map"]
+        text = index.read_bytes()
+        if max(map(text.count, (b"[", b"{", b",", b":"))) > _MAX_ENTRIES:
+            raise ValueError
+        home = json.loads(text)["weight_map"]
         shards = sorted(set(home.values()), key=str)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"analyze: expected an index with a weight_map, got a damaged {index}.") from None
@@ -188,7 +191,8 @@ def _index(folder: Path, index: Path) -> dict[str, str]:
             f"analyze: expected files inside {folder}, got {index.name} with {str(outside[0])[:200]!r}. "
             "Move the shards beside their index."
         )
-    missing = [shard for shard in shards if not (folder / shard).is_file()]
+    present = {path.name for path in folder.iterdir()}
+    missing = [shard[:200] for shard in shards if shard not in present]
     if missing:
         raise ValueError(
             f"analyze: expected all shards of {index.name}, got path={folder} without {', '.join(missing[:8])}. "

@@ -168,30 +168,38 @@ class _Machine:
         return self._stack.pop()
 
     def run(self, name: str, argument: Any):
-        stack = self._stack
         if name in _VALUES:
-            stack.append(argument)
+            self._stack.append(argument)
         elif name in _ALONE:
-            stack.append(_ALONE[name])
-        elif name in ("PROTO", "FRAME"):
-            pass
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            self._memo[argument] = stack[-1]
-        elif name == "MEMOIZE":
-            self._memo[len(self._memo)] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(self._memo[argument])
-        elif name == "MARK":
-            self._marks.append(stack)
-            self._stack = []
-        elif name == "POP":
-            stack.pop()
-        elif name == "POP_MARK":
-            self._items()
-        elif name == "DUP":
-            stack.append(stack[-1])
-        else:
+            self._stack.append(_ALONE[name])
+        elif name not in ("PROTO", "FRAME"):
             getattr(self, f"_{name.lower()}")(argument)
+
+    def _put(self, argument: int):
+        self._memo[argument] = self._stack[-1]
+
+    _binput = _long_binput = _put
+
+    def _memoize(self, _):
+        self._memo[len(self._memo)] = self._stack[-1]
+
+    def _get(self, argument: int):
+        self._stack.append(self._memo[argument])
+
+    _binget = _long_binget = _get
+
+    def _mark(self, _):
+        self._marks.append(self._stack)
+        self._stack = []
+
+    def _pop(self, _):
+        self._stack.pop()
+
+    def _pop_mark(self, _):
+        self._items()
+
+    def _dup(self, _):
+        self._stack.append(self._stack[-1])
 
     def _items(self) -> list[Any]:
         items, self._stack = self._stack, self._marks.pop()
@@ -317,8 +325,11 @@ def _key(key: object) -> Hashable:
 def _name(module: str, name: str) -> Name | torch.dtype:
     """A name, where it is a class by its first letter, data, or known; functions are refused."""
     found = Name(module, name)
-    if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-        return getattr(torch, name)
+    value = getattr(torch, name, None) if module == "torch" else None
+    if isinstance(value, torch.dtype):
+        return value
+    if isinstance(value, torch.qscheme | torch.layout | torch.memory_format):
+        return found
     plain = name.rpartition(".")[2].lstrip("_")[:1].isupper() or module.partition(".")[0] == "numpy"
     if (
         plain

@@ -53,6 +53,9 @@ class Quantized:
     def __init__(self, headers: Mapping[str, Header], settings: Mapping[str, Any], read: Callable[[str], Tensor]):
         self._headers, self._settings, self._read = headers, settings, read
         self.left_out: dict[str, str] = {}
+        self._modules: dict[str, list[str]] = {}
+        for key in headers:
+            self._modules.setdefault(key.rpartition(".")[0], []).append(key)
         found: dict[str, Weight] = {}  # by the first key
         used: set[str] = set()
         for key in headers:
@@ -77,11 +80,11 @@ class Quantized:
 
     def _leave_with_scales(self, key: str, why: str, used: set[str]):
         """Leaves a tensor out, and what stands in the same module: its scales and zeros."""
-        module = f"{key.rpartition('.')[0]}."
-        for each, header in self._headers.items():
-            if each == key or (each.startswith(module) and "." not in each[len(module) :] and each not in used):
+        module = key.rpartition(".")[0]
+        for each in self._modules[module] if module else [key]:
+            if each == key or each not in used:
                 used.add(each)
-                if header.is_matrix:
+                if self._headers[each].is_matrix:
                     self.left_out[each] = why
 
     def _beside(self, weight: Weight) -> Iterator[str]:

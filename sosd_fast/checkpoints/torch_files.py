@@ -164,10 +164,12 @@ def tensors_of(checkpoint: object) -> Iterator[tuple[str, object]]:
 
     Where no tensor stands at the top, the first of the usual entries that holds matrices is taken.
     """
-    while isinstance(checkpoint, dict) and not any(map(is_tensor, checkpoint.values())):
+    for _ in range(_MAX_DEPTH):
+        if not isinstance(checkpoint, dict) or any(map(is_tensor, checkpoint.values())):
+            break
         inner = (checkpoint[key] for key in WEIGHTS if isinstance(checkpoint.get(key), dict))
         found = next((entry for entry in inner if any(_is_matrix(t) for _, t in _nested(entry, "", set(), 0))), None)
-        if found is None or found is checkpoint:
+        if found is None:
             break
         checkpoint = found
     if isinstance(checkpoint, Inert | Stored):
