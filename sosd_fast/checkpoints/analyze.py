@@ -197,7 +197,7 @@ def _tied(checkpoint: Checkpoint) -> dict[str, str]:
         names.sort(key=lambda name: (kind(plain_name(name)[0]) == "head", name.count(".")))
         for name in names if len(names) > 1 else ():
             bits = checkpoint.read([name])[name].contiguous().view(torch.uint8).numpy()
-            same = first.setdefault(hashlib.blake2b(bits).digest(), name)
+            same = first.setdefault(hashlib.blake2b(bits.data).digest(), name)
             if same != name:
                 found[name] = same
     return found
