@@ -1,6 +1,6 @@
 """Files of llama.cpp; the gguf package turns the blocks of quantised tensors into values.
 
-The header is read here: gguf 0.20 keeps two arrays for each word of the vocabulary, 300 MB of 250,000 words, and counts
+The header is read here: gguf 0.19 keeps two arrays for each word of the vocabulary, 300 MB of 250,000 words, and counts
 on where a length in the header lies beyond the file's end.
 """
 
