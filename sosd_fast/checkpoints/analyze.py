@@ -10,13 +10,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sosd_fast.checkpoints.files import Checkpoint
+from sosd_fast.checkpoints.headers import shown
 from sosd_fast.checkpoints.layouts import series, step_of
 from sosd_fast.fused import fused_by_config
 from sosd_fast.kernels.distribution import Distribution, singular_distribution
@@ -82,38 +83,32 @@ def analyze(
         order = {name: i for i, name in enumerate(checkpoint.shapes)}
         tied = _tied(checkpoint)
         for names in checkpoint.batches(torch.get_num_threads()):
-            names = [name for name in names if name not in tied]
-            tensors = checkpoint.read(names)
-            shapes: dict[tuple[int, ...], list[tuple[int, Matrix]]] = {}
-            for name in names:
-                for matrix in chosen.matrices(name, tensors[name]):
-                    shapes.setdefault(tuple(matrix.tensor().shape), []).append((order[name], matrix))
-            del tensors
-            for shape, group in shapes.items():
-                result = spectra([matrix.tensor() for _, matrix in group], method)
-                for j, (place, matrix) in enumerate(group):
-                    S, name = result.S[j], matrix.name
-                    before = previous.get(name)
-                    if before is not None and before[1].shape != S.shape:
-                        raise ValueError(
-                            f"analyze: expected checkpoints of one model, got {name} with {len(S)} singular values in "
-                            f"{checkpoint.path} after {len(before[1])}. Analyze them one by one."
-                        )
-                    d = singular_distribution(S, before[1] if before else None, first.get(name))
-                    values: dict[str, Any] = {
-                        f: float(v) for f, v in zip(d._fields, d, strict=True) if f in _SUMMARIES and v is not None
-                    }
-                    if before is not None and d.variation_l2 is not None:
-                        values |= {"interval": step - before[0], "sd_variation": float(d.variation_l2)}
-                    record = Record(
-                        step, name, (shape[0], shape[1]), result.methods[j], sd_error=float(result.sd_error[j]),
-                        topk=tuple(S[:k].tolist()), spectrum=S.numpy(), **values,
-                    )  # fmt: skip
-                    records.append((place, len(records), record))
-                    previous[name] = (step, S)
-                    first.setdefault(name, S)
-            shapes.clear()
-        said = [*checkpoint.notes, *(f"left out {name}, which is tied to {other}" for name, other in tied.items())]
+            kept = [name for name in names if name not in tied]
+            for each in _measured(checkpoint.read(kept), chosen, method):
+                name, S = each.name, each.S
+                before = previous.get(name)
+                if before is not None and before[1].shape != S.shape:
+                    raise ValueError(
+                        f"analyze: expected checkpoints of one model, got {shown(name)} with {len(S)} singular values "
+                        f"in {checkpoint.path} after {len(before[1])}. Analyze them one by one."
+                    )
+                d = singular_distribution(S, before[1] if before else None, first.get(name))
+                values: dict[str, Any] = {
+                    f: float(v) for f, v in zip(d._fields, d, strict=True) if f in _SUMMARIES and v is not None
+                }
+                if before is not None and d.variation_l2 is not None:
+                    values |= {"interval": step - before[0], "sd_variation": float(d.variation_l2)}
+                record = Record(
+                    step, name, each.shape, each.method, sd_error=each.sd_error, topk=tuple(S[:k].tolist()),
+                    spectrum=S.numpy(), **values,
+                )  # fmt: skip
+                records.append((order[each.weight], len(records), record))
+                previous[name] = (step, S)
+                first.setdefault(name, S)
+        said = [
+            *checkpoint.notes,
+            *(f"left out {shown(name)}, which is tied to {shown(other)}" for name, other in tied.items()),
+        ]
         for note in said:
             log.warning("analyze: %s: %s.", checkpoint.path, note)
         if notes is not None:
@@ -147,6 +142,31 @@ def parameter_alignment(checkpoints: Sequence[str | os.PathLike]) -> tuple[list[
     return _steps([f.path for f in files]), cosines.tolist()
 
 
+class _Measured(NamedTuple):
+    weight: str
+    name: str
+    shape: tuple[int, int]
+    S: Tensor
+    method: str
+    sd_error: float
+
+
+def _measured(tensors: dict[str, Tensor], chosen: "_Chosen", method: str) -> list[_Measured]:
+    """Measures the matrices in tensors, those of one shape together; keeps none of them."""
+    found: list[_Measured] = []
+    shapes: dict[tuple[int, int], list[tuple[str, Matrix]]] = {}
+    for weight, tensor in tensors.items():
+        for matrix in chosen.matrices(weight, tensor):
+            m, n = matrix.tensor().shape
+            shapes.setdefault((m, n), []).append((weight, matrix))
+    for shape, group in shapes.items():
+        result = spectra([matrix.tensor() for _, matrix in group], method)
+        for j, (weight, matrix) in enumerate(group):
+            error = float(result.sd_error[j])
+            found.append(_Measured(weight, matrix.name, shape, result.S[j], result.methods[j], error))
+    return found
+
+
 class _Chosen:
     """The matrices in a checkpoint's weights, as its user wants them."""
 
@@ -165,7 +185,7 @@ class _Chosen:
                 if not any(fnmatchcase(name, pattern) for name in deep):
                     raise ValueError(
                         f"analyze: expected a pattern that fits a weight of three or more dimensions, got "
-                        f"{option}={pattern!r}. {checkpoint.path} has {', '.join(deep[:8]) or 'none'}."
+                        f"{option}={pattern!r}. {checkpoint.path} has {', '.join(map(shown, deep[:8])) or 'none'}."
                     )
 
     def matrices(self, key: str, tensor: Tensor) -> list[Matrix]:

@@ -66,7 +66,8 @@ class _Bounded:
         self.seek, self.tell, self.seekable = part.seek, part.tell, part.seekable
 
     def read(self, size: int = -1) -> bytes:
-        if min(size if size >= 0 else self._part.length, self._part.length) > _MAX_DIRECTORY:
+        left = self._part.length - self._part.tell()
+        if min(size if size >= 0 else left, left) > _MAX_DIRECTORY:
             raise ValueError("a zip archive of more parts than weights have")
         return self._part.read(size)
 

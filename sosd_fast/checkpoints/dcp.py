@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sosd_fast.checkpoints import pickles
-from sosd_fast.checkpoints.headers import Header
+from sosd_fast.checkpoints.headers import Header, shown
 from sosd_fast.checkpoints.pickles import Inert, Refused, sizes
 from sosd_fast.checkpoints.refusals import damaged
 from sosd_fast.checkpoints.torch_files import OTHERS, WEIGHTS, TorchFile
@@ -172,8 +172,8 @@ class _Files:
             )
         if getattr(info, "transform_descriptors", None):
             raise ValueError(
-                f"analyze: expected tensors as torch.save writes them, got path={self._folder} with {key} under "
-                f"{str(info.transform_descriptors)[:200]}. Save the weights without extensions."
+                f"analyze: expected tensors as torch.save writes them, got path={self._folder} with {shown(key)} under "
+                f"{shown(info.transform_descriptors)}. Save the weights without extensions."
             )
         if self.size(name) < 0:
             raise _missing(self._folder, name)
@@ -186,6 +186,6 @@ class _Files:
 
 def _missing(folder: Path, what: str) -> ValueError:
     return ValueError(
-        f"analyze: expected every rank's file of a torch.distributed.checkpoint, got path={folder} without {what}. "
-        "Copy them all into one folder."
+        f"analyze: expected every rank's file of a torch.distributed.checkpoint, got path={folder} without "
+        f"{shown(what)}. Copy them all into one folder."
     )

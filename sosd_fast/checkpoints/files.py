@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sosd_fast.checkpoints.dcp import INDEX
 from sosd_fast.checkpoints.formats import FORMATS, open_weights
-from sosd_fast.checkpoints.headers import Header, WeightFile
+from sosd_fast.checkpoints.headers import Header, WeightFile, shown
 from sosd_fast.checkpoints.layouts import Found, files_of, step_of
 from sosd_fast.checkpoints.quantized import Quantized, Weight
 from sosd_fast.checkpoints.refusals import damaged
@@ -70,7 +70,7 @@ class Checkpoint:
         if len(self._weights) < len(weights):
             twice = Counter(weight.name for weight in weights).most_common(1)[0][0]
             raise ValueError(
-                f"analyze: expected each weight once, got path={path} with {twice} in two forms. Keep one."
+                f"analyze: expected each weight once, got path={path} with {shown(twice)} in two forms. Keep one."
             )
         self.shapes = {name: weight.shape for name, weight in self._weights.items()}
         left_out = dict(quantized.left_out)
@@ -132,7 +132,7 @@ class Checkpoint:
         lost = set(found.home or ()) - set(headers) - {k for file in opened.values() for k in file.left_out}
         if lost:
             raise ValueError(
-                f"analyze: expected what the index of path={self.path} names, got files without {min(lost)[:200]}. "
+                f"analyze: expected what the index of path={self.path} names, got files without {shown(min(lost))}. "
                 "Download them again."
             )
         vectors = {key: each[0].shape[0] for key, each in headers.items() if len(each[0].shape) == 1}
@@ -151,7 +151,7 @@ class Checkpoint:
         if dim is None:
             where = f"{names[0]} and {names[-1]}" if len(names) > 1 else f"{names[0]} alone"
             raise ValueError(
-                f"analyze: expected each weight in one file, got path={self.path} with {key[:200]} in {where}, and "
+                f"analyze: expected each weight in one file, got path={self.path} with {shown(key)} in {where}, and "
                 "nothing that says how to join them. Pass one file, join them with the tool that wrote them, or name "
                 "the files by their steps to compare them."
             )
@@ -189,7 +189,7 @@ def _notes(found: Found, left_out: dict[str, str]) -> Iterator[str]:
     for key, why in left_out.items():
         kinds.setdefault(why, []).append(key)
     for why, keys in kinds.items():
-        yield f"left out {len(keys)} {why}, such as {keys[0][:200]}"
+        yield f"left out {len(keys)} {why}, such as {shown(keys[0])}"
     for name, why in sorted(found.left_out.items())[:8]:
         yield f"left out the file {name}: {why}"
 

@@ -33,6 +33,11 @@ class Header(NamedTuple):
         return len(self.shape) > 1 and math.prod(self.shape) > 0
 
 
+def shown(text: object) -> str:
+    """A name from a file for a message: of one line, without control characters, of a bounded length."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[:200])
+
+
 class WeightFile(Protocol):
     """A file of weights, or a folder that is read as one.
 

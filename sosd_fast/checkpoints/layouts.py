@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from sosd_fast.checkpoints.dcp import INDEX
 from sosd_fast.checkpoints.formats import FORMATS
+from sosd_fast.checkpoints.headers import shown
 
 _NO_WEIGHTS = re.compile(r"optim|scheduler|scaler|rng_state|training_args|^random_states|^zero_pp_rank")
 _STEP = re.compile(r"(?:^|[^a-z])(?:step|iter|iteration|checkpoint|ckpt|globalstep)s?[-_=.]?0*(\d{1,15})(?![0-9a-z])")
@@ -192,7 +193,7 @@ def _index(folder: Path, index: Path) -> dict[str, str]:
             "Move the shards beside their index."
         )
     present = {path.name for path in folder.iterdir()}
-    missing = [shard[:200] for shard in shards if shard not in present]
+    missing = [shown(shard) for shard in shards if shard not in present]
     if missing:
         raise ValueError(
             f"analyze: expected all shards of {index.name}, got path={folder} without {', '.join(missing[:8])}. "

@@ -10,6 +10,8 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
+from sosd_fast.checkpoints.headers import shown
+
 MAX_BYTES = 32 * 2**20  # of a pickle
 _MAX_MEMORY = 110 * 2**20  # of the objects in it: 40,000 tensors as torch.save writes them
 _EACH, _CONTAINER = (
@@ -30,7 +32,7 @@ class Name(NamedTuple):
     name: str
 
     def __str__(self):
-        return f"{self.module}.{self.name}"[:200]
+        return shown(f"{self.module}.{self.name}")
 
 
 class Inert:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from sosd_fast.checkpoints import archives
+from sosd_fast.checkpoints.headers import shown
 
 _SAVE = "Save model.state_dict() with torch.save, or with safetensors"
 
@@ -38,7 +39,7 @@ def damaged(file: Path, error: Exception | str) -> ValueError:
     """A file that is cut or broken."""
     lines = str(error).splitlines() or [type(error).__name__]
     return ValueError(
-        f"analyze: expected a whole file of weights, got path={file}, which cannot be read ({lines[0][:300]}). "
+        f"analyze: expected a whole file of weights, got path={file}, which cannot be read ({shown(lines[0])}). "
         "It may be truncated: copy or download it again."
     )
 
@@ -46,7 +47,7 @@ def damaged(file: Path, error: Exception | str) -> ValueError:
 def other_objects(file: Path, what: str) -> ValueError:
     """A pickle with code in it, or of objects that are no tensors."""
     return ValueError(
-        f"analyze: expected tensors only, got path={file} with other objects ({what[:200]}). "
+        f"analyze: expected tensors only, got path={file} with other objects ({shown(what)}). "
         "Nothing in it was run; save model.state_dict()."
     )
 
@@ -91,7 +92,7 @@ def _archive(file: Path) -> ValueError | None:
     if any(name.startswith("code/") for name in inside):
         return _refused(file, "a TorchScript module", f"Load it with torch.jit.load. {_SAVE}")
     if "data.pkl" not in inside | set(found):
-        return _refused(file, f"a zip archive of other files ({found[0][:80]!r})", "Unpack it")
+        return _refused(file, f"a zip archive of other files ({shown(found[0])!r})", "Unpack it")
     return None
 
 

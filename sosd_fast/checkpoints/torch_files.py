@@ -70,9 +70,10 @@ class TorchFile:
         """Reads a tensor."""
         at, _ = self._places[stored.storage.key]
         at += self._start + stored.offset * stored.dtype.itemsize
-        raw = np.memmap(self._path, np.uint8, "c", at, (stored.span,))
-        if at % stored.dtype.itemsize:
-            raw = np.array(raw)
+        if at % stored.dtype.itemsize:  # as in old files
+            raw = np.fromfile(self._path, np.uint8, stored.span, offset=at)
+        else:
+            raw = np.memmap(self._path, np.uint8, "c", at, (stored.span,))
         return torch.from_numpy(raw).view(stored.dtype).as_strided(stored.shape, stored.stride)
 
     def _checked(self, found: dict[str, object]) -> dict[str, Stored]:

@@ -225,6 +225,11 @@ def old_torch_with_views(folder):
 
 
 @file
+def of_some_megabytes(folder):
+    return Made(made(folder / "a.pt", {"w": random(60_000, 50)}), {"w": random(60_000, 50)})
+
+
+@file
 def expanded(folder):
     tensors = {"w": random(4, 5), "mask": torch.ones(1).expand(10**7, 10**7)}
     return Made(made(folder / "a.pt", tensors), {"w": tensors["w"]}, "left out 1 tensors that are larger than their st")
