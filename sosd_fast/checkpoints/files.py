@@ -14,7 +14,7 @@ from torch import Tensor
 from sosd_fast.checkpoints.dcp import INDEX
 from sosd_fast.checkpoints.formats import FORMATS, open_weights
 from sosd_fast.checkpoints.headers import Header, WeightFile, shown
-from sosd_fast.checkpoints.layouts import Found, files_of, step_of
+from sosd_fast.checkpoints.layouts import Found, files_of, step_of, stepped_folders
 from sosd_fast.checkpoints.quantized import Quantized, Weight
 from sosd_fast.checkpoints.refusals import damaged
 
@@ -77,6 +77,10 @@ class Checkpoint:
         for file in opened.values():
             left_out |= file.left_out
         self.notes = list(_notes(found, left_out))
+        deeper = [each for each in stepped_folders(path) if each.is_dir()] if path.is_dir() else []
+        if deeper:
+            names = ", ".join(sorted((shown(each.name) for each in deeper), key=_natural)[:8])
+            self.notes.append(f"left out the checkpoints in folders of it, {names}; pass them to compare them")
         if not self.shapes:
             raise ValueError(
                 f"analyze: expected weights, got path={path} without a floating-point matrix"

@@ -5,6 +5,7 @@ known, nothing is guessed.
 """
 
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from sosd_fast.checkpoints.headers import shown
 
 _NO_WEIGHTS = re.compile(r"optim|scheduler|scaler|rng_state|training_args|^random_states|^zero_pp_rank")
 _STEP = re.compile(r"(?:^|[^a-z])(?:step|iter|iteration|checkpoint|ckpt|globalstep)s?[-_=.]?0*(\d{1,15})(?![0-9a-z])")
+log = logging.getLogger("sosd_fast")
 _MAX_INDEX, _MAX_ENTRIES = 24 * 2**20, 400_000  # 91,000 weights of DeepSeek-V3 take 9 MB
 
 
@@ -98,8 +100,11 @@ def series(path: Path) -> list[Path]:
     stepped = [file for file in files if step_of(file) is not None]
     if files and len(stepped) < 2:
         return [path]
+    others = [shown(file.name) for file in files if file not in stepped]
+    if others:
+        log.warning("analyze: %s: left out %s, whose name tells no step.", path, ", ".join(others[:8]))
     if not files:
-        stepped = _stepped_folders(path) or _stepped_folders(path / "checkpoints")
+        stepped = stepped_folders(path) or stepped_folders(path / "checkpoints")
     steps = [step_of(each) for each in stepped]
     if len(set(steps)) != len(steps):
         twice = next(each for each in stepped if steps.count(step_of(each)) > 1)
@@ -110,7 +115,8 @@ def series(path: Path) -> list[Path]:
     return sorted(stepped, key=lambda each: step_of(each) or 0) or [path]
 
 
-def _stepped_folders(path: Path) -> list[Path]:
+def stepped_folders(path: Path) -> list[Path]:
+    """The checkpoints in a folder whose names tell a step, in any order."""
     if not path.is_dir():
         return []
     found = [each for each in path.iterdir() if step_of(each) is not None]

@@ -69,3 +69,9 @@ def test_the_rule_can_be_overruled(tmp_path, capsys):
     for option in ("--stack", "--flatten"):
         assert main(["analyze", str(tmp_path / "a.pt"), option, "fc"]) == 2
         assert "expected a pattern that fits a weight of three or more" in capsys.readouterr().err
+
+
+def test_a_series_says_what_it_leaves_out(tmp_path, caplog):
+    made = FILES["lightning"](tmp_path)
+    assert [path.name for path in expand([made.path])] == ["epoch=1-step=50.ckpt", "epoch=1-step=500.ckpt"]
+    assert "left out last.ckpt, whose name tells no step" in caplog.text

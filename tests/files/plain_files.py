@@ -162,6 +162,13 @@ def trainers_folder(folder):
 
 
 @file
+def trainers_folder_with_a_last_model(folder):
+    for name in ("checkpoint-900/model", "model"):
+        made(folder / f"{name}.safetensors", {"w.weight": random(9, 8)})
+    return Made(folder, {"w.weight": random(9, 8)}, "left out the checkpoints in folders of it, checkpoint-900")
+
+
+@file
 def numbers_that_are_no_steps(folder):
     return Made(made(folder / "llama-3.1-8b.safetensors", {"w.weight": random(9, 8)}), {"w.weight": random(9, 8)})
 
