@@ -18,7 +18,7 @@ from sosd_fast.checkpoints.headers import shown
 _NO_WEIGHTS = re.compile(r"optim|scheduler|scaler|rng_state|training_args|^random_states|^zero_pp_rank")
 _STEP = re.compile(r"(?:^|[^a-z])(?:step|iter|iteration|checkpoint|ckpt|globalstep)s?[-_=.]?0*(\d{1,15})(?![0-9a-z])")
 log = logging.getLogger("sosd_fast")
-_MAX_INDEX, _MAX_ENTRIES = 24 * 2**20, 400_000  # 91,000 weights of DeepSeek-V3 take 9 MB
+_MAX_INDEX, _MAX_ENTRIES = 24 * 2**20, 400_000  # JSON takes up to 20 times its text
 
 
 class Layout(NamedTuple):
