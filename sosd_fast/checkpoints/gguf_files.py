@@ -1,7 +1,7 @@
 """Files of llama.cpp; the gguf package turns the blocks of quantised tensors into values.
 
-The header is read here: gguf 0.19 keeps two arrays for each word of the vocabulary, and goes on counting where a length in
-the header lies beyond the file's end.
+The header is read here: gguf 0.19 keeps two arrays for each word of the vocabulary, and goes on counting where a length
+in the header lies beyond the file's end.
 """
 
 import io
