@@ -202,13 +202,22 @@ def _audited(table: dict[str, np.ndarray]) -> list:
 def _settings(runs: dict[str, Run]) -> str:
     settings = {}
     for label, run in runs.items():
-        file = run.run_dir / "config.json"
-        config = json.loads(file.read_text()) if file.exists() else {}
+        config = _config(run.run_dir / "config.json")
         settings[label] = {f"track: {k}": v for k, v in run.meta.get("settings", {}).items()} | config
     keys = list(dict.fromkeys(key for values in settings.values() for key in values))
     rows = [[key, *(_plain(values.get(key, "–")) for values in settings.values())] for key in keys]
     rows.sort(key=lambda row: len(set(row[1:])) == 1 < len(runs))  # first what the runs differ in
     return _section("Settings", _table(["setting", *runs], rows)) if rows else ""
+
+
+def _config(file: Path) -> dict:
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return config if isinstance(config, dict) else {"config.json": config}
+    except (OSError, ValueError, RecursionError):
+        return {"config.json": "damaged: it holds no JSON"}
 
 
 def _plain(value) -> str:
