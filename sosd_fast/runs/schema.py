@@ -75,7 +75,7 @@ def to_line(record: Record, pointer: list[int] | None) -> Line:
 
 def checked(line: Line) -> bool:
     """Whether a line, or a row of a Parquet file, has what a record must have, each of its type."""
-    marks = line.get("nan", [])
+    marks: Any = line.get("nan", [])
     if not _integers([line.get("step"), *_listed(line, "shape")], 3) or not all(
         type(line.get(f)) is str for f in STRINGS
     ):
@@ -97,8 +97,8 @@ def checked(line: Line) -> bool:
 
 
 def _listed(line: Line, field: str) -> list[Any]:
-    values = line.get(field)
-    return values if type(values) is list else []
+    values: Any = line.get(field)
+    return values if type(values) is list else []  # pyright: ignore[reportUnknownVariableType]
 
 
 def _integers(values: list[Any], count: int) -> bool:

@@ -12,7 +12,6 @@ import sosd_fast
 from sosd_fast.runs import segments
 from sosd_fast.runs.records import JsonLines, Record, Run, RunWriter, load
 
-
 KILLS = int(os.environ.get("SOSD_KILLS", "10"))  # 1000 to be sure
 
 
