@@ -10,7 +10,7 @@ import torch
 
 from training.model import PRESETS, resized
 from training.optimizers import DEFAULT_LR
-from training.parallel import KINDS
+from training.parallel import KINDS, mesh_sizes
 from training.presets import RUNS
 from training.schedule import SCHEDULES
 
@@ -54,7 +54,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--parallel", choices=KINDS, default="none",
         help="How the model is spread over the processes that torchrun started, %(default)s by default.")
     add("--replicas", type=positive,
-        help="The number of copies of the model with --parallel=hsdp; by default one on each machine.")
+        help="The number of copies of the model with hsdp in --parallel; by default one on each machine.")
+    add("--tp-size", type=positive,
+        help="The number of processes that share every matrix product with tp in --parallel; by default all of them "
+        "with tp alone, else 2.")
     add("--timeout", type=fraction, default=600.0,
         help="The seconds after which a rank gives up waiting for another, %(default)s by default.")
     # Optimization
@@ -121,7 +124,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     except (RuntimeError, AssertionError) as error:
         parser.error(f"argument --device: expected a usable device, got {args.device!r} ({error}). Try --device=cpu.")
     try:
-        resized(PRESETS[args.model], args.layers, args.width)
+        config = resized(PRESETS[args.model], args.layers, args.width)
     except ValueError as error:
         parser.error(f"argument --width: {error}")
     if args.batch_tokens:
@@ -129,11 +132,24 @@ def parse_args(argv=None) -> argparse.Namespace:
         if args.batch_tokens % context:
             parser.error(f"argument --batch-tokens: expected a multiple of {context}, got {args.batch_tokens}.")
         args.batch_size = args.batch_tokens // context
-    ranks = int(os.environ.get("WORLD_SIZE", "1")) if args.parallel != "none" else 1
-    args.micro_batch_size = min(args.micro_batch_size or args.batch_size, max(1, args.batch_size // ranks))
-    if args.batch_size % (ranks * args.micro_batch_size):
+    shares, of = 1, "ranks"  # of a batch
+    if args.parallel != "none" and "RANK" in os.environ:
+        ranks = int(os.environ["WORLD_SIZE"])
+        try:
+            tp = mesh_sizes(args.parallel, ranks, args.replicas, args.tp_size).get("tp", 1)
+        except ValueError as error:
+            parser.error(f"argument --parallel={args.parallel}: {error}")
+        for what, count in {"heads": config.n_head, "features between two products": config.ff_width}.items():
+            if count % tp:
+                parser.error(
+                    f"argument --tp-size: expected a number that divides the {count} {what} of --model={args.model}, "
+                    f"got {tp}. Choose a divisor of {count}, or change --width."
+                )
+        shares, of = ranks // tp, f"groups of {tp} ranks" if tp > 1 else "ranks"
+    args.micro_batch_size = min(args.micro_batch_size or args.batch_size, max(1, args.batch_size // shares))
+    if args.batch_size % (shares * args.micro_batch_size):
         parser.error(
-            f"argument --batch-size: expected a multiple of {ranks} ranks x --micro-batch-size="
+            f"argument --batch-size: expected a multiple of {shares} {of} x --micro-batch-size="
             f"{args.micro_batch_size}, got {args.batch_size}."
         )
     given = None if args.run_dir is None else Path(args.run_dir)

@@ -96,7 +96,7 @@ def main(argv=None) -> int:
 
     # Processes and data, then the run directory: a wrong --data leaves no folder behind
     try:
-        parallel = setup(args.parallel, args.device, args.replicas, args.timeout)
+        parallel = setup(args.parallel, args.device, args.replicas, args.timeout, args.tp_size)
         args.run_dir = parallel.agree(args.run_dir)
         run_dir = Path(args.run_dir)
         first = checkpoint.latest(run_dir) if args.resume else None
@@ -105,9 +105,9 @@ def main(argv=None) -> int:
         done = checkpoint.step_of(first) if first else 0
         tokens = load_data(args.data, config.vocab)
         config = replace(config, vocab=max(config.vocab, -(-tokens.vocab // 64) * 64))
-        ranks = parallel.ranks
-        train = passes(tokens.train, args.batch_size, config.context, args.seed, done, parallel.rank, ranks)
-        validation = fixed_batches(tokens.val, args.micro_batch_size * ranks, config.context, args.eval_sequences)
+        shares, own_share = parallel.data_ranks, parallel.data_rank
+        train = passes(tokens.train, args.batch_size, config.context, args.seed, done, own_share, shares)
+        validation = fixed_batches(tokens.val, args.micro_batch_size * shares, config.context, args.eval_sequences)
         run_dir.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"run: cannot start with --data={args.data}, --run-dir={args.run_dir}: {error}", file=sys.stderr)
@@ -144,8 +144,8 @@ def main(argv=None) -> int:
     def validation_loss() -> float:
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for x, y in validation:
-            own = -(-len(x) // ranks)
-            rows = slice(parallel.rank * own, (parallel.rank + 1) * own)
+            own = -(-len(x) // shares)
+            rows = slice(own_share * own, (own_share + 1) * own)
             count = len(x[rows])
             rows = rows if count else slice(0, 1)  # a rank without a sequence must still join the others' forward
             with autocast:
@@ -163,7 +163,7 @@ def main(argv=None) -> int:
     # The loop
     log = JsonLines(run_dir / "log.jsonl", done if args.resume else None) if parallel.main else None
     multiplier = SCHEDULES[args.schedule]
-    micro_batches = args.batch_size // (ranks * args.micro_batch_size)
+    micro_batches = args.batch_size // (shares * args.micro_batch_size)
     step_tokens = args.batch_size * config.context
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
@@ -193,10 +193,10 @@ def main(argv=None) -> int:
                             loss_tensor = spread(x, y) / micro_batches
                         loss_tensor.backward()
                     totals[0] += loss_tensor.detach()
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip) if args.clip else None
+                norm = parallel.clip(model, args.clip) if args.clip else None
                 totals[1] = len(stops)
                 loss, stopped = parallel.sum(totals).tolist()
-                loss /= ranks
+                loss /= parallel.ranks
                 if not math.isfinite(loss):  # before the update, so that the weights stay as they were
                     status = 1
                     save(step - 1)
@@ -217,9 +217,9 @@ def main(argv=None) -> int:
                     "overhead": overhead,
                 }
                 if norm is not None:
-                    line["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+                    line["grad_norm"] = float(norm)
                 if peak:
-                    line["mfu"] = flops_per_token(config) * step_tokens / step_time / (peak * ranks)
+                    line["mfu"] = flops_per_token(config) * step_tokens / step_time / (peak * parallel.ranks)
                 if step % args.eval_every == 0 or step == args.steps:
                     line["val_loss"] = val_loss = validation_loss()
                 if log:
