@@ -86,7 +86,7 @@ def checked(line: Line) -> bool:
         line.get("spectrum") is None or _integers(_listed(line, "spectrum"), 3)
     ):
         return False
-    if type(marks) is not list or not all(f in FLOATS or f in ("topk", "residual") for f in marks):
+    if type(marks) is not list or not _may_be_nan(marks):
         return False
     for f in ("topk", "residual"):
         if f in line and not (type(line[f]) is list and all(type(v) in (float, int) for v in line[f])):
@@ -94,6 +94,10 @@ def checked(line: Line) -> bool:
         if f in marks and not (_integers(_listed(line, f), 1) and line[f][0] <= MOST_VALUES):
             return False
     return True
+
+
+def _may_be_nan(marks: list[Any]) -> bool:
+    return all(f in FLOATS or f in ("topk", "residual") for f in marks)
 
 
 def _listed(line: Line, field: str) -> list[Any]:
