@@ -50,7 +50,9 @@ def main(argv=None) -> int:
     try:
         {"report": _report, "analyze": _analyze}[args.command](args)
     except (ValueError, ImportError, OSError) as error:
-        print(error, file=sys.stderr)
+        from sosd_fast.runs.text import plain
+
+        print(plain(error), file=sys.stderr)
         return 2
     return 0
 
@@ -101,6 +103,8 @@ def _plain(value):
 
 
 def _table(path, records):
+    from sosd_fast.runs.text import plain
+
     try:
         from rich.console import Console
         from rich.markup import escape
@@ -124,11 +128,11 @@ def _table(path, records):
     for r in records:
         values = ((getattr(r, f), form) for f, form in fields.values())
         cells = ("–" if v is None else format(v, form) for v, form in values)
-        table.add_row(escape(r.name), "×".join(map(str, r.shape)), *cells)
+        table.add_row(escape(plain(r.name)), "×".join(map(str, r.shape)), *cells)
     console = Console()
     if not console.is_terminal:  # a file or pipe has no width to keep to
         console = Console(width=200)
-    console.print(f"{path}, step {records[0].step}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"{plain(path)}, step {records[0].step}", soft_wrap=True, highlight=False, markup=False)
     console.print(table)
 
 

@@ -88,7 +88,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--data",
         help="Token shards that `python -m training.prepare` wrote, or a file or folder of text; by default the source "
         "of Python's standard library.")
-    add("--seed", type=int, default=0, help="The seed of the weights and of the batches, %(default)s by default.")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0,
+        help="The seed of the weights and of the batches, %(default)s by default.")
     add("--eval-every", type=positive, default=25,
         help="The number of steps between two validations, %(default)s by default.")
     add("--eval-sequences", type=positive, default=32,
@@ -107,10 +108,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     base, _ = parser.parse_known_args(argv)
     if base.resume:
         try:
-            saved = json.loads((Path(base.resume) / "config.json").read_text())
-        except (OSError, ValueError) as error:
+            file = Path(base.resume) / "config.json"
+            saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+            if not isinstance(saved, dict):
+                raise ValueError("there is none" if saved is None else "it holds no flags")
+        except (OSError, ValueError, RecursionError) as error:
             parser.error(f"argument --resume: expected a folder with a config.json, got {base.resume!r} ({error}).")
-        parser.set_defaults(**{k: v for k, v in saved.items() if k not in ("resume", "versions")})
+        parser.set_defaults(**_checked(parser, saved))
     elif base.preset:
         parser.set_defaults(**RUNS[base.preset])
     args = parser.parse_args(argv)
@@ -162,6 +166,27 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.adam_lr = DEFAULT_LR["adamw"] if args.adam_lr is None else args.adam_lr
     args.run_dir = args.run_dir or _fresh(f"runs/{args.model}-{args.optimizer}-{args.schedule}-s{args.seed}")
     return args
+
+
+def _checked(parser: argparse.ArgumentParser, saved: dict) -> dict:
+    """What a config.json says of flags, as if it had been given on the command line; anything else is left out."""
+    found = {}
+    for action in parser._actions:
+        value = saved.get(action.dest)
+        if value is None or action.dest in ("resume", "help"):
+            if action.dest in saved and action.dest != "resume":
+                found[action.dest] = None
+            continue
+        try:
+            if action.nargs == 0:
+                found[action.dest] = value if isinstance(value, bool) else int("no boolean")
+            else:
+                found[action.dest] = parser._get_value(action, str(value))
+                parser._check_value(action, found[action.dest])
+        except (argparse.ArgumentError, ValueError):
+            shown = repr(value)[:80]
+            parser.error(f"argument {action.option_strings[0]}: config.json says {shown}, which is no value of it.")
+    return found
 
 
 def number(convert, least, most=math.inf):
