@@ -5,6 +5,7 @@ A run directory (format version 2) holds
     meta.json             format, version, the matrices and the probe's settings; of several processes, also "rank", the
                           one that wrote this folder, and "shared_by", the ranks that share the work on its matrices
     records.jsonl         the records being written: one a line, in the order of steps
+    events.jsonl          onsets, spikes, NaN: see `sosd_fast.runs.events`
     records-00000.*       older ones, moved there every 32 MB; as Parquet where pyarrow is installed, else as they were
     spectra-00000.f32     full spectra, little-endian float32 end to end, 64 MB a file; a record points into it
     log.jsonl             one line a step from the training loop, where it writes one
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sosd_fast.runs import segments
+from sosd_fast.runs import events, segments
 from sosd_fast.runs.parts import Part, missing_ranks, say_faults, told_apart
 from sosd_fast.runs.schema import FLOATS, Line, Record, from_line, to_line
 from sosd_fast.runs.segments import AppendOnly, JsonLines
@@ -224,6 +225,13 @@ class Run:
         logs = [folder / "log.jsonl" for folder in (self.run_dir, *(part.path for part in self._parts))]
         path = next((path for path in logs if path.exists()), None)
         return [line for line, *_ in segments.lines(path)] if path else []
+
+    @functools.cached_property
+    def events(self) -> list[events.Event]:
+        """What happened, as the probe found it: onsets of stability, spikes, NaN, zero, audits beyond their bounds."""
+        if len(self._parts) == 1:
+            return events.read(self._parts[0].path)[0]
+        return events.merge(zip((part.path for part in self._parts), self._shown, strict=True))
 
     @functools.cached_property
     def names(self) -> list[str]:
