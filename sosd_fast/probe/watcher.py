@@ -26,11 +26,14 @@ from sosd_fast.runs.onset import Bin, Kink, OnsetDetector
 from sosd_fast.runs.records import Line, Record, load  # pyright: ignore[reportUnknownVariableType]
 
 WINDOW = 16  # measurements of a matrix that tell what is usual
-LEAST_JUMP = math.log(3)
+LEAST_JUMP = math.log(5)  # at 3, each of five runs of 60 to 200 steps had a spike in one matrix that nobody would see
 DEVIATIONS = 6.0
 HOLD = 10  # steps for which a matrix's last value stands in the median of its kind, as in `variation_by_kind`
 SEARCH_SHARE = 0.001  # of the time, for the search for onsets
 LEAST_BINS = 10
+AGREEING = 3
+LASTED = 1.5
+LEAST_FALL = 2.0
 
 log = logging.getLogger("sosd_fast")
 
@@ -108,7 +111,7 @@ class _Curve:
         self.detector, self.found = OnsetDetector(), False
         self.standing: dict[str, tuple[int, float]] = {}
         self.searched = self.written = 0  # closed bins, when it was last searched, and in the file
-        self.candidate: Kink | None = None
+        self.agreeing: list[Kink] = []  # what the last searches found, as far as they agree
 
 
 class Watcher:
@@ -260,18 +263,25 @@ class Watcher:
     @staticmethod
     def _is_due(curve: _Curve) -> bool:
         new = len(curve.detector.bins) - curve.searched
-        wait = 1 if curve.candidate is not None else 2
+        wait = 1 if curve.agreeing else 2
         return not curve.found and len(curve.detector.bins) >= LEAST_BINS and new >= wait
 
     def _onset(self, step: int, name: str, last: bool = False) -> list[Event]:
-        """Looks for the onset of a kind. It counts when two searches, a bin or more apart, agree on it."""
+        """Looks for the onset of a kind.
+
+        What one search finds may be put off by later values. It counts when `AGREEING` searches, a bin or more apart,
+        agree, half of its step has passed since and the fall was by a factor of 2; or at the end, as a report has it.
+        """
         curve = self._curves[name]
         if curve.found:
             return []
         curve.searched = len(curve.detector.bins)
-        before, found = curve.candidate, curve.detector.onset()
-        curve.candidate = found
-        if found is None or not (last or (before and found.low <= before.step <= found.high)):
+        if (found := curve.detector.onset()) is None:
+            curve.agreeing = []
+            return []
+        curve.agreeing = [k for k in curve.agreeing if found.low <= k.step <= found.high] + [found]
+        sure = len(curve.agreeing) >= AGREEING and step >= LASTED * found.step and found.fall >= LEAST_FALL
+        if not (last or sure):
             return []
         curve.found = True
         curve.standing.clear()

@@ -15,6 +15,16 @@ from sosd_fast.integrations.tensorboard import TensorBoardWriter
 from sosd_fast.integrations.wandb import WandbWriter
 
 
+def diverge(on_event):
+    net = torch.nn.Linear(6, 4, bias=False)
+    with sosd_fast.track(net, method="full", optimizers=[], on_event=on_event) as probe:
+        with torch.no_grad():
+            net.weight[0, 0] = float("nan")
+        probe.step()
+        probe.step()
+        return probe.events
+
+
 def train(on_record, steps=4, log=None):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
@@ -37,6 +47,25 @@ def test_tensorboard(tmp_path):
     found = {(e.step, key): e.value for key in events.Tags()["scalars"] for e in events.Scalars(key)}
     assert found == pytest.approx(expected, rel=1e-6), "TensorBoard keeps float32"
     assert (4, "spectra/0.weight/sd_variation") in found and (0, "spectra/0.weight/sd_variation") not in found
+
+
+def test_tensorboard_has_events_as_text(tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        (event,) = diverge(TensorBoardWriter(writer).on_event)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    (text,) = events.Tensors("spectra/events/text_summary")
+    assert text.step == 1 and text.tensor_proto.string_val == [str(event).encode()]
+
+
+def test_wandb_has_events_as_alerts(tmp_path):
+    run = wandb.init(dir=tmp_path, mode="offline", project="test")
+    (event,) = diverge(WandbWriter().on_event)
+    run.finish()
+    wandb.teardown()
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    alerts = [r.alert for r in records(path) if r.WhichOneof("record_type") == "alert"]
+    assert [(a.title, a.text, a.level) for a in alerts] == [(event.title, str(event), "WARN")]
 
 
 def records(path):
