@@ -35,6 +35,7 @@ MAY_IMPORT = {
         "sosd_fast.stored", "sosd_fast.runs.records",
     ],
     "sosd_fast.runs.report": ["sosd_fast.runs", "sosd_fast.checkpoints", "sosd_fast.matrices"],
+    "sosd_fast.runs.serve": ["sosd_fast.runs", "sosd_fast.runs.report"],
     "sosd_fast.probe": [
         "sosd_fast.kernels", "sosd_fast.spectra", "sosd_fast.distributed", "sosd_fast.matrices", "sosd_fast.stored",
         "sosd_fast.runs.records", "sosd_fast.runs.events", "sosd_fast.runs.onset",
