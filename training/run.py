@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -273,6 +274,12 @@ def main(argv=None) -> int:
         plot_run(run).savefig(run_dir / "run.png", dpi=150)
         print(f"figure: {run_dir / 'run.png'}")
     print(f"run directory: {run_dir}")
+    if probe:
+        for event in run.events:
+            print(f"event: {event}")
+        python = "python" if shutil.which("python") == sys.executable else sys.executable
+        print(f"one page about it: {python} -m sosd_fast report {run_dir}")
+        print(f"a live view, also while it trains: {python} -m sosd_fast watch {run_dir}")
     return status
 
 

@@ -166,7 +166,7 @@ class Recorder:
             self._say_absent()
 
     def tell(self):
-        """Calls on_record and on_event, which may call the probe or train other models: no probe's lock is held here."""
+        """Calls on_record and on_event, which may call the probe or train other models: no probe's lock is held."""
         while self._untold:
             if not self._telling.acquire(blocking=False):
                 return  # another thread, or the call that led here, passes them on

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,19 +105,22 @@ def flush(run_dir: Path):
             os.close(file)
 
 
-def merge(parts: Iterable[tuple[Path, Mapping[str, str]]]) -> list[Event]:
-    """Reads the events of several ranks as those of one run.
+def of_parts(folders: Sequence[Path], shown: Sequence[Mapping[str, str]]) -> list[Event]:
+    """Reads the events of one process, or of several ranks as those of one run.
 
     Each rank looks at its own share of the matrices. An onset counts where the first of them saw it, and spikes within
     `QUIET` steps of one another are one; so are matrices that several ranks saw become NaN at the same step.
 
     Args:
-        parts: a run directory, and the names that are shown in the place of others.
+        folders: a run directory of each.
+        shown: of each, the names that are shown in the place of others.
     """
+    if len(folders) == 1:
+        return read(folders[0])[0]
     found: list[Event] = []
-    for folder, shown in parts:
+    for folder, names in zip(folders, shown, strict=True):
         for event in read(folder)[0]:
-            found.append(dataclasses.replace(event, names=tuple(shown.get(name, name) for name in event.names)))
+            found.append(dataclasses.replace(event, names=tuple(names.get(name, name) for name in event.names)))
     found.sort(key=lambda e: (e.step, -(e.value or 0)))
     kept: list[Event] = []
     for event in found:

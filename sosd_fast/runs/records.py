@@ -83,9 +83,8 @@ class RunWriter:
                 path.unlink()
         self._spectra = AppendOnly(self._chunk_path())
         self._spectra.truncate(end)
-        meta = {"format": "sosd_fast", "version": FORMAT_VERSION} | (meta or {})
         temporary = self.run_dir / "meta.json.tmp"
-        temporary.write_text(json.dumps(meta, indent=1))
+        temporary.write_text(json.dumps({"format": "sosd_fast", "version": FORMAT_VERSION, **(meta or {})}, indent=1))
         temporary.replace(self.run_dir / "meta.json")
 
     @staticmethod
@@ -200,9 +199,7 @@ class Run:
             raise ValueError("Run.merge: expected at least one run, got runs=[]. Pass what sosd_fast.load returned.")
         parts = [part for run in runs for part in run._parts]
         shown = told_apart(parts, [part.matrices for part in parts])
-        matrices = list(
-            dict.fromkeys(names.get(m, m) for p, names in zip(parts, shown, strict=True) for m in p.matrices)
-        )
+        matrices = list(dict.fromkeys(of.get(m, m) for p, of in zip(parts, shown, strict=True) for m in p.matrices))
         return cls(runs[0].run_dir, runs[0].meta | ({"matrices": matrices} if matrices else {}), parts)
 
     @functools.cached_property
@@ -229,9 +226,7 @@ class Run:
     @functools.cached_property
     def events(self) -> list[events.Event]:
         """What happened, as the probe found it: onsets of stability, spikes, NaN, zero, audits beyond their bounds."""
-        if len(self._parts) == 1:
-            return events.read(self._parts[0].path)[0]
-        return events.merge(zip((part.path for part in self._parts), self._shown, strict=True))
+        return events.of_parts([part.path for part in self._parts], self._shown)
 
     @functools.cached_property
     def names(self) -> list[str]:
