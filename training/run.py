@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import signal
 import time
 from dataclasses import replace
@@ -277,7 +276,8 @@ def main(argv=None) -> int:
     if probe:
         for event in run.events:
             print(f"event: {event}")
-        python = "python" if shutil.which("python") == sys.executable else sys.executable
+        python = Path(sys.executable)
+        python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
         print(f"one page about it: {python} -m sosd_fast report {run_dir}")
         print(f"a live view, also while it trains: {python} -m sosd_fast watch {run_dir}")
     return status

@@ -27,11 +27,11 @@ def make_server(run_dirs: Sequence[str | Path], port: int = 0) -> ThreadingHTTPS
     for run_dir in run_dirs:
         load(run_dir)
     drawing = threading.Lock()
+    hosts: set[str] = set()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):  # noqa: N802
             """Answers / with the report."""
-            hosts = {f"{name}:{self.server.server_address[1]}" for name in ("127.0.0.1", "localhost")}
             if self.headers.get("Host") not in hosts:  # a page elsewhere that has its own name lead here
                 return self.send_error(403)
             if self.path != "/":
@@ -51,7 +51,9 @@ def make_server(run_dirs: Sequence[str | Path], port: int = 0) -> ThreadingHTTPS
         def log_message(self, format, *args):
             """Says nothing of each request."""
 
-    return ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    hosts.update(f"{name}:{server.server_port}" for name in ("127.0.0.1", "localhost"))
+    return server
 
 
 def serve(run_dirs: Sequence[str | Path], port: int = 0):

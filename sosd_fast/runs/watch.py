@@ -102,7 +102,7 @@ def snapshot(run_dir: str | Path, width: int = 80) -> "RenderableType":
         count = sum(any(kind(matrix) == name for matrix in event.names) for event in spikes)
         onset = f"step {onsets[name].at}" if name in onsets else "–"
         numbers = f"{median[-1]:.1e}", f"{median.max():.1e}", onset, str(count or "–")
-        table.add_row(name, sparkline(spread[:, 2], room), *numbers)
+        table.add_row(name, sparkline(spread[:, 2].tolist(), room), *numbers)
     lines: list[Any] = [Text(f"{run.run_dir}", style="bold"), Text(", ".join(head)), Text(), table, Text()]
     if len(steps):
         what = "SD variation per step, largest of each kind" + (", estimated from leading values" * recent.estimated)
