@@ -7,6 +7,7 @@ step: where a kill comes in between, opening the directory again cuts the event 
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -82,7 +83,10 @@ def read(run_dir: Path) -> tuple[list[Event], list[dict[str, Any]]]:
 
 def append(run_dir: Path, objects: Sequence[dict[str, Any]]):
     """Appends lines in one write, and hands them to the operating system. They are rare, so no file is kept open."""
-    file = AppendOnly(run_dir / FILE)
+    try:
+        file = AppendOnly(run_dir / FILE)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, "the run directory was removed", error.filename) from None
     try:
         file.append("".join(json.dumps(each, separators=(",", ":")) + "\n" for each in objects).encode())
     finally:
