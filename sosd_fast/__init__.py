@@ -4,6 +4,7 @@ from sosd_fast.kernels.distribution import Distribution, singular_distribution
 from sosd_fast.kernels.newton_schulz import newton_schulz
 from sosd_fast.muon import Muon
 from sosd_fast.probe.probe import Probe
+from sosd_fast.runs.events import Event
 from sosd_fast.runs.records import Record, Run, load
 from sosd_fast.spectra.svdvals import svdvals
 from sosd_fast.spectra.topk import TopK, topk_svdvals
@@ -13,6 +14,7 @@ __version__ = "0.2.0.dev0"
 
 __all__ = [
     "Distribution",
+    "Event",
     "Muon",
     "Probe",
     "Record",

@@ -1,4 +1,4 @@
-"""Command line: python -m sosd_fast {doctor, report, analyze}."""
+"""Command line: python -m sosd_fast {doctor, report, watch, analyze}."""
 
 import argparse
 import importlib
@@ -27,6 +27,16 @@ def main(argv=None) -> int:
                         help="The file that the page is written to, %(default)s by default.")
     report.add_argument("--matrices", type=int, default=48,
                         help="The largest number of matrices of a run whose spectra are drawn, %(default)s by default.")
+    watch = commands.add_parser("watch", help="Shows a run in the terminal while another process writes it, until "
+                                "ctrl-C; without a terminal, once.")
+    watch.add_argument("run", metavar="RUN", help="Reads this run directory.")
+    watch.add_argument("--every", type=float, default=1.0, metavar="SECONDS",
+                       help="Looks again after as many seconds, or later where a look takes long; %(default)s by "
+                       "default.")
+    watch.add_argument("--html", action="store_true",
+                       help="Serves the report on localhost instead, made anew at each reload; off by default.")
+    watch.add_argument("--port", type=int, default=0,
+                       help="With --html, serves on this port; a free one by default.")
     analyze = commands.add_parser("analyze", help="Shows the spectra of saved weights, and their change between them.")
     analyze.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
                          help="Reads these: files of safetensors, torch or GGUF, folders of them, folders of "
@@ -48,7 +58,7 @@ def main(argv=None) -> int:
         print("\n".join(doctor()))
         return 0
     try:
-        {"report": _report, "analyze": _analyze}[args.command](args)
+        {"report": _report, "watch": _watch, "analyze": _analyze}[args.command](args)
     except (ValueError, ImportError, OSError) as error:
         from sosd_fast.runs.text import plain
 
@@ -61,6 +71,17 @@ def _report(args):
     from sosd_fast.runs.report import write_report
 
     print(write_report(args.runs, args.output, matrices=args.matrices))
+
+
+def _watch(args):
+    if args.html:
+        from sosd_fast.runs.serve import serve
+
+        serve([args.run], args.port)
+    else:
+        from sosd_fast.runs.watch import watch
+
+        watch(args.run, args.every)
 
 
 def _analyze(args):

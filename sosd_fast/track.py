@@ -16,6 +16,7 @@ from sosd_fast.matrices import DEFAULT_SPLIT, find_matrices
 from sosd_fast.probe.followed import Found
 from sosd_fast.probe.probe import Probe, probes_of
 from sosd_fast.probe.settings import Settings
+from sosd_fast.runs.events import Event
 from sosd_fast.runs.records import Record
 
 METHODS = ("auto", "full", "topk", "exact")
@@ -98,6 +99,7 @@ _CHECKS = {
         True,
     ),
     "on_record": _Check(callable, "a function of a Record", "None calls nothing.", True),
+    "on_event": _Check(callable, "a function of an Event", "None calls nothing.", True),
     "step": _Check(lambda v: _is_whole(v, 0), "a number of steps taken before now", "None continues.", True),
     "audit": _Check(lambda v: isinstance(v, bool), "True or False", "True is the default."),
     "theory_bound": _Check(lambda v: isinstance(v, bool), "True or False", "False is the default."),
@@ -127,6 +129,7 @@ def track(
     reference: str | Mapping[str, Tensor] | None = "initial",
     run_dir: str | os.PathLike | None = None,
     on_record: Callable[[Record], None] | None = None,
+    on_event: Callable[[Event], None] | None = None,
     step: int | None = None,
     audit: bool = True,
     theory_bound: bool = False,
@@ -174,6 +177,8 @@ def track(
         run_dir: where records are written; None keeps the last 10,000 in memory.
         on_record: called with each record. It may use the probe and train other tracked models. Where it raises, that
             is logged, and after ten failures in a row it is not called again.
+        on_event: called, in the same way, with each `Event`: an onset of stability, a spike of SD variation, a matrix
+            that has become NaN or zero, an audit beyond its bound.
         step: steps taken before now. None continues after the last step in `run_dir`, or starts at 0; a number cuts
             off what `run_dir` holds of later steps.
         audit: now and then recompute one matrix in float64 and compare, for a twentieth of what the full spectra cost;
@@ -249,6 +254,7 @@ def track(
         reference=reference,
         run_dir=run_dir,
         on_record=on_record,
+        on_event=on_event,
         step=step,
         audit=audit,
         theory_bound=theory_bound,

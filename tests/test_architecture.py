@@ -35,13 +35,19 @@ MAY_IMPORT = {
         "sosd_fast.stored", "sosd_fast.runs.records",
     ],
     "sosd_fast.runs.report": ["sosd_fast.runs", "sosd_fast.checkpoints", "sosd_fast.matrices"],
+    "sosd_fast.runs.serve": ["sosd_fast.runs", "sosd_fast.runs.report"],
     "sosd_fast.probe": [
         "sosd_fast.kernels", "sosd_fast.spectra", "sosd_fast.distributed", "sosd_fast.matrices", "sosd_fast.stored",
-        "sosd_fast.runs.records",
+        "sosd_fast.runs.records", "sosd_fast.runs.events", "sosd_fast.runs.onset",
     ],
     "sosd_fast.muon": ["sosd_fast.kernels", "sosd_fast.distributed"],
-    "sosd_fast.track": ["sosd_fast.probe", "sosd_fast.distributed", "sosd_fast.matrices", "sosd_fast.runs.records"],
-    "sosd_fast.integrations": ["sosd_fast.track", "sosd_fast.distributed", "sosd_fast.runs.records"],
+    "sosd_fast.track": [
+        "sosd_fast.probe", "sosd_fast.distributed", "sosd_fast.matrices", "sosd_fast.runs.records",
+        "sosd_fast.runs.events",
+    ],
+    "sosd_fast.integrations": [
+        "sosd_fast.track", "sosd_fast.distributed", "sosd_fast.runs.records", "sosd_fast.runs.events",
+    ],
     "sosd_fast.callbacks": ["sosd_fast.integrations"],
     "sosd_fast": ["sosd_fast."],  # the package's own __init__, which collects the public names
     "sosd_fast.__main__": ["sosd_fast."],

@@ -319,6 +319,13 @@ def main(argv=None) -> int:
         except OSError as error:
             print(f"run: no figure could be written: {error}.", file=sys.stderr)
     print(f"run directory: {run_dir}")
+    if probe:
+        for event in run.events:
+            print(f"event: {event}")
+        python = Path(sys.executable)
+        python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python
+        print(f"one page about it: {python} -m sosd_fast report {run_dir}")
+        print(f"a live view, also while it trains: {python} -m sosd_fast watch {run_dir}")
     return status
 
 

@@ -1,6 +1,7 @@
 """Metrics of every matrix in Weights & Biases.
 
-sosd_fast.track(model, on_record=WandbWriter(wandb.init(...)))
+writer = WandbWriter(wandb.init(...))
+sosd_fast.track(model, on_record=writer, on_event=writer.on_event)
 """
 
 import logging
@@ -10,6 +11,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sosd_fast.integrations.common import METRICS, scalars
+from sosd_fast.runs.events import Event
 from sosd_fast.runs.records import Record
 
 UNSAVED_STEPS = 100  # without a row of the loop's, before a message says so; some loops log each 50 steps
@@ -41,22 +43,34 @@ class WandbWriter:
     def __call__(self, record: Record):
         """Writes one record."""
         if self._step is None:
-            if self._run is None:
-                import wandb
-
-                self._run = wandb.run
-            if self._run is None and dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+            if not self._find_run():
                 return
-            if self._run is None:
-                raise ValueError(
-                    "WandbWriter: expected an active W&B run, got run=None. Call wandb.init first, or pass its result."
-                )
             self._run.define_metric("spectra/step", hidden=True)
             self._run.define_metric("spectra/*", step_metric="spectra/step")
         elif self._step != record.step:
             self._next_step()
         self._step = record.step
         self._run.log({"spectra/step": record.step} | scalars(record, self._metrics), commit=False)
+
+    def on_event(self, event: Event):
+        """Sends an alert, which W&B passes on by mail or Slack as its user has set."""
+        if self._find_run():
+            level = "INFO" if event.what == "onset" else "WARN"
+            self._run.alert(title=event.title, text=str(event), level=level, wait_duration=0)
+
+    def _find_run(self) -> bool:
+        """Whether there is a run to write to; of several processes only the first must have one."""
+        if self._run is None:
+            import wandb
+
+            self._run = wandb.run
+        if self._run is None and dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+            return False
+        if self._run is None:
+            raise ValueError(
+                "WandbWriter: expected an active W&B run, got run=None. Call wandb.init first, or pass its result."
+            )
+        return True
 
     def _next_step(self):
         if self._own_rows:

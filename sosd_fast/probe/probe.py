@@ -121,6 +121,7 @@ class Probe(View):
     def close(self):
         """Flushes and detaches; closing twice is fine."""
         self.flush()
+        self._look_once_more()
         self.detach()
         if (model := self._matrices.model()) is not None:
             with contextlib.suppress(ValueError):  # closed before, or by another thread
@@ -131,6 +132,10 @@ class Probe(View):
         if self.alive and not self._steps.pending:
             self._look_for_moves()
         super().detach(seconds)
+
+    @guarded
+    def _look_once_more(self):
+        self._recorder.finish()
 
     @guarded
     def _look_for_moves(self):
@@ -148,6 +153,7 @@ class Probe(View):
     @guarded
     def after_step(self, optimizer: Optimizer, outer: Sequence[Optimizer] = (), hold: bool = False):
         """Is told by the hooks that an optimizer has stepped; `hold` as of `step`."""
+        self._recorder.see(optimizer)
         if self._steps.ends_after(optimizer, outer):
             self._finish_step()
         if hold:
@@ -171,6 +177,7 @@ class Probe(View):
         changed = changed and self._take_up_changes() is not None
         self.step_count += 1
         if plan := self._planner.plan(began, self.step_count):
+            self._recorder.begin(self.step_count, self._matrices.states)
             self._pending.append(self._measurer.launch(plan, self.step_count))
             self._collect()
             self._planner.charge(self._account.add_step(began, self.clock()))

@@ -3,61 +3,147 @@
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+from torch.optim import Optimizer
 
 from sosd_fast.distributed.copies import Roll
 from sosd_fast.distributed.group import rank_in_world
 from sosd_fast.distributed.share import RankAssignment
 from sosd_fast.probe.measurement import Measurement
 from sosd_fast.probe.settings import Settings
-from sosd_fast.runs.records import Record, RunWriter, load  # pyright: ignore[reportUnknownVariableType]
+from sosd_fast.probe.state import MatrixState
+from sosd_fast.probe.watcher import Watcher
+from sosd_fast.runs import events
+from sosd_fast.runs.events import Event
+from sosd_fast.runs.records import Line, Record, RunWriter, load  # pyright: ignore[reportUnknownVariableType]
 
 KEPT_RECORDS = 10_000  # in memory, where no run directory keeps them
-MOST_FAILURES = 10  # of on_record in a row, before it is dropped
+KEPT_EVENTS = 10_000
+MOST_FAILURES = 10  # of on_record or on_event in a row, before it is dropped
 PATIENCE = 20  # steps before it is said that ranks are absent
 
 log = logging.getLogger("sosd_fast")
 
 
+Found = TypeVar("Found", Record, Event)
+Result = TypeVar("Result")
+
+
+class Listener(Generic[Found]):
+    """A function of the user's that is called with what is found; it is dropped after ten failures in a row."""
+
+    def __init__(self, name: str, function: Callable[[Found], None] | None):
+        self.name, self.function, self._failures = name, function, 0
+
+    def tell(self, found: Found):
+        """Calls the function; what it raises is logged."""
+        if self.function is None:
+            return
+        try:
+            self.function(found)
+            self._failures = 0
+        except Exception:
+            self._failures += 1
+            what = found.name if isinstance(found, Record) else found.title
+            if self._failures == 1:
+                log.exception(
+                    "sosd_fast: %s failed at %s, step %d; training and the records go on.", self.name, what, found.step
+                )
+            elif self._failures == MOST_FAILURES:
+                self.function = None
+                log.exception(
+                    "sosd_fast: %s failed %d times in a row, at last at %s, step %d, and is not called again.",
+                    self.name, MOST_FAILURES, what, found.step,
+                )  # fmt: skip
+
+
 class Recorder:
-    """Keeps records; nothing that fails on the way ends it.
+    """Keeps records and events; nothing that fails on the way ends it.
 
     Args:
         writer: of the run directory, or None to keep the last 10,000 records in memory.
         on_record: called with each record, or None.
+        on_event: called with each event, or None.
         roll: of the ranks that share the model, where they hold copies of it.
 
     Attributes:
         latest: the last record of each matrix, by name.
+        events: the last 10,000 that were found.
         writer: None from when the run directory could not be written on.
     """
 
-    def __init__(self, writer: RunWriter | None, on_record: Callable[[Record], None] | None, roll: Roll | None = None):
+    def __init__(
+        self,
+        writer: RunWriter | None,
+        on_record: Callable[[Record], None] | None,
+        on_event: Callable[[Event], None] | None = None,
+        roll: Roll | None = None,
+    ):
         self.latest: dict[str, Record] = {}
+        self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self.writer = writer
         self._run_dir: Path | None = writer and writer.run_dir
         self._memory: deque[Record] = deque(maxlen=KEPT_RECORDS)
-        self._on_record, self._failures = on_record, 0
+        self._watcher: Watcher | None = Watcher()
+        self._on_record, self._on_event = Listener("on_record", on_record), Listener("on_event", on_event)
         self._roll, self._steps = roll, 0
-        self._untold: deque[Record] = deque()
+        self._untold: deque[Callable[[], None]] = deque()
         self._telling = threading.Lock()
+        if writer is not None and writer.step is not None:
+            self._watching(lambda watcher: watcher.resume(writer.run_dir))
+
+    def see(self, optimizer: Optimizer):
+        """Notes that an optimizer has stepped, whose learning rates count from then on."""
+        self._watching(lambda watcher: watcher.rates.see(optimizer))
+
+    def begin(self, step: int, states: Sequence[MatrixState]):
+        """Notes that a step will be measured."""
+        self._watching(lambda watcher: watcher.begin(step, states))
 
     def add(self, measurements: list[Measurement]):
         """Keeps the records of one step's measurements, those that are this rank's; `tell` passes them on."""
         self._steps += 1
         if self._steps > PATIENCE:
             self._say_absent()
-        records = [found.record() for found in measurements if found.mine]
+        measurements = [found for found in measurements if found.mine]
+        records = [found.record() for found in measurements]
         if not records:
             return
         self.latest |= {r.name: r for r in records}
+        found, lines = self._watching(lambda watcher: watcher.update(measurements, records)) or ([], [])
+        self._keep(found, lines)  # before the records: see `sosd_fast.runs.events`
         self._on_disk(lambda writer: writer.append(records), records[0].step)
         if self.writer is None:
             self._memory.extend(records)
-        if self._on_record is not None:
-            self._untold.extend(records)
+        if self._on_record.function is not None:
+            self._untold.extend(partial(self._on_record.tell, r) for r in records)
+
+    def finish(self):
+        """Looks for events once more, when the probe ends."""
+        self._keep(self._watching(Watcher.finish) or [], [])
+
+    def _keep(self, found: Sequence[Event], lines: Sequence[Line]):
+        self.events.extend(found)
+        lines = [*map(events.to_line, found), *lines]
+        if lines:
+            self._on_disk(lambda writer: events.append(writer.run_dir, lines), lines[0]["step"])
+        if self._on_event.function is not None:
+            self._untold.extend(partial(self._on_event.tell, e) for e in found)
+
+    def _watching(self, action: Callable[[Watcher], Result]) -> Result | None:
+        """What can fail alone ends alone: without events, the records go on."""
+        if self._watcher is None:
+            return None
+        try:
+            return action(self._watcher)
+        except Exception:
+            self._watcher = None
+            log.exception("sosd_fast: the search for events failed and ends here; training and the records go on.")
+            return None
 
     def records(self) -> list[Record]:
         """Returns the records in the order of steps: those in the run directory, or else the last 10,000."""
@@ -75,42 +161,20 @@ class Recorder:
     def flush(self, step: int):
         """Forces what was written to disk."""
         self._on_disk(RunWriter.flush, step)
+        self._on_disk(lambda writer: events.flush(writer.run_dir), step)
         if self._steps > 1:  # ranks take steps together: all that track the model have begun
             self._say_absent()
 
     def tell(self):
-        """Calls on_record, which may call the probe or train another tracked model: no lock of a probe is held here."""
+        """Calls on_record and on_event, which may call the probe or train other models: no probe's lock is held."""
         while self._untold:
             if not self._telling.acquire(blocking=False):
-                return  # another thread, or the call of on_record that led here, passes them on
+                return  # another thread, or the call that led here, passes them on
             try:
                 while self._untold:
-                    self._tell(self._untold.popleft())
+                    self._untold.popleft()()
             finally:
                 self._telling.release()
-
-    def _tell(self, record: Record):
-        if self._on_record is None:
-            return
-        try:
-            self._on_record(record)
-            self._failures = 0
-        except Exception:
-            self._failures += 1
-            if self._failures == 1:
-                log.exception(
-                    "sosd_fast: on_record failed at %s, step %d; training and the records go on.",
-                    record.name,
-                    record.step,
-                )
-            elif self._failures == MOST_FAILURES:
-                self._on_record = None
-                log.exception(
-                    "sosd_fast: on_record failed %d times in a row, at last at %s, step %d, and is not called again.",
-                    MOST_FAILURES,
-                    record.name,
-                    record.step,
-                )
 
     def _say_absent(self):
         roll, self._roll = self._roll, None
@@ -146,7 +210,7 @@ def open_recorder(s: Settings, names: list[str], share: RankAssignment) -> Recor
     copied = share.group is None and len(share.members) > 1
     roll = Roll(share.members, (p.shape for p in share.parameters)) if copied else None
     if s.run_dir is None:
-        return Recorder(None, s.on_record, roll)
+        return Recorder(None, s.on_record, s.on_event, roll)
     rank, ranks = rank_in_world()
     root = run_dir = Path(s.run_dir)
     meta: dict[str, Any] = {}
@@ -159,13 +223,15 @@ def open_recorder(s: Settings, names: list[str], share: RankAssignment) -> Recor
             ours = {root / f"rank-{q:05d}" for q in range(ranks)} if ranks > 1 else {root}
             for folder in {path.parent for path in (*root.glob("meta.json"), *root.glob("rank-*/meta.json"))} - ours:
                 RunWriter.trim(folder, s.step)
+                events.trim(folder, s.step)
         writer = RunWriter(run_dir, {"settings": settings, "matrices": names} | meta, s.step)
+        events.trim(run_dir, -1 if writer.step is None else writer.step)
     except OSError as error:
         raise ValueError(
             f"track: expected a directory that can be written, got run_dir={str(run_dir)!r} ({error.strerror}). "
             "Choose another, or None to keep the records in memory."
         ) from error
-    return Recorder(writer, s.on_record, roll)
+    return Recorder(writer, s.on_record, s.on_event, roll)
 
 
 def close_quietly(writer: RunWriter | None):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sosd_fast.runs.events import Event
 from sosd_fast.runs.records import Record
 
 Spectrum = Tensor | Sequence[float] | Any  # Any: an array of NumPy
@@ -23,6 +24,7 @@ class Settings:
     reference: str | Mapping[str, Spectrum] | None = "initial"
     run_dir: str | os.PathLike[str] | None = None
     on_record: Callable[[Record], None] | None = None
+    on_event: Callable[[Event], None] | None = None
     step: int | None = None
     audit: bool = True
     theory_bound: bool = False

@@ -1,6 +1,7 @@
 """What a probe tells those who ask it."""
 
 from collections import deque
+from html import escape
 
 from sosd_fast.matrices import Matrix
 from sosd_fast.probe.account import Account
@@ -9,7 +10,10 @@ from sosd_fast.probe.followed import some
 from sosd_fast.probe.lifetime import OutlivesModel
 from sosd_fast.probe.planner import Planner
 from sosd_fast.probe.recorder import Recorder
+from sosd_fast.runs.events import Event
 from sosd_fast.runs.records import Record
+
+_COLUMNS = ("sd_variation", "sd_variation_topk", "cosine", "sigma_max", "stable_rank", "effective_rank")
 
 
 class View(OutlivesModel):
@@ -23,6 +27,11 @@ class View(OutlivesModel):
     def latest(self) -> dict[str, Record]:
         """Returns the last record of each matrix, by name."""
         return dict(self._recorder.latest)
+
+    @property
+    def events(self) -> list[Event]:
+        """The onsets, spikes, NaN, zeros and audits beyond their bounds that this probe found, the last 10,000."""
+        return list(self._recorder.events)
 
     @property
     def audits(self) -> deque[Audit]:
@@ -78,4 +87,26 @@ class View(OutlivesModel):
             full, leading = (100 * share for share in shares)
             lines.append(f"measured each step: {full:.3g} % of the matrices in full, {leading:.3g} % by leading values")
         lines.append(f"overhead: {100 * self.overhead:.2g} % of the time")
+        if latest := self._recorder.latest:
+            oldest = min(latest.values(), key=lambda r: r.step)
+            lines.append(f"oldest record: {oldest.name}, of step {oldest.step} ({self.step_count - oldest.step} ago)")
+        lines += [f"last event: {event}" for event in self.events[-1:]]
         return "\n  ".join(lines)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the lines of `print`, then a table of the last record of each matrix."""
+        header = ("matrix", "shape", "step", "method", *_COLUMNS)
+        rows = [
+            (r.name, "×".join(map(str, r.shape)), r.step, r.method, *(_number(getattr(r, f)) for f in _COLUMNS))
+            for r in self.latest().values()
+        ]
+        table = "".join(
+            "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
+            for tag, part in (("th", [header]), ("td", rows))
+            for row in part
+        )
+        return f"<pre>{escape(str(self))}</pre><table>{table}</table>"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"

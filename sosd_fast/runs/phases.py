@@ -13,12 +13,12 @@ run.
    `piecewise.PENALTY` times its price, because neighbouring medians are correlated.
 4. The onset is the knot at which the first fall ends that ends for good; the sharpest, where it has several. A fall is
    a run of pieces that slope down, the last by more than two standard errors. Its size beyond what the later slope
-   would have made of the same time is at least `LEAST_FALL` and `DEVIATIONS` standard deviations of single values on
-   the floor (y after the knot, about a straight line). For good means that v itself (the fit times lr) nowhere climbs
-   back more than half of it, and that the mean slope of y from there to the end is at most half as steep as the fall's
-   last piece. (Not zero: weights grow, and the same updates then move the spectrum less and less. And v, not y: under
-   a decay to a tenth, v of embeddings and heads stays on its floor, and y rises.)
-5. There is none where no fall is that large, or where `AFTER` of log t has not passed since.
+   would have made of the same time is at least `onset.LEAST_FALL` and `onset.DEVIATIONS` standard deviations of single
+   values on the floor (y after the knot, about a straight line). For good means that v itself (the fit times lr)
+   nowhere climbs back more than half of it, and that the mean slope of y from there to the end is at most half as steep
+   as the fall's last piece. (Not zero: weights grow, and the same updates then move the spectrum less and less. And v,
+   not y: under a decay to a tenth, v of embeddings and heads stays on its floor, and y rises.)
+5. There is none where no fall is that large, or where `onset.AFTER` of log t has not passed since.
 
 Measured on noise of Student's t with 3 degrees of freedom around straight lines of slope 0, -0.4 and -1, an onset is
 found in 0 to 1 % of the series where values are independent, 1 to 5 % where their correlation is 0.5 a step, and 2 to
@@ -33,65 +33,15 @@ which is what the eye sees in a plot; it always has a knot, and moves with the l
 24, 32, 35 seen to step 150, 350, 500).
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from sosd_fast.runs.curves import learning_rates, variation_by_kind
-from sosd_fast.runs.piecewise import Kink, PiecewiseFit
+from sosd_fast.runs.onset import OnsetDetector
+from sosd_fast.runs.piecewise import Kink
 from sosd_fast.runs.records import Run
-
-BINS = 8  # per doubling of the step
-BIN_VALUES = 64  # kept of a bin at most
-LEAST_FALL = math.log(1.5)
-DEVIATIONS = 4
-AFTER = math.log(1.25)
-
-
-class OnsetDetector:
-    """Finds the onset of stability of one matrix or kind while training goes on.
-
-    Memory is bounded: one median for each eighth of a doubling (160 over a million steps) and the values of the bin
-    that is being filled, thinned evenly to `BIN_VALUES`. `onset` feeds a whole curve to it, so both agree exactly.
-    """
-
-    def __init__(self):
-        self._bins: list[tuple[float, ...]] = []  # log step, median of y, values, their deviation, log rate
-        self._open: list[tuple[int, float, float]] = []
-        self._step = 0
-
-    def update(self, step: int, variation: float | None, lr: float = 1.0):
-        """Takes the SD variation of one step; steps increase. None, NaN, zero, or a zero rate: not measured."""
-        if variation is None or not (0 < variation < math.inf and 0 < lr < math.inf) or step < 1:
-            return
-        if step <= self._step:
-            raise ValueError(
-                f"OnsetDetector.update: expected a step after {self._step}, got step={step}. Sort the steps."
-            )
-        self._step = step
-        if self._open and _bin(step) != _bin(self._open[-1][0]):
-            self._bins.append(_close(self._open))
-            self._open = []
-        stride = max(1, int(step * (2 ** (1 / BINS) - 1)) // BIN_VALUES)
-        if not self._open or step - self._open[-1][0] >= stride:
-            self._open.append((step, math.log(variation / lr), math.log(lr)))
-
-    def onset(self) -> Kink | None:
-        """Returns the onset as the values so far show it, or None; later values may put it off."""
-        fit = self.fit()
-        return None if fit is None else _first_floor(fit)
-
-    def fit(self, axes: str = "log") -> PiecewiseFit | None:
-        """Returns the smoothed curve so far, ready to be fitted, or None below 8 bins."""
-        bins = self._bins + ([_close(self._open)] if self._open else [])
-        if len(bins) < 8:
-            return None
-        x, y, n, spread, rate = np.array(bins).T
-        if axes == "linear":
-            return PiecewiseFit(np.exp(x), np.exp(y), n, spread, rate, unit=float)
-        return PiecewiseFit(x, _median3(y), np.minimum(n, 4), spread, rate)
 
 
 def onset_of_stability(
@@ -192,45 +142,3 @@ def onsets(run: Run) -> dict[str, int | None]:
 def _onset_under_rates(run: Run, steps: np.ndarray, variation: np.ndarray) -> Kink | None:
     rates = learning_rates(run, steps)
     return onset(steps.tolist(), variation.tolist(), None if rates is None else rates.tolist())
-
-
-def _bin(step: int) -> int:
-    return math.floor(BINS * math.log2(step) + 1e-9)
-
-
-def _close(values: list[tuple[int, float, float]]) -> tuple[float, ...]:
-    steps, y, rate = np.array(values, dtype=float).T
-    median = np.median(y)
-    deviation = 1.4826 * np.median(np.abs(y - median))
-    return float(np.log(steps).mean()), float(median), len(values), float(deviation), float(rate.mean())
-
-
-def _median3(y: np.ndarray) -> np.ndarray:
-    inner = np.median(np.lib.stride_tricks.sliding_window_view(y, 3), axis=-1)
-    # Tukey's rule for the ends: the median with the straight continuation of the next two
-    first = np.median([y[0], inner[0], 3 * inner[0] - 2 * inner[1]])
-    last = np.median([y[-1], inner[-1], 3 * inner[-1] - 2 * inner[-2]])
-    return np.concatenate([[first], inner, [last]])
-
-
-def _first_floor(fit: PiecewiseFit) -> Kink | None:
-    knots = fit.choose_knots()
-    heights, slopes, errors = fit.pieces(knots)
-    top, ends = 0, []
-    for i, knot in enumerate(knots):
-        if slopes[i] >= 0:
-            top = i + 1
-            if ends:
-                break
-        left = fit.x[-1] - fit.grid[knot]
-        if slopes[i] + 2 * errors[i] >= 0 or left < AFTER:
-            continue
-        fall = heights[top] - heights[i + 1]
-        climb = fit.climb_after(heights, knots, i)
-        drift = (heights[-1] - heights[i + 1]) / left
-        lasted = fit.grid[knot] - (fit.grid[knots[top - 1]] if top else fit.x[0])
-        excess = fall + min(drift, 0) * lasted
-        large = excess >= max(LEAST_FALL, DEVIATIONS * fit.deviation_after(knot))
-        if large and climb <= fall / 2 and drift >= slopes[i] / 2:
-            ends.append((slopes[i + 1] - slopes[i], i, fall))
-    return fit.kink(knots, *max(ends)[1:]) if ends else None

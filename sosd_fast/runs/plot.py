@@ -1,6 +1,6 @@
 """Figures from runs, as functions that return a matplotlib Figure; the caller saves it with `figure.savefig(path)`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,16 +62,24 @@ def plot_runs(runs: Mapping[str, Run]) -> "Figure":
     for name, panel in zip(kinds, axes[1:], strict=False):
         panel.set_title(name)
         panel.set_ylabel("SD variation per step")
+    if count % 2:  # the last one takes the whole row
+        axes[count].remove()
+        axes[count - 1].set_subplotspec(axes[0].get_gridspec()[-1, :])
     for panel in axes[max(0, count - 2) : count]:
         panel.set_xlabel("training step")
         panel.tick_params(labelbottom=True)
-    for panel in axes[count:]:
-        panel.set_visible(False)
     _finish(*axes[:count])
     return figure
 
 
-def plot_spectra(run: Run, names: Sequence[str], *, change: bool = True, columns: int = 3) -> "Figure":
+def plot_spectra(
+    run: Run,
+    names: Sequence[str],
+    *,
+    change: bool = True,
+    columns: int = 3,
+    limits: tuple[float, float] | None = None,
+) -> "Figure":
     """Draws heat maps of spectra over time, one a matrix, all in one scale of colours.
 
     Each column of pixels is a singular distribution, the largest value at the top, ranks on a log scale. Between the
@@ -83,6 +91,8 @@ def plot_spectra(run: Run, names: Sequence[str], *, change: bool = True, columns
         change: colour each value's share of the sum over what it was in the first spectrum, log2; else over the mean
             share, log10.
         columns: of panels.
+        limits: of the scale of colours; by default what `color_limits` says of these matrices. Pass what it says of
+            several runs where they are to be compared.
 
     Returns:
         A matplotlib Figure.
@@ -90,24 +100,8 @@ def plot_spectra(run: Run, names: Sequence[str], *, change: bool = True, columns
     columns = min(columns, len(names))
     rows = -(-len(names) // columns)
     figure, axes = _figure("plot_spectra", 3.0 * columns + 0.8, 1.9 * rows + 0.4, rows, columns, squeeze=False)
-    images = {}
-    for name in names:
-        steps, S = run.spectra(name)
-        usable = [i for i in range(len(S)) if np.isfinite(S[i]).all() and S[i].sum() > 0]
-        if usable:
-            steps, S = steps[usable], np.maximum(S[usable], 1e-12 * S[usable].max())
-            S = S / S.sum(1, keepdims=True)
-            image = np.log2(S / S[0]) if change else np.log10(S * S.shape[1])
-            times = np.linspace(steps[0], max(steps[-1], steps[0] + 1), min(300, len(steps)) + 1)  # edges of the pixels
-            ranks = np.unique(np.geomspace(1, image.shape[1] + 1, 100).round().astype(int))
-            images[name] = times, ranks, image[np.searchsorted(steps, times[:-1], "right") - 1][:, ranks[:-1] - 1]
-    # By area, or the many values of high rank would leave the first, which take half of a panel, beyond the scale.
-    weights = [np.broadcast_to(np.diff(np.log(ranks)), pixels.shape).ravel() for _, ranks, pixels in images.values()]
-    values = np.concatenate([pixels.ravel() for *_, pixels in images.values()]) if images else np.zeros(1)
-    order = np.argsort(values)
-    area = np.cumsum(np.concatenate(weights)[order]) if images else np.ones(1)
-    low, high = values[order[np.searchsorted(area / area[-1], [0.005, 0.995])]]
-    limits = {"vmin": -max(-low, high, 0.01), "vmax": max(-low, high, 0.01)} if change else {"vmin": low, "vmax": high}
+    images = {name: image for name in names if (image := _image(run, name, change)) is not None}
+    low, high = limits or _limits(images.values(), change)
     shown = None
     for name, panel in zip(names, axes.ravel(), strict=False):
         panel.set_title(as_label(name), fontsize=7)
@@ -115,7 +109,7 @@ def plot_spectra(run: Run, names: Sequence[str], *, change: bool = True, columns
         if name in images:
             times, ranks, pixels = images[name]
             shown = panel.pcolormesh(
-                times, ranks, pixels.T, cmap="RdBu_r" if change else "viridis", rasterized=True, **limits
+                times, ranks, pixels.T, cmap="RdBu_r" if change else "viridis", rasterized=True, vmin=low, vmax=high
             )
             panel.set_yscale("log")
             panel.set_ylim(ranks[-1], 1)
@@ -129,6 +123,20 @@ def plot_spectra(run: Run, names: Sequence[str], *, change: bool = True, columns
         bar.set_label(r"$\log_2(SD_t / SD_0)$" if change else r"$\log_{10}(r\,SD_t)$", fontsize=8)
         bar.ax.tick_params(labelsize=7)
     return figure
+
+
+def color_limits(matrices: Sequence[tuple[Run, Sequence[str]]], *, change: bool = True) -> tuple[float, float]:
+    """Finds one scale of colours for the spectra of several runs, which `plot_spectra` can be given.
+
+    Args:
+        matrices: runs, and names of their matrices.
+        change: as of `plot_spectra`.
+
+    Returns:
+        (lowest, highest) value that has a colour of its own; half a percent of the area lies beyond either.
+    """
+    images = (_image(run, name, change) for run, names in matrices for name in names)
+    return _limits([image for image in images if image is not None], change)
 
 
 def plot_alignment(
@@ -174,6 +182,32 @@ def _figure(caller: str, width: float, height: float, *subplots, **options):
         raise ImportError(f"{caller}: expected matplotlib to be installed. Run `pip install matplotlib`.") from None
     figure = Figure(figsize=(width, height), layout="constrained", dpi=130)
     return figure, figure.subplots(*subplots, **options)
+
+
+def _image(run: Run, name: str, change: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Edges of pixels in steps and in ranks, and the pixels of a matrix; None where it has no spectrum."""
+    steps, S = run.spectra(name)
+    usable = [i for i in range(len(S)) if np.isfinite(S[i]).all() and S[i].sum() > 0]
+    if not usable:
+        return None
+    steps, S = steps[usable], np.maximum(S[usable], 1e-12 * S[usable].max())
+    S = S / S.sum(1, keepdims=True)
+    image = np.log2(S / S[0]) if change else np.log10(S * S.shape[1])
+    times = np.linspace(steps[0], max(steps[-1], steps[0] + 1), min(300, len(steps)) + 1)
+    ranks = np.unique(np.geomspace(1, image.shape[1] + 1, 100).round().astype(int))
+    return times, ranks, image[np.searchsorted(steps, times[:-1], "right") - 1][:, ranks[:-1] - 1]
+
+
+def _limits(images: Collection[tuple[np.ndarray, np.ndarray, np.ndarray]], change: bool) -> tuple[float, float]:
+    if not images:
+        return (-0.01, 0.01) if change else (0.0, 0.01)
+    # By area, or the many values of high rank would leave the first, which take half of a panel, beyond the scale.
+    weights = [np.broadcast_to(np.diff(np.log(ranks)), pixels.shape).ravel() for _, ranks, pixels in images]
+    values = np.concatenate([pixels.ravel() for *_, pixels in images])
+    order = np.argsort(values)
+    area = np.cumsum(np.concatenate(weights)[order])
+    low, high = values[order[np.searchsorted(area / area[-1], [0.005, 0.995])]].tolist()
+    return (-max(-low, high, 0.01), max(-low, high, 0.01)) if change else (low, high)
 
 
 def _cycle(count: int) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sosd_fast.runs import segments, tables
+from sosd_fast.runs import events, segments, tables
 from sosd_fast.runs.lines import lines
 from sosd_fast.runs.parts import Part, missing_ranks, read_meta, say_faults, told_apart
 from sosd_fast.runs.schema import FLOATS, Record, from_line
@@ -77,6 +77,11 @@ class Run:
         logs = [folder / "log.jsonl" for folder in (self.run_dir, *(part.path for part in self._parts))]
         path = next((path for path in logs if path.is_file()), None)
         return [line for line, *_ in lines(path)] if path else []
+
+    @functools.cached_property
+    def events(self) -> list[events.Event]:
+        """What happened, as the probe found it: onsets of stability, spikes, NaN, zero, audits beyond their bounds."""
+        return events.of_parts([part.path for part in self._parts], self._shown)
 
     @functools.cached_property
     def names(self) -> list[str]:

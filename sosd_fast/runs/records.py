@@ -5,6 +5,7 @@ A run directory (format version 2) holds
     meta.json             format, version, the matrices and the probe's settings; of several processes, also "rank", the
                           one that wrote this folder, and "shared_by", the ranks that share the work on its matrices
     records.jsonl         the records being written: one a line, in the order of steps
+    events.jsonl          onsets, spikes, NaN: see `sosd_fast.runs.events`
     records-00000.*       older ones, moved there every 32 MB; as Parquet where pyarrow is installed, else as they were
     spectra-00000.f32     full spectra, little-endian float32 end to end, 64 MB a file; a record points into it
     log.jsonl             one line a step from the training loop, where it writes one

@@ -17,13 +17,12 @@ from sosd_fast.checkpoints.analyze import parameter_alignment
 from sosd_fast.checkpoints.files import find_checkpoints
 from sosd_fast.matrices import kind
 from sosd_fast.runs import plot
-from sosd_fast.runs.curves import logged, variation_by_kind
+from sosd_fast.runs.curves import KINDS, logged, spectral_alignment, variation_by_kind
 from sosd_fast.runs.phases import onsets as onsets_of
 from sosd_fast.runs.records import Run, load
 from sosd_fast.runs.text import plain
 
 _TEMPLATE = Path(__file__).with_name("report.html")
-_WIDE = {True: ' class="wide"', False: ""}
 
 
 def write_report(
@@ -51,7 +50,7 @@ def write_report(
     if not run_dirs:
         raise ValueError("report: expected at least one run directory, got run_dirs=[]. Pass what track wrote.")
     runs = _labelled([load(run_dir) for run_dir in run_dirs])
-    sections = [_overview(runs), _alignment(runs), _kinds(runs), *_spectra(runs, matrices)]
+    sections = [_overview(runs), _events(runs), _alignment(runs), _kinds(runs), *_spectra(runs, matrices)]
     sections += [_cost(runs), _bounds(runs), _settings(runs)]
     page = string.Template(_TEMPLATE.read_text()).substitute(
         title=escape(" against ".join(runs)),
@@ -91,7 +90,30 @@ def _overview(runs: dict[str, Run]) -> str:
     else:
         figure = plot.plot_runs(runs)
     caption = "Median over the matrices of a kind; the band is their range. Dotted: onset of stability."
-    return _section("Loss and SD variation", _figure(figure, "overview", "loss and SD variation by step", caption))
+    drawn = _figure(figure, "overview", "loss and SD variation by step", caption)
+    curves = {label: variation_by_kind(run) for label, run in runs.items()}
+    kinds = [name for name in KINDS if any(name in of_run for of_run in curves.values())]
+    rows = (row for label, run in runs.items() for row in _curve_rows(label, run, curves[label], kinds))
+    return _section("Loss and SD variation", drawn + _numbers(["run", "step", "loss", *kinds], rows))
+
+
+def _curve_rows(label: str, run: Run, curves: dict, kinds: Sequence[str]) -> Iterable[list]:
+    losses = dict(logged(run, "loss").tolist())
+    for step in _some(sorted({*losses, *(step for steps, _ in curves.values() for step in steps.tolist())})):
+        row = [label, int(step), f"{losses[step]:.4g}" if step in losses else "–"]
+        for name in kinds:
+            steps, spread = curves.get(name, (np.empty(0), np.empty((0, 3))))
+            at = np.flatnonzero(steps == step)
+            row.append(f"{spread[at[0], 1]:.2e}" if len(at) else "–")
+        yield row
+
+
+def _events(runs: dict[str, Run]) -> str:
+    rows = [[label, event.step, str(event)] for label, run in runs.items() for event in run.events]
+    if not rows:
+        return ""
+    rows += [[label, "–", "none was found"] for label, run in runs.items() if not run.events]
+    return _section("Events", _table(["run", "step", "what the probe found"], rows))
 
 
 def _alignment(runs: dict[str, Run]) -> str:
@@ -107,7 +129,14 @@ def _alignment(runs: dict[str, Run]) -> str:
         "The same of the parameters needs checkpoints, and none were found."
     )  # fmt: skip
     figure = plot.plot_alignment(runs, parameters)
-    return _section("Alignment with the final state", _figure(figure, "alignment", "cosine by step", caption))
+    rows = []
+    for label, run in runs.items():
+        steps, cosine = spectral_alignment(run)
+        chosen = _some(range(len(steps)))
+        rows += [[label, int(steps[i]), *(f"{value:.5f}" for value in cosine[i])] for i in chosen]
+    drawn = _figure(figure, "alignment", "cosine by step", caption)
+    header = ["run", "step", "cosine of the spectra, least", "median", "largest"]
+    return _section("Alignment with the final state", drawn + _numbers(header, rows))
 
 
 def _kinds(runs: dict[str, Run]) -> str:
@@ -146,24 +175,46 @@ def _ends(run: Run, field: str) -> dict[str, tuple[float, float]]:
 
 
 def _spectra(runs: dict[str, Run], limit: int) -> Iterable[str]:
-    for number, (label, run) in enumerate(runs.items()):
+    chosen, counts = {label: {} for label in runs}, {label: {} for label in runs}
+    for label, run in runs.items():
         by_kind: dict[str, list[str]] = {}
         for name in run.names:
             if len(run.spectra(name)[0]) > 1:
                 by_kind.setdefault(kind(name), []).append(name)
         share = max(1, limit // max(len(by_kind), 1))
-        parts = []
         for name, members in by_kind.items():
-            chosen = [members[i] for i in np.unique(np.linspace(0, len(members) - 1, share).round().astype(int))]
+            places = np.unique(np.linspace(0, len(members) - 1, share).round().astype(int))
+            chosen[label][name], counts[label][name] = [members[i] for i in places], len(members)
+    kinds = {name for of_run in chosen.values() for name in of_run}
+    limits = {
+        name: plot.color_limits([(run, chosen[label].get(name, [])) for label, run in runs.items()]) for name in kinds
+    }
+    for number, (label, run) in enumerate(runs.items()):
+        parts = []
+        for name, members in chosen[label].items():
             caption = (
-                f"{len(chosen)} of {len(members)} matrices. Red: a larger share of the sum than at first; blue: a "
+                f"{len(members)} of {counts[label][name]} matrices. Red: a larger share of the sum than at first; "
+                "blue: a smaller one." + " The colours are those of all runs." * (len(runs) > 1)
             )
-            caption += "smaller one."
-            figure = plot.plot_spectra(run, chosen)
+            figure = plot.plot_spectra(run, members, limits=limits[name])
             drawn = _figure(figure, f"spectra{number}-{name}", f"spectra of {name} matrices over time", caption)
+            header = ["matrix", "steps", "largest value's share, first → last", "values that hold half of the sum"]
+            drawn += _numbers(header, (_spectrum_row(run, member) for member in members))
             parts.append(f"<details open><summary>{escape(name)}</summary>{drawn}</details>")
         if parts:
             yield _section("Spectra over time" + (f": {label}" if len(runs) > 1 else ""), "\n".join(parts))
+
+
+def _spectrum_row(run: Run, name: str) -> list:
+    steps, S = run.spectra(name)
+    usable = np.flatnonzero(np.isfinite(S).all(1) & (S.sum(1) > 0))
+    if not len(usable):
+        return [name, "–", "–", "–"]
+    ends = usable[[0, -1]]
+    shares = S[ends].astype(float) / S[ends].sum(1, keepdims=True, dtype=float)
+    halves = (shares.cumsum(1) < 0.5).sum(1) + 1
+    span = f"{steps[ends[0]]} to {steps[ends[1]]}"
+    return [name, span, " → ".join(f"{v:.4f}" for v in shares[:, 0]), " → ".join(map(str, halves))]
 
 
 def _cost(runs: dict[str, Run]) -> str:
@@ -244,13 +295,30 @@ def _note(text: str) -> str:
     return f'<p class="soft">{escape(text)}</p>'
 
 
-def _table(header: Sequence, rows: Iterable[Sequence]) -> str:
-    def line(cells, tag):
-        texts = map(str, cells)
-        return "<tr>" + "".join(f"<{tag}{_WIDE[len(t) > 40]}>{escape(t)}</{tag}>" for t in texts) + "</tr>"
+def _numbers(header: Sequence, rows: Iterable[Sequence]) -> str:
+    """The numbers behind a figure, for those who open them."""
+    rows = list(rows)
+    return f"<details><summary>numbers</summary>{_table(header, rows)}</details>" if rows else ""
 
-    body = "\n".join(line(row, "td") for row in rows)
-    return f'<div class="scroll"><table><thead>{line(header, "th")}</thead><tbody>{body}</tbody></table></div>'
+
+def _some(values: Sequence, most: int = 16) -> list:
+    """The first, the last, and some between them, ever farther apart: figures of training are read like that."""
+    places = np.unique(np.geomspace(1, len(values), most).round().astype(int)) - 1 if len(values) else ()
+    return [values[i] for i in places]
+
+
+def _table(header: Sequence, rows: Iterable[Sequence]) -> str:
+    """A table; where it has many columns, a narrow screen shows each row as a list under the names of the columns."""
+    names = [escape(str(name)) for name in header]
+    head = "".join(f"<th>{name}</th>" for name in names)
+
+    def line(cells) -> str:
+        texts = [escape(str(cell)) for cell in cells]
+        return "<tr>" + "".join(f'<td data-of="{n}">{t}</td>' for n, t in zip(names, texts, strict=True)) + "</tr>"
+
+    many = ' class="many"' if len(names) > 3 else ""
+    body = "\n".join(map(line, rows))
+    return f"<table{many}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _figure(figure, name: str, label: str, caption: str) -> str:
@@ -263,6 +331,7 @@ def _figure(figure, name: str, label: str, caption: str) -> str:
         for spine in axes.spines.values():
             spine.set_edgecolor(plot.INK)
     figure.patch.set_visible(False)
+    hints = _hints(figure)
     import matplotlib
 
     svg = io.StringIO()
@@ -271,5 +340,27 @@ def _figure(figure, name: str, label: str, caption: str) -> str:
     text = svg.getvalue()
     text = text[text.index("<svg") :].replace(plot.INK, "var(--ink)")
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+    for i, hint in enumerate(hints):
+        text = text.replace(f'<g id="{name}-hint{i}">', f'<g id="{name}-hint{i}"><title>{escape(hint)}</title>', 1)
     text = text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
     return f"<figure>{text}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _hints(figure) -> list[str]:
+    """Marks the lines of a figure, and returns what a pointer that rests on each is told."""
+    found = []
+    for axes in figure.axes:
+        for line in axes.lines:
+            x, y = (np.asarray(values, dtype=float) for values in line.get_data())
+            label = line.get_label()
+            of = "" if label.startswith("_") else f"{label}: "
+            if len(x) == 2 and x[0] == x[1]:
+                hint = f"onset of stability at step {x[0]:.0f}"
+            elif np.isfinite(y).any():
+                top = int(np.nanargmax(y))
+                hint = f"{of}{y[-1]:.4g} at step {x[-1]:.0f}; largest {y[top]:.4g} at step {x[top]:.0f}"
+            else:
+                continue
+            line.set_gid(f"hint{len(found)}")
+            found.append(hint)
+    return found

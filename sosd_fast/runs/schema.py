@@ -75,7 +75,7 @@ def to_line(record: Record, pointer: list[int] | None) -> Line:
 
 def checked(line: Line) -> bool:
     """Whether a line, or a row of a Parquet file, has what a record must have, each of its type."""
-    marks: Any = line.get("nan", [])
+    marks = _listed(line, "nan")
     if not _integers([line.get("step"), *_listed(line, "shape")], 3) or not all(
         type(line.get(f)) is str for f in STRINGS
     ):
@@ -86,7 +86,7 @@ def checked(line: Line) -> bool:
         line.get("spectrum") is None or _integers(_listed(line, "spectrum"), 3)
     ):
         return False
-    if type(marks) is not list or not _may_be_nan(marks):
+    if type(line.get("nan", marks)) is not list or not _may_be_nan(marks):
         return False
     for f in ("topk", "residual"):
         if f in line and not (type(line[f]) is list and all(type(v) in (float, int) for v in line[f])):

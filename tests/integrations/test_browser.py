@@ -34,28 +34,38 @@ def page_file(tmp_path_factory):
     return write_report([folder / "adamw", folder / "muon"], folder / "report.html")
 
 
+@pytest.mark.parametrize("width", [390, 1000, 1600])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_report(page_file, scheme, tmp_path):
+def test_report(page_file, scheme, width):
     browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     assert browser_path, "no Chromium: apt-get install chromium"
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        page = browser.new_page(color_scheme=scheme, viewport={"width": 1000, "height": 800})
+        page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": 800})
         complaints, requests = [], []
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
         page.goto(page_file.as_uri())
+        bars = "[...document.querySelectorAll('body *')].filter(e => e.scrollWidth > e.clientWidth + 1 && "
+        bars += "['auto', 'scroll'].includes(getComputedStyle(e).overflowX)).length"
+        wide = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")  # the numbers, too
+        opened = page.evaluate(wide), page.evaluate(bars)
+        page.evaluate("document.querySelectorAll('figure + details').forEach(e => e.open = false)")
+        hints = page.locator("figure svg title").all_text_contents()
         figures = page.locator("figure svg").all()
         boxes = [f.bounding_box() for f in figures]
         shot = matplotlib.image.imread(io.BytesIO(page.screenshot(full_page=True)))[..., :3]  # (height, width, 3)
-        overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        overflow = page.evaluate(wide)
         browser.close()
     assert not complaints and all(url.startswith(("file:", "data:")) for url in requests) and overflow <= 0
+    assert opened == (0, 0) and any("at step 29; largest" in hint for hint in hints)
     assert len(boxes) == 2 + 2 * 2 and all(b and b["width"] > 200 and b["height"] > 100 for b in boxes)
     paper = {"light": (1.0, 1.0, 1.0), "dark": (22 / 255, 24 / 255, 27 / 255)}[scheme]
     assert shot[2, 2] == pytest.approx(paper, abs=0.01)
+    least = 0.002 if width > 390 else 0.0005  # on a telephone figures are small, and their letters thin
     for b in boxes:  # each figure is drawn, in colours, and in ink that stands out from the paper
         drawn = shot[math.ceil(b["y"]) : int(b["y"] + b["height"]), math.ceil(b["x"]) : int(b["x"] + b["width"])]
         grey, colour = drawn.mean(-1), drawn.max(-1) - drawn.min(-1)
-        assert (colour > 0.2).mean() > 0.002 and (np.abs(grey - np.mean(paper)) > 0.6).mean() > 0.002
+        assert (colour > 0.2).mean() > 0.002 and (np.abs(grey - np.mean(paper)) > 0.6).mean() > least

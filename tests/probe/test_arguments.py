@@ -21,6 +21,7 @@ WRONG = {
     "step": [True, -1, 1.5, "3"],
     "reference": ["foo", 3, {3: [1.0]}, {"weight": 1.0}, {"weight": "abc"}, {"weight": None}, [1.0], torch.ones(3)],
     "on_record": [3, "print", [print]],
+    "on_event": [3, "print", [print]],
     "optimizers": [5, "adam", [3], {"a": 1}, [None], torch.optim.SGD],
     "method": ["fast", None, 3, ["auto"]],
     "audit": [None, 1, "no"],

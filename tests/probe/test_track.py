@@ -321,7 +321,11 @@ def test_a_probe_says_what_it_does():
         "left out: 1 (scale), each has dtype torch.int64",
         "left out: 2 (2.bias, 4.bias), each has fewer than two dimensions",
     ]
-    assert lines[6].startswith("overhead: ") and lines[6].endswith(" % of the time") and len(lines) == 7
+    assert lines[6].startswith("overhead: ") and lines[6].endswith(" % of the time")
+    assert lines[7] == "oldest record: 0.weight, of step 3 (0 ago)" and len(lines) == 8
+    page = probe._repr_html_()
+    assert page.startswith("<pre>Probe of 2 matrices of Sequential\n") and page.count("<tr>") == 3
+    assert "<td>0.weight</td>" in page and "<th>sd_variation</th>" in page
     probe.close()
     assert repr(probe) == "Probe(2 matrices, step 3, closed)" and not probe.alive and 0 < probe.seconds
     assert str(probe).startswith("Probe of 2 matrices of Sequential, closed")

@@ -136,7 +136,7 @@ def test_online_is_offline_and_its_memory_is_bounded():
         if step in (500, 2000, 20_000):
             assert detector.onset() == onset(steps[:step], curve[:step])
     assert detector.onset().step == pytest.approx(3000, rel=0.1)
-    assert len(detector._bins) < 8 * math.log2(20_000) and len(detector._open) <= 130
+    assert len(detector.bins) < 8 * math.log2(20_000) and len(detector._open) <= 130
     with pytest.raises(ValueError, match="Sort the steps"):
         detector.update(20_000, 1e-3)
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import sosd_fast
+from sosd_fast import Event
 from sosd_fast.__main__ import main
+from sosd_fast.runs import plot
+from sosd_fast.runs.events import append, to_line
 from sosd_fast.runs.records import JsonLines, Record, RunWriter
 from sosd_fast.runs.report import write_report
 
@@ -64,6 +67,11 @@ class Page(HTMLParser):
             assert tag in ("path", "use", "image"), (tag, self._open)
 
 
+def rows_of(text):
+    """The texts of the cells of each row of each table."""
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
+
+
 def test_one_page_that_needs_nothing_else(run_dirs, tmp_path, capsys):
     assert main(["report", *map(str, run_dirs), "-o", str(tmp_path / "page" / "report.html")]) == 0
     text = (tmp_path / "page" / "report.html").read_text()
@@ -97,11 +105,48 @@ def test_one_run(run_dirs, tmp_path):
     assert main(["report", str(run_dirs[0]), "-o", str(tmp_path / "r.html")]) == 0
     text = (tmp_path / "r.html").read_text()
     assert Page(text).tags.count("svg") == 4
-    rows = re.findall(r"<tr><td>slow</td><td>(\w+)</td><td>(\d+)</td><td>([\d.e-]+)</td>", text)
+    rows = [row[1:4] for row in rows_of(text) if len(row) == 10 and row[1] in ("attention", "mlp")]
     run = sosd_fast.load(run_dirs[0])
     last = {r.name: r.sd_variation for r in run.records if r.step == 39}
     assert [(kind, count) for kind, count, _ in rows] == [("attention", "1"), ("mlp", "1")]
     assert [float(v) for *_, v in rows] == pytest.approx([last["attn.weight"], last["mlp.weight"]], rel=1e-2)
+
+
+def test_the_numbers_behind_the_figures(run_dirs, tmp_path):
+    """In tables that are closed at first, and where a pointer rests on a line."""
+    main(["report", *map(str, run_dirs), "-o", str(tmp_path / "r.html")])
+    text = (tmp_path / "r.html").read_text()
+    assert text.count("<summary>numbers</summary>") == 2 + 2 * 2
+    run = sosd_fast.load(run_dirs[0])
+    last = {r.name: r for r in run.records if r.step == 39}
+    loss = next(line["loss"] for line in run.log if line["step"] == 39)
+    attn, mlp = (f"{last[name].sd_variation:.2e}" for name in ("attn.weight", "mlp.weight"))
+    assert ["slow", "39", f"{loss:.4g}", attn, mlp] in rows_of(text)
+    S = run.spectra("mlp.weight")[1].astype(float)
+    share, half = (S / S.sum(1, keepdims=True))[[0, -1]], lambda p: int((p.cumsum() < 0.5).sum()) + 1
+    row = ["mlp.weight", "0 to 39", f"{share[0, 0]:.4f} → {share[1, 0]:.4f}", f"{half(share[0])} → {half(share[1])}"]
+    assert row in rows_of(text)
+    hints = re.findall(r"<title>(.*?)</title>", text)[1:]
+    assert any(re.match(rf"slow: {last['mlp.weight'].sd_variation:.4g} at step 39; largest", hint) for hint in hints)
+
+
+def test_runs_that_are_compared_share_their_colours(run_dirs, monkeypatch):
+    drawn, real = [], plot.plot_spectra
+    monkeypatch.setattr(plot, "plot_spectra", lambda *a, **k: drawn.append(real(*a, **k)) or drawn[-1])
+    write_report(run_dirs, run_dirs[0] / "r.html")
+    scales = [figure.axes[0].collections[0].get_clim() for figure in drawn]
+    assert len(scales) == 4 and scales[:2] == scales[2:] and scales[0] != scales[1], "one scale for each kind"
+    alone = real(sosd_fast.load(run_dirs[0]), ["attn.weight"]).axes[0].collections[0].get_clim()
+    assert alone != scales[0]
+
+
+def test_events_are_told(run_dirs, tmp_path):
+    event = Event(30, "spike", ("mlp.weight",), 30, 7.0)
+    append(run_dirs[0], [to_line(event)])
+    (run_dirs[1] / "events.jsonl").unlink()
+    main(["report", *map(str, run_dirs), "-o", str(tmp_path / "r.html")])
+    rows = rows_of((tmp_path / "r.html").read_text())
+    assert ["slow", "30", str(event)] in rows and ["fast &amp; &lt;loose&gt;", "–", "none was found"] in rows
 
 
 def test_a_run_without_anything_measured(tmp_path):
@@ -129,7 +174,7 @@ def test_bounds_and_audits(tmp_path):
     writer.close()
     assert main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "r.html")]) == 0
     cells = ["run", "1.0e-07", "1.0e-07", "1 of 3", "2", "0.5", "0.8"]
-    assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" in (tmp_path / "r.html").read_text()
+    assert cells in rows_of((tmp_path / "r.html").read_text())
 
 
 def test_no_run_directory(tmp_path, capsys):

@@ -53,6 +53,16 @@ def read_log(run_dir):
     return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
 
 
+def test_it_ends_with_the_commands_that_show_the_run(train, capsys, monkeypatch):
+    monkeypatch.setattr("sys.executable", str(Path.cwd() / ".venv/bin/python"))
+    _, run_dir = train()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [
+        f"one page about it: .venv/bin/python -m sosd_fast report {run_dir}",
+        f"a live view, also while it trains: .venv/bin/python -m sosd_fast watch {run_dir}",
+    ]
+
+
 # Schedules
 
 
