@@ -5,6 +5,7 @@ of an optimizer that steps second in a batch are older than the first one's step
 """
 
 import itertools
+import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -62,6 +63,7 @@ class Pass:
     ):
         self.optimizers = Optimizers(counts)
         self.inside = _graph_task()  # which backward pass runs meanwhile, as in a hook on gradients; -1: none
+        self._thread = threading.get_ident()
         self._own = _gradients(parameters_of(optimizer))
         self._noted = {id(o): (weakref.ref(o), _gradients(parameters_of(o))) for o in counting}
         self._others = {id(p): gradient for p in others if (gradient := _Gradient.of(p)) is not None}
@@ -91,7 +93,10 @@ class Pass:
         owner, noted = self._noted.get(id(optimizer), (None, list[_Gradient]()))
         known = owner is not None and owner() is optimizer
         if not known:
-            noted = [self._others[id(p)] for p in parameters_of(optimizer) if id(p) in self._others]
+            # Threads that train the same weights have gradients of their own.
+            own = self._own if self._thread == threading.get_ident() else []
+            held = set(map(id, parameters_of(optimizer)))
+            noted = [g for g in (*own, *self._others.values()) if id(g.parameter()) in held]
         if not now or not (noted or known):
             return None
         changes = [gradient.changes() for gradient in noted]

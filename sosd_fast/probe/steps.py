@@ -185,7 +185,7 @@ class StepDetector:
                 self._stepped.add(o)
         replaces = False
         if self._given is None:
-            replaces = optimizer not in self._known and self._replace_by(optimizer)
+            replaces = home is None and optimizer not in self._known and self._replace_by(optimizer)
             self._known.add(optimizer)
             self._look()
             self._covered = held_by(self._known)
