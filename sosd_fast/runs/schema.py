@@ -86,7 +86,7 @@ def checked(line: Line) -> bool:
         line.get("spectrum") is None or _integers(_listed(line, "spectrum"), 3)
     ):
         return False
-    if type(marks) is not list or not _may_be_nan(marks):
+    if type(marks) is not list or not _may_be_nan(marks):  # pyright: ignore[reportUnknownArgumentType]
         return False
     for f in ("topk", "residual"):
         if f in line and not (type(line[f]) is list and all(type(v) in (float, int) for v in line[f])):
