@@ -1,10 +1,12 @@
 """Training: our models against the same ones of stock torch.nn modules, and what each rank's tracker costs.
 
---ranks N measures the tracker's share of each of N ranks under DDP, one after the other on the whole machine, and what
-row shards send; --presets starts each run of the paper for a few steps.
+--ranks N measures the tracker's share of each of N ranks: under DDP one after the other on the whole machine, under
+FSDP2 + TP in N processes by their CPU time. It says what 8 ranks send in each layout, as computed from the layout.
+--presets starts each run of the paper for a few steps.
 """
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -14,18 +16,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import sosd_fast
 from bench.harness import ROOT, finish, interleaved, parser, show
-from sosd_fast.distributed.layout import assign, cost, shape_of
+from sosd_fast.distributed.layout import assign, boxes_on, cost, mesh_of, shape_of, spread
 from sosd_fast.distributed.share import RankAssignment
+from sosd_fast.distributed.ways import full_bytes
 from sosd_fast.matrices import find_matrices
 from sosd_fast.probe.followed import Found
 from sosd_fast.probe.probe import Probe
 from sosd_fast.probe.settings import Settings
 from training.model import PRESETS, Transformer, flops_per_token
 from training.optimizers import build_optimizers
+from training.parallel import Parallel
 from training.presets import RUNS
 
 
@@ -137,16 +145,75 @@ def tracker_shares(name: str, ranks: int, repeats: int) -> dict:
     return {"model": name, "ranks": ranks, "shares": {v: t["ms"] / alone for v, t in times.items()}, **times}
 
 
-def bytes_moved(name: str, ranks: int) -> dict:
-    """Bytes that all ranks of row shards send for a full measurement, and to gather every weight on every rank."""
-    with torch.device("meta"):
-        matrices = find_matrices(Transformer(PRESETS[name]))
-    ours = whole = 0
-    for m, n in map(shape_of, matrices):
-        ours += (ranks - 1) * 4 * n * (n + 1) // 2 if m >= n else 4 * m * n * (ranks - 1) // ranks
-        ours += 2 * (ranks - 1) * 8 * (2 * min(m, n) + 2)  # the spectra, told to all
-        whole += (ranks - 1) * 4 * m * n
-    return {"model": name, "ranks": ranks, "sent_mb": ours / 1e6, "gather_mb": whole / 1e6, "ratio": ours / whole}
+def spread_shares(name: str, ranks: int, repeats: int) -> dict:
+    """The CPU seconds of measuring everything in full as each of the ranks of FSDP2 + TP, of those alone.
+
+    Alone each of the processes measures a model of its own, all at the same time, so that both have the same machine.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_as_rank, (ranks, name, repeats, folder), nprocs=ranks)
+        times = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
+    shares = {f"rank {r}": statistics.median(t["spread"]) / statistics.median(t["alone"]) for r, t in enumerate(times)}
+    return {"model": name, "ranks": ranks, "shares": shares, "cpu_s": times}
+
+
+def _as_rank(rank: int, ranks: int, name: str, repeats: int, folder: str):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("shard", "tp"))
+    seconds: dict[str, list[float]] = {}
+    for what in ("alone", "spread"):
+        torch.manual_seed(0)
+        model = Transformer(PRESETS[name])
+        if what == "spread":
+            Parallel("fsdp+tp", torch.device("cpu"), rank, ranks, mesh, tp=2).wrap(model, "float32")
+        probe = sosd_fast.track(model, optimizers=[], method="full", audit=False)
+        seconds[what] = []
+        for _ in range(repeats + 1):
+            dist.barrier()
+            began = time.process_time()
+            probe.step()
+            seconds[what].append(time.process_time() - began)
+        del seconds[what][0]  # the first step has no spectra to start from
+        probe.close()
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(seconds))
+    dist.destroy_process_group()
+
+
+def bytes_moved(name: str, ranks: int) -> list[dict]:
+    """Bytes that all ranks send for one full measurement in each layout, results told to all included; no process runs.
+
+    EP: each product of the feed-forward layers a stack of as many experts as there are ranks, one on each, and rows of
+    the rest as under FSDP2. Under DDP each rank records its share, and nobody is told.
+    """
+    sizes = {
+        "FSDP2": {"shard": ranks},
+        "HSDP": {"replicate": 2, "shard": ranks // 2},
+        "TP": {"tp": ranks},
+        "FSDP2 + TP": {"shard": ranks // 2, "tp": 2},
+        "EP": {"shard": ranks},
+    }
+    kinds = {"FSDP2": "fsdp", "HSDP": "hsdp", "TP": "tp", "FSDP2 + TP": "fsdp+tp", "EP": "fsdp"}
+    rows = [{"model": name, "ranks": ranks, "layout": "DDP", "sent_mb": 0.0, "ratio": 0.0}]
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)  # for meshes; nothing is sent by it
+    for layout, mesh_sizes in sizes.items():
+        mesh = init_device_mesh("cpu", tuple(mesh_sizes.values()), mesh_dim_names=tuple(mesh_sizes))
+        with torch.device("meta"):
+            model = Transformer(PRESETS[name])
+        for product in (p for block in model.h for p in block.mlp.children() if layout == "EP"):
+            product.weight = nn.Parameter(product.weight.expand(ranks, -1, -1).contiguous())
+        Parallel(kinds[layout], torch.device("cpu"), 0, ranks, mesh, mesh_sizes.get("tp", 1)).wrap(model, "float32")
+        matrices = find_matrices(model)
+        meshes = [mesh_of(m.parameter) for m in matrices]
+        boxes = [
+            tuple(boxes_on(m.parameter.shape, at, m.parameter.placements)[rank] for rank in range(ranks))
+            for m, at in zip(matrices, meshes, strict=True)
+        ]
+        sent = full_bytes(matrices, spread(matrices, boxes, meshes))
+        size = sum(4 * m * n for m, n in map(shape_of, matrices))
+        rows.append({"model": name, "ranks": ranks, "layout": layout, "sent_mb": sent / 1e6, "ratio": sent / size})
+    dist.destroy_process_group()
+    return rows
 
 
 def start_presets(steps: int) -> dict:
@@ -217,18 +284,19 @@ def main(argv=None) -> int:
     result = {"throughput": rows}
     if args.ranks:
         shares = tracker_shares(args.tracker_model, args.ranks, max(3, args.repeats // 5))
-        everything = [bytes_moved(name, ranks) for name in ("gpt2-small", "llama-2b") for ranks in (4, 8)]
-        columns = [f"{v}: {share:.3f}" for v, share in shares["shares"].items()]
-        show(f"The tracker's time under DDP, {shares['model']}, of that alone", ["share"], [[c] for c in columns])
+        by_layout = {"DDP": shares, "FSDP2 + TP": spread_shares(args.tracker_model, args.ranks, 5)}
         show(
-            "MB sent by all ranks for one full measurement of row shards",
-            ["model", "ranks", "ours", "gather everywhere", "ratio"],
-            [
-                [b["model"], b["ranks"], f"{b['sent_mb']:.0f}", f"{b['gather_mb']:.0f}", f"{b['ratio']:.2f}"]
-                for b in everything
-            ],
+            f"The tracker's time as one of {args.ranks} ranks, {args.tracker_model}, of that alone",
+            ["layout", "rank", "share"],
+            [[kind, r, f"{x:.3f}"] for kind, found in by_layout.items() for r, x in found["shares"].items()],
         )
-        result |= {"shares": shares, "bytes": everything}
+        everything = [row for name in ("gpt2-small", "llama-2b") for row in bytes_moved(name, 8)]
+        show(
+            "MB sent by 8 ranks for one full measurement",
+            ["model", "layout", "sent", "of the matrices' size"],
+            [[b["model"], b["layout"], f"{b['sent_mb']:.0f}", f"{b['ratio']:.2f}"] for b in everything],
+        )
+        result |= {"shares": by_layout, "bytes": everything}
     finish(result, args.json)
     return 0 if all(r["gate"] for r in rows) else 1
 

@@ -39,8 +39,14 @@ def main(argv=None) -> int:
                        help="With --html, serves on this port; a free one by default.")
     analyze = commands.add_parser("analyze", help="Shows the spectra of saved weights, and their change between them.")
     analyze.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT",
-                         help="Reads these: safetensors files, torch checkpoints, folders of either, or folders of "
-                         "torch.distributed.checkpoint.")
+                         help="Reads these: files of safetensors, torch or GGUF, folders of them, folders of "
+                         "torch.distributed.checkpoint, or folders that hold a series of checkpoints.")
+    analyze.add_argument("--stack", action="append", default=[], metavar="PATTERN",
+                         help="Takes weights of three or more dimensions whose names fit as stacks of matrices; may be "
+                         "repeated. By default names and shapes tell.")
+    analyze.add_argument("--flatten", action="append", default=[], metavar="PATTERN",
+                         help="Takes those whose names fit as one matrix (out, rest), like a convolution's; may be "
+                         "repeated. By default names and shapes tell.")
     analyze.add_argument("--json", action="store_true", help="Prints JSON instead of tables; off by default.")
     analyze.add_argument("--spectra", action="store_true",
                          help="With --json, prints all singular values, too; off by default.")
@@ -54,7 +60,9 @@ def main(argv=None) -> int:
     try:
         {"report": _report, "watch": _watch, "analyze": _analyze}[args.command](args)
     except (ValueError, ImportError, OSError) as error:
-        print(error, file=sys.stderr)
+        from sosd_fast.runs.text import plain
+
+        print(plain(error), file=sys.stderr)
         return 2
     return 0
 
@@ -77,7 +85,7 @@ def _watch(args):
 
 
 def _analyze(args):
-    from sosd_fast.checkpoints.analyze import analyze
+    from sosd_fast.checkpoints.analyze import analyze, expand
     from sosd_fast.runs.records import RunWriter
 
     if args.run_dir and Path(args.run_dir).is_dir() and any(Path(args.run_dir).iterdir()):
@@ -85,10 +93,12 @@ def _analyze(args):
             f"analyze: expected a new or empty folder, got --run-dir={args.run_dir}. Choose another: the records of a "
             "run would be mixed with these."
         )
-    writer, found = None, []
-    for path, records in zip(args.checkpoints, analyze(args.checkpoints), strict=True):
+    writer, found, notes = None, [], {}
+    checkpoints = expand(args.checkpoints)
+    measured = analyze(checkpoints, stack=args.stack, flatten=args.flatten, notes=notes)
+    for path, records in zip(checkpoints, measured, strict=True):
         if args.run_dir:
-            writer = writer or RunWriter(args.run_dir, {"settings": {"checkpoints": args.checkpoints}})
+            writer = writer or RunWriter(args.run_dir, {"settings": {"checkpoints": list(map(str, checkpoints))}})
             writer.append(records)
         if args.json:
             rows = [
@@ -96,7 +106,9 @@ def _analyze(args):
                 | ({"spectrum": _plain(r.spectrum.tolist())} if args.spectra and r.spectrum is not None else {})
                 for r in records
             ]
-            found.append({"checkpoint": str(path), "matrices": rows})
+            nulls = [r.name for r in records if not math.isfinite(r.frobenius_norm or 0)]
+            said = [f"null stands for NaN and infinities in {name}" for name in nulls]
+            found.append({"checkpoint": str(path), "notes": notes[str(path)] + said, "matrices": rows})
         else:
             _table(path, records)
     if writer:
@@ -112,6 +124,8 @@ def _plain(value):
 
 
 def _table(path, records):
+    from sosd_fast.runs.text import plain
+
     try:
         from rich.console import Console
         from rich.markup import escape
@@ -135,11 +149,11 @@ def _table(path, records):
     for r in records:
         values = ((getattr(r, f), form) for f, form in fields.values())
         cells = ("–" if v is None else format(v, form) for v, form in values)
-        table.add_row(escape(r.name), "×".join(map(str, r.shape)), *cells)
+        table.add_row(escape(plain(r.name)), "×".join(map(str, r.shape)), *cells)
     console = Console()
     if not console.is_terminal:  # a file or pipe has no width to keep to
         console = Console(width=200)
-    console.print(f"{path}, step {records[0].step}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"{plain(path)}, step {records[0].step}", soft_wrap=True, highlight=False, markup=False)
     console.print(table)
 
 

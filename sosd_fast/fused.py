@@ -5,11 +5,11 @@ where each head has its three parts side by side, there are as many groups as he
 
     [q; k; v]                  one group           GPT-2, torch.nn.MultiheadAttention, timm
     [q_1; k_1; v_1; q_2; ...]  a group a head      GPT-NeoX, BLOOM, MaxViT
-    [q_1; q_2; k; v; ...]      a group a key head  Falcon's grouped queries
+    [q_1; q_2; k; v; ...]      a group a key head  Falcon's grouped queries, InternLM2, torchtitan
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -69,19 +69,22 @@ def _bigcode(of: _Settings) -> Fused:
     return Fused(1, (of.heads, 1, 1)) if of.get("multi_query") else _by_head(of)
 
 
+def _by_key_head(of: _Settings) -> Fused:
+    return Fused(of.kv_heads, (of.heads // max(of.kv_heads, 1), 1, 1))
+
+
 def _falcon(of: _Settings) -> Fused:
-    if of.get("new_decoder_architecture"):
-        return Fused(of.kv_heads, (of.heads // max(of.kv_heads, 1), 1, 1))
-    return _bigcode(of)
+    return _by_key_head(of) if of.get("new_decoder_architecture") else _bigcode(of)
 
 
-# Read from the models' own code (transformers 5.23): how each views the output of its fused layer.
+# Read from the models' own code (transformers 5.23; InternLM2's own): how each views the output of its fused layer.
 _FAMILIES: dict[str, Callable[[_Settings], Fused]] = {
     "bloom": _by_head,
     "codegen": lambda _: Fused(4, (1, 1, 1), "qvk"),  # groups of the four TPU cores that it was trained on
     "falcon": _falcon,
     "gptbigcode": _bigcode,
     "gptneox": _by_head,
+    "internlm2": _by_key_head,
     "modernbert": _one_after_the_other,
     "mpt": _one_after_the_other,
     "persimmon": _by_head,
@@ -89,7 +92,7 @@ _FAMILIES: dict[str, Callable[[_Settings], Fused]] = {
     "phi3": _one_after_the_other,
     "phi4multimodal": _one_after_the_other,
 }
-_FUSED_LAYER = re.compile(r"(^|\.)(query_key_value|c_attn|Wqkv|(\w+_)?qkv(_proj)?)\.weight$")
+_FUSED_LAYER = re.compile(r"(^|\.)(query_key_value|c_attn|[Ww]qkv|(\w+_)?qkv(_proj)?)\.weight$")
 # Names of the parameter itself, or of the layer that has it, which hold queries, keys and values one beside another.
 _FUSED = re.compile(r"(^|[._])(qkv|c_attn|in_proj|query_key_value)(_\w+)?(\.weight)?$", re.IGNORECASE)
 
@@ -99,12 +102,12 @@ def is_fused(name: str) -> bool:
     return _FUSED.search(without_adapter(name)) is not None or _FUSED_LAYER.search(without_adapter(name)) is not None
 
 
-def fused_in(name: str, size: int, attention: nn.Module) -> Fused | str | None:
+def fused_in(name: str, shape: Sequence[int], attention: nn.Module) -> Fused | str | None:
     """Says how a weight holds queries, keys and values, as its attention module tells.
 
     Args:
         name: of the weight.
-        size: how many outputs it has.
+        shape: of the weight.
         attention: the module around the layer that has it.
 
     Returns:
@@ -114,17 +117,17 @@ def fused_in(name: str, size: int, attention: nn.Module) -> Fused | str | None:
     if getattr(attention, "is_cross_attention", False):  # whose fused weight has no queries
         return None
     families = [base.__name__.lower() for base in type(attention).__mro__]
-    return _fused(name, size, families, _Settings(attention, getattr(attention, "config", None)))
+    return _fused(name, shape, families, _Settings(attention, getattr(attention, "config", None)))
 
 
-def fused_by_config(name: str, size: int, config: dict) -> Fused | str | None:
+def fused_by_config(name: str, shape: Sequence[int], config: dict) -> Fused | str | None:
     """Says the same as `fused_in`, from a model's config.json."""
     text = config.get("text_config")  # of a model of images, too
     config = text if isinstance(text, dict) else config
-    return _fused(name, size, [str(config.get("model_type", "")).replace("_", "").lower()], _Settings(config))
+    return _fused(name, shape, [str(config.get("model_type", "")).replace("_", "").lower()], _Settings(config))
 
 
-def _fused(name: str, size: int, families: list[str], settings: _Settings) -> Fused | str | None:
+def _fused(name: str, shape: Sequence[int], families: list[str], settings: _Settings) -> Fused | str | None:
     if not _FUSED_LAYER.search(without_adapter(name)):
         return None
     for family, order in _FAMILIES.items():
@@ -136,5 +139,13 @@ def _fused(name: str, size: int, families: list[str], settings: _Settings) -> Fu
         told = _by_head(settings) if head_first else _one_after_the_other(settings)
         return told if settings.heads else "unknown numbers of heads"
     head_dim = settings.get("head_dim", "dim_head", "head_size", "d_head")
-    whole = 3 * settings.heads * head_dim if head_dim and settings.heads else size
-    return None if settings.kv_heads == settings.heads and whole == size else "grouped queries in an unknown order"
+    queries = settings.get("heads_per_kv")
+    if (
+        queries is not None and settings.get("r_dim") == queries + 2
+    ):  # torchtitan views (..., key heads, r_dim, head_dim)
+        groups, rest = divmod(shape[0], (queries + 2) * (head_dim or shape[0] + 1))
+        return "unknown numbers of heads" if rest or queries < 1 else Fused(groups, (queries, 1, 1))
+    whole = 3 * settings.heads * head_dim if head_dim and settings.heads else max(shape)
+    return (
+        None if settings.kv_heads == settings.heads and whole == max(shape) else "grouped queries in an unknown order"
+    )

@@ -173,7 +173,7 @@ def _matrices_in(place: Place, split: Mapping[str, int | Sequence[int]], read: R
         return "is the gain of a normalization"
     if is_scale(owner, place.own_name):
         return "is the scale of another parameter"
-    fused = fused_in(place.weight, max(place.parameter.shape), place.around)
+    fused = fused_in(place.weight, place.parameter.shape, place.around)
     kernel = None if isinstance(owner, nn.ParameterDict) else _kernel_of(owner, place.parameter.shape)  # Keras's
     return matrices_of(
         place.weight, place.parameter, split, kernel=kernel, fused=fused, read=read, original=place.original

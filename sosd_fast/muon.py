@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sosd_fast.distributed.exchange import apply_to_whole
+from sosd_fast.distributed.exchange import apply_to_whole, boxes_of
 from sosd_fast.distributed.layout import is_sharded
 from sosd_fast.kernels.newton_schulz import newton_schulz, triples_of
 
@@ -31,13 +31,13 @@ class Muon(torch.optim.Optimizer):
         split: how many matrices a parameter holds, one above the other; each is orthogonalised by itself. 3 for fused
             queries, keys and values.
 
-    Parameters of one shape are updated together; row-sharded ones (FSDP2) are gathered matrix by matrix, each to one
-    rank, orthogonalised there and scattered again. The iteration runs in half precision on CUDA, else in the dtype of
-    the gradient; torch's runs in bfloat16.
+    Parameters of one shape are updated together. Of DTensors of any placement each matrix is gathered to one of the
+    ranks that hold parts of it, orthogonalised there and scattered again; copies are updated without communication.
+    The iteration runs in half precision on CUDA, else in the dtype of the gradient; torch's runs in bfloat16.
 
     Raises:
         ValueError: a parameter that is no matrix, rows that split does not divide, an option out of its range, or, at
-            a step, sparse gradients.
+            a step, sparse gradients, or a parameter of which ranks hold partial sums.
 
     Source: Jordan et al., Muon (2024); Liu et al., Muon is Scalable (arXiv 2502.16982) for match_rms_adamw.
     """
@@ -91,55 +91,83 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
-            if p.grad.layout != torch.strided:  # before anything is updated
-                raise ValueError(
-                    f"Muon: expected dense gradients, got one of layout {p.grad.layout} for a parameter of shape "
-                    f"{tuple(p.shape)}. Give embeddings with sparse=True to SparseAdam."
-                )
-        for group in self.param_groups:
-            alike: dict[object, list[Tensor]] = {}
+            _check_gradient(p)  # before anything is updated
+        alike: dict[tuple, list[Tensor]] = {}  # parameters of one shape, dtype and device, updated together
+        for number, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.grad is not None and p.numel():
-                    alike.setdefault((p.shape, p.dtype, p.grad.dtype, p.device, is_sharded(p)), []).append(p)
-            for params in alike.values():
-                self._update(params, group)
+                    key = number, p.shape, p.dtype, p.grad.dtype, p.device
+                    alike.setdefault(key, []).append(p)
+        batches = [(self.param_groups[key[0]], params) for key, params in alike.items()]
+        updates = [self._directions(params, group) for group, params in batches]
+        results = apply_to_whole(
+            [u for own in updates for u in own],
+            [p for _, params in batches for p in params],
+            [i for i, (_, params) in enumerate(batches) for _ in params],
+            lambda i, X: _orthogonalised(X, batches[i][0]),
+        )
+        for group, params in batches:
+            _move(params, results[: len(params)], group)
+            del results[: len(params)]
         return loss
 
-    def _update(self, params: list[Tensor], group: dict):
-        """Updates parameters of one shape, dtype and device together."""
-        grads = [p.grad for p in params if p.grad is not None]
-        for p, grad in zip(params, grads, strict=True):
+    def _directions(self, params: list[Tensor], group: dict) -> list[Tensor]:
+        """Takes the gradients into the momenta and returns this rank's parts of what is to be orthogonalised."""
+        grads = []
+        for p in params:
+            assert p.grad is not None
+            grad = p.grad
+            if is_sharded(p) and is_sharded(grad) and grad.placements != p.placements:  # such as partial sums
+                grad = grad.redistribute(placements=p.placements)
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(grad)
-        grads = [_local(grad) for grad in grads]
+            grads.append(_local(grad))
         momenta = [_local(self.state[p]["momentum_buffer"]) for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
+        return [u.bfloat16() if u.is_cuda else u for u in updates]
 
-        m, n = params[0].shape
-        m //= group["split"]
 
-        def orthogonalise(X: Tensor) -> Tensor:  # (B, split m, n)
-            parts = X.reshape(len(X) * group["split"], m, n)
-            options = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"], "eps": group["eps"]}
-            return newton_schulz(parts, **options).reshape(X.shape)
+def _orthogonalised(X: Tensor, group: dict) -> Tensor:
+    """Orthogonalises each of `split` matrices that stand one above the other in X (B, m, n)."""
+    parts = X.reshape(len(X) * group["split"], -1, X.shape[-1])
+    options = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"], "eps": group["eps"]}
+    return newton_schulz(parts, **options).reshape(X.shape)
 
-        updates = [u.bfloat16() if u.is_cuda else u for u in updates]
-        if is_sharded(params[0]):
-            updates = apply_to_whole(updates, params[0], orthogonalise)
-        else:
-            updates = list(orthogonalise(torch.stack(updates)).unbind(0))
-        ratio = 0.2 * math.sqrt(max(m, n)) if group["adjust_lr_fn"] == "match_rms_adamw" else math.sqrt(max(1, m / n))
-        local = [_local(p) for p in params]
-        updates = [u.to(p.dtype) for u, p in zip(updates, local, strict=True)]
-        lr = group["lr"]
-        if isinstance(lr, Tensor):  # its value is not read, which would wait for a GPU
-            lr = lr.reshape(()).to(local[0].device)
-            torch._foreach_mul_(local, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(local, torch._foreach_mul(updates, -lr * ratio))
-        else:
-            torch._foreach_mul_(local, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(local, updates, alpha=-lr * ratio)
+
+def _move(params: list[Tensor], updates: list[Tensor], group: dict):
+    """Adds to parameters of one shape, dtype and device their orthogonalised updates."""
+    m, n = params[0].shape
+    m //= group["split"]
+    ratio = 0.2 * math.sqrt(max(m, n)) if group["adjust_lr_fn"] == "match_rms_adamw" else math.sqrt(max(1, m / n))
+    local = [_local(p) for p in params]
+    updates = [u.to(p.dtype) for u, p in zip(updates, local, strict=True)]
+    lr = group["lr"]
+    if isinstance(lr, Tensor):  # its value is not read, which would wait for a GPU
+        lr = lr.reshape(()).to(local[0].device)
+        torch._foreach_mul_(local, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(local, torch._foreach_mul(updates, -lr * ratio))
+    else:
+        torch._foreach_mul_(local, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(local, updates, alpha=-lr * ratio)
+
+
+def _check_gradient(p: Tensor):
+    """Raises ValueError for a parameter that cannot be updated by its gradient."""
+    assert p.grad is not None
+    if p.grad.layout != torch.strided:
+        raise ValueError(
+            f"Muon: expected dense gradients, got one of layout {p.grad.layout} for a parameter of shape "
+            f"{tuple(p.shape)}. Give embeddings with sparse=True to SparseAdam."
+        )
+    if is_sharded(p):
+        try:
+            boxes_of(tuple(p.shape), p.device_mesh, tuple(p.placements))
+        except ValueError as error:
+            raise ValueError(
+                f"Muon: expected a parameter that ranks hold parts or copies of, got one of shape {tuple(p.shape)} "
+                f"that {error}. Redistribute it to Shard or Replicate."
+            ) from None
 
 
 def _check_group(group: dict):

@@ -64,6 +64,26 @@ CASES = {
         {"config": SimpleNamespace(num_attention_heads=4, num_key_value_heads=2)},
         {"q": (0, 1, 2, 3), "k": (4, 5), "v": (6, 7)},
     ),
+    "InternLM2": (
+        ("InternLM2Attention", "wqkv", 24),
+        {"num_heads": 4, "num_key_value_heads": 2},
+        {"q": (0, 1, 4, 5), "k": (2, 6), "v": (3, 7)},
+    ),
+    "torchtitan": (
+        ("FusedQKVLinear", "wqkv", 24),
+        {"heads_per_kv": 2, "r_dim": 4, "head_dim": 3},
+        {"q": (0, 1, 4, 5), "k": (2, 6), "v": (3, 7)},
+    ),
+    "torchtitan, three squares": (
+        ("FusedQKVLinear", "wqkv", 36),
+        {"heads_per_kv": 1, "r_dim": 3, "head_dim": 3},
+        BY_HEAD,
+    ),
+    "wqkv of gpt-fast": (
+        ("Attention", "wqkv", 36),
+        {"n_head": 4, "n_local_heads": 4, "head_dim": 3},
+        {"q": (0, 1, 2, 3), "k": (4, 5, 6, 7), "v": (8, 9, 10, 11)},
+    ),
     "MaxViT": (("AttentionCl", "qkv", 36), {"num_heads": 4, "head_first": True}, BY_HEAD),
     "timm": (
         ("AttentionCl", "qkv", 36),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from training.shards import Shards
 
+CHECKED_FIRST = 2**28  # tokens, in about a second; those of longer corpora are checked as they are read
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -47,13 +48,19 @@ def load_data(path: str | Path | None = None, vocab: int = 50304) -> Tokens:
         )
     meta = Path(path) / "meta.json"
     try:
-        vocab = int(json.loads(meta.read_text())["vocab"]) if meta.exists() else vocab
-    except (ValueError, KeyError, TypeError) as error:
+        vocab = json.loads(meta.read_text(encoding="utf-8"))["vocab"] if meta.is_file() else vocab
+        if type(vocab) is not int or not 0 < vocab <= 2**32:
+            raise ValueError(f"vocab={str(vocab)[:80]}")
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(
             f"load_data: expected a vocab in {meta}, got {error!r}. Write the shards again with "
             "`python -m training.prepare`."
         ) from None
-    return Tokens(*(Shards(files, vocab) for files in parts), vocab, str(path))
+    tokens = Tokens(*(Shards(files, vocab) for files in parts), vocab, str(path))
+    for part in (tokens.val, tokens.train):
+        if len(part) <= CHECKED_FIRST:
+            part.check()
+    return tokens
 
 
 def load_text(path: str | Path | None = None, val_fraction: float = 0.05) -> Tokens:

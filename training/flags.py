@@ -10,7 +10,7 @@ import torch
 
 from training.model import PRESETS, resized
 from training.optimizers import DEFAULT_LR
-from training.parallel import KINDS
+from training.parallel import KINDS, mesh_sizes
 from training.presets import RUNS
 from training.schedule import SCHEDULES
 
@@ -54,7 +54,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--parallel", choices=KINDS, default="none",
         help="How the model is spread over the processes that torchrun started, %(default)s by default.")
     add("--replicas", type=positive,
-        help="The number of copies of the model with --parallel=hsdp; by default one on each machine.")
+        help="The number of copies of the model with hsdp in --parallel; by default one on each machine.")
+    add("--tp-size", type=positive,
+        help="The number of processes that share every matrix product with tp in --parallel; by default all of them "
+        "with tp alone, else 2.")
     add("--timeout", type=fraction, default=600.0,
         help="The seconds after which a rank gives up waiting for another, %(default)s by default.")
     # Optimization
@@ -85,7 +88,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--data",
         help="Token shards that `python -m training.prepare` wrote, or a file or folder of text; by default the source "
         "of Python's standard library.")
-    add("--seed", type=int, default=0, help="The seed of the weights and of the batches, %(default)s by default.")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0,
+        help="The seed of the weights and of the batches, %(default)s by default.")
     add("--eval-every", type=positive, default=25,
         help="The number of steps between two validations, %(default)s by default.")
     add("--eval-sequences", type=positive, default=32,
@@ -104,10 +108,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     base, _ = parser.parse_known_args(argv)
     if base.resume:
         try:
-            saved = json.loads((Path(base.resume) / "config.json").read_text())
-        except (OSError, ValueError) as error:
+            file = Path(base.resume) / "config.json"
+            saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+            if not isinstance(saved, dict):
+                raise ValueError("there is none" if saved is None else "it holds no flags")
+        except (OSError, ValueError, RecursionError) as error:
             parser.error(f"argument --resume: expected a folder with a config.json, got {base.resume!r} ({error}).")
-        parser.set_defaults(**{k: v for k, v in saved.items() if k not in ("resume", "versions")})
+        parser.set_defaults(**_checked(parser, saved))
     elif base.preset:
         parser.set_defaults(**RUNS[base.preset])
     args = parser.parse_args(argv)
@@ -121,7 +128,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     except (RuntimeError, AssertionError) as error:
         parser.error(f"argument --device: expected a usable device, got {args.device!r} ({error}). Try --device=cpu.")
     try:
-        resized(PRESETS[args.model], args.layers, args.width)
+        config = resized(PRESETS[args.model], args.layers, args.width)
     except ValueError as error:
         parser.error(f"argument --width: {error}")
     if args.batch_tokens:
@@ -129,11 +136,24 @@ def parse_args(argv=None) -> argparse.Namespace:
         if args.batch_tokens % context:
             parser.error(f"argument --batch-tokens: expected a multiple of {context}, got {args.batch_tokens}.")
         args.batch_size = args.batch_tokens // context
-    ranks = int(os.environ.get("WORLD_SIZE", "1")) if args.parallel != "none" else 1
-    args.micro_batch_size = min(args.micro_batch_size or args.batch_size, max(1, args.batch_size // ranks))
-    if args.batch_size % (ranks * args.micro_batch_size):
+    shares, of = 1, "ranks"  # of a batch
+    if args.parallel != "none" and "RANK" in os.environ:
+        ranks = int(os.environ["WORLD_SIZE"])
+        try:
+            tp = mesh_sizes(args.parallel, ranks, args.replicas, args.tp_size).get("tp", 1)
+        except ValueError as error:
+            parser.error(f"argument --parallel={args.parallel}: {error}")
+        for what, count in {"heads": config.n_head, "features between two products": config.ff_width}.items():
+            if count % tp:
+                parser.error(
+                    f"argument --tp-size: expected a number that divides the {count} {what} of --model={args.model}, "
+                    f"got {tp}. Choose a divisor of {count}, or change --width."
+                )
+        shares, of = ranks // tp, f"groups of {tp} ranks" if tp > 1 else "ranks"
+    args.micro_batch_size = min(args.micro_batch_size or args.batch_size, max(1, args.batch_size // shares))
+    if args.batch_size % (shares * args.micro_batch_size):
         parser.error(
-            f"argument --batch-size: expected a multiple of {ranks} ranks x --micro-batch-size="
+            f"argument --batch-size: expected a multiple of {shares} {of} x --micro-batch-size="
             f"{args.micro_batch_size}, got {args.batch_size}."
         )
     given = None if args.run_dir is None else Path(args.run_dir)
@@ -146,6 +166,27 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.adam_lr = DEFAULT_LR["adamw"] if args.adam_lr is None else args.adam_lr
     args.run_dir = args.run_dir or _fresh(f"runs/{args.model}-{args.optimizer}-{args.schedule}-s{args.seed}")
     return args
+
+
+def _checked(parser: argparse.ArgumentParser, saved: dict) -> dict:
+    """What a config.json says of flags, as if it had been given on the command line; anything else is left out."""
+    found = {}
+    for action in parser._actions:
+        value = saved.get(action.dest)
+        if value is None or action.dest in ("resume", "help"):
+            if action.dest in saved and action.dest != "resume":
+                found[action.dest] = None
+            continue
+        try:
+            if action.nargs == 0:
+                found[action.dest] = value if isinstance(value, bool) else int("no boolean")
+            else:
+                found[action.dest] = parser._get_value(action, str(value))
+                parser._check_value(action, found[action.dest])
+        except (argparse.ArgumentError, ValueError):
+            shown = repr(value)[:80]
+            parser.error(f"argument {action.option_strings[0]}: config.json says {shown}, which is no value of it.")
+    return found
 
 
 def number(convert, least, most=math.inf):

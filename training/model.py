@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -102,19 +103,20 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.n_head = config.n_head
+        self.head_width = config.width // config.n_head
         self.c_attn = nn.Linear(config.width, 3 * config.width, bias=False)
         self.c_proj = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Attend over x (B, T, d)."""
-        B, T, d = x.shape
+        B, T, _ = x.shape
+        # As many heads as c_attn answers with: under tensor parallelism those of this rank.
         # Before the heads come first, so that the gradients of all three are stacked where they belong, in one copy
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, d // self.n_head).unbind(2)  # (B, T, H, D) each
+        q, k, v = self.c_attn(x).view(B, T, 3, -1, self.head_width).unbind(2)  # (B, T, H, D) each
         cos, sin = cos[:, None], sin[:, None]
         q, k, v = (y.transpose(1, 2) for y in (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
-        return self.c_proj(y.transpose(1, 2).reshape(B, T, d))
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class SquaredReLU(nn.Module):
@@ -216,7 +218,10 @@ class Transformer(nn.Module):
         # where a dense one would be a second matrix of zeros.
         tied = self.lm_head.weight is self.wte.weight  # else nothing would make the gradient dense again
         sparse = tied and tokens.is_cpu and not torch.compiler.is_compiling()
-        x = F.embedding(tokens, self.wte.weight, sparse=sparse)  # (B, T, d)
+        if sparse and not isinstance(self.wte.weight, DTensor):
+            x = F.embedding(tokens, self.wte.weight, sparse=True)  # (B, T, d)
+        else:
+            x = self.wte(tokens)
         for block in self.h:
             x = block(x, self.cos[:T], self.sin[:T])
         logits = self.lm_head(self.norm(x))  # (B, T, vocab)

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -42,7 +43,7 @@ def documents(source: str) -> Iterator[tuple[str, bytes]]:
                     f"documents: expected a column text of strings, got {', '.join(row)} in row {i} of {source}. "
                     "Rename the column, or choose another data set."
                 )
-            yield f"{source}#{i}", row["text"].encode()
+            yield f"{source}#{i}", row["text"].encode(errors="replace")
     elif Path(source).is_file():
         yield source, Path(source).read_bytes()
     elif Path(source).is_dir():
@@ -73,10 +74,10 @@ class Tokenizer:
 
     def __init__(self, name: str, texts: Iterable[str] = ()):
         kind, _, argument = name.partition(":")
-        if kind == "bpe" and not (argument.isdecimal() and int(argument) > 256):
+        if kind == "bpe" and not (re.fullmatch("[0-9]{1,7}", argument) and int(argument) > 256):
             raise ValueError(
-                f"Tokenizer: expected a vocabulary of at least 257 (all bytes, <|endoftext|>), got name={name!r}. "
-                "Use bpe:4096."
+                "Tokenizer: expected a vocabulary of at least 257 (all bytes, <|endoftext|>) and below 10 million, got "
+                f"name={name[:80]!r}. Use bpe:4096."
             )
         if kind in ("sentencepiece", "tokenizers") and not Path(argument).is_file():
             raise ValueError(f"Tokenizer: expected a file, got name={name!r}. Check that it exists.")
@@ -106,6 +107,12 @@ class Tokenizer:
         except ImportError as error:
             raise ImportError(
                 f"Tokenizer: expected `{error.name}` for {name!r}. Run `pip install {error.name}`."
+            ) from None
+        except ValueError:
+            raise
+        except Exception as error:  # what tokenizers and sentencepiece raise
+            raise ValueError(
+                f"Tokenizer: expected the file of a tokenizer, got name={name!r} ({str(error)[:200]}). Fetch it again."
             ) from None
         if self.separator is None or self.separator < 0:
             raise ValueError(
@@ -144,8 +151,10 @@ def _pieces(text: bytes) -> Iterator[bytes]:
         end = start + PIECE_BYTES
         if end < len(text):
             end = text.rfind(b"\n", start, end) + 1 or end
-            while text[end] & 0xC0 == 0x80:  # inside a UTF-8 character
-                end -= 1
+            for back in range(4):  # a UTF-8 character has four bytes at most; what is none is cut anywhere
+                if text[end - back] & 0xC0 != 0x80:
+                    end -= back
+                    break
         yield text[start:end]
         start = end
 
@@ -228,6 +237,9 @@ def prepare(
         if value is not None and value < 1:
             raise ValueError(f"prepare: expected a positive number, got {name}={value}. Leave it out for the default.")
 
+    if shard_tokens >= 2**31:
+        raise ValueError(f"prepare: expected a count that a header holds, got shard_tokens={shard_tokens}. Take fewer.")
+
     def sample():
         left = train_bytes
         for _, text in documents(source):
@@ -242,15 +254,18 @@ def prepare(
     val = _Stream(token_blocks(val_source, coder)) if val_source else train
     out.mkdir(parents=True, exist_ok=True)
     counts = {}
-    for kind, stream, count in (("val", val, val_tokens), ("train", train, max_tokens)):
-        counts[f"{kind}_tokens"] = write_shards(out, kind, stream.take(count), shard_tokens)
-    if not all(counts.values()):
-        for path in out.glob("*.bin"):  # or the same folder would be refused the next time
+    try:
+        for kind, stream, count in (("val", val, val_tokens), ("train", train, max_tokens)):
+            counts[f"{kind}_tokens"] = write_shards(out, kind, stream.take(count), shard_tokens)
+        if not all(counts.values()):
+            raise ValueError(
+                f"prepare: expected more than val_tokens={val_tokens} tokens, got {counts['val_tokens']} in "
+                f"source={source!r}, which leaves none to train on. Lower --val-tokens."
+            )
+    except BaseException:
+        for path in out.glob("*.bin*"):  # or the same folder would be refused the next time
             path.unlink()
-        raise ValueError(
-            f"prepare: expected more than val_tokens={val_tokens} tokens, got {counts['val_tokens']} in "
-            f"source={source!r}, which leaves none to train on. Lower --val-tokens."
-        )
+        raise
     meta = {"tokenizer": tokenizer, "vocab": coder.vocab, **counts, "source": source, "val_source": val_source}
     coder.save(out)
     (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")

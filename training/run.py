@@ -96,18 +96,16 @@ def main(argv=None) -> int:
 
     # Processes and data, then the run directory: a wrong --data leaves no folder behind
     try:
-        parallel = setup(args.parallel, args.device, args.replicas, args.timeout)
+        parallel = setup(args.parallel, args.device, args.replicas, args.timeout, args.tp_size)
         args.run_dir = parallel.agree(args.run_dir)
         run_dir = Path(args.run_dir)
-        first = checkpoint.latest(run_dir) if args.resume else None
-        if args.resume and first is None and not args.checkpoint_every:
+        if args.resume and checkpoint.latest(run_dir) is None and not args.checkpoint_every:
             raise ValueError("there is no checkpoint to go on from. Start anew, with --checkpoint-every")
-        done = checkpoint.step_of(first) if first else 0
         tokens = load_data(args.data, config.vocab)
         config = replace(config, vocab=max(config.vocab, -(-tokens.vocab // 64) * 64))
-        ranks = parallel.ranks
-        train = passes(tokens.train, args.batch_size, config.context, args.seed, done, parallel.rank, ranks)
-        validation = fixed_batches(tokens.val, args.micro_batch_size * ranks, config.context, args.eval_sequences)
+        shares, own_share = parallel.data_ranks, parallel.data_rank
+        passes(tokens.train, args.batch_size, config.context, args.seed, 0, own_share, shares)  # for its checks
+        validation = fixed_batches(tokens.val, args.micro_batch_size * shares, config.context, args.eval_sequences)
         run_dir.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"run: cannot start with --data={args.data}, --run-dir={args.run_dir}: {error}", file=sys.stderr)
@@ -116,6 +114,10 @@ def main(argv=None) -> int:
     if parallel.main and not args.resume:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
         (run_dir / "config.json").write_text(json.dumps({**vars(args), "versions": versions}, indent=2) + "\n")
+
+    def say(text: str):
+        if parallel.main:
+            print(text, file=sys.stderr)
 
     # Model, optimizers, probe
     torch.manual_seed(args.seed)  # every rank draws the whole model, so that it is the same however it is spread
@@ -127,7 +129,15 @@ def main(argv=None) -> int:
         model, args.optimizer, args.lr, args.weight_decay, args.adam_lr, decay_all=args.decay_all
     )
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    probe_state = checkpoint.load(first, spread, optimizers, parallel) if first else None
+    done, probe_state = 0, None
+    if args.resume:
+        try:
+            done, probe_state = checkpoint.restore(run_dir, spread, optimizers, parallel, say)
+        except ValueError as error:
+            print(f"run: cannot go on with --resume={args.resume}: {error}.", file=sys.stderr)
+            parallel.close()
+            return 2
+    train = passes(tokens.train, args.batch_size, config.context, args.seed, done, own_share, shares)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # loading replaces them
     probe = None
     if args.tracker != "off":
@@ -144,8 +154,8 @@ def main(argv=None) -> int:
     def validation_loss() -> float:
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for x, y in validation:
-            own = -(-len(x) // ranks)
-            rows = slice(parallel.rank * own, (parallel.rank + 1) * own)
+            own = -(-len(x) // shares)
+            rows = slice(own_share * own, (own_share + 1) * own)
             count = len(x[rows])
             rows = rows if count else slice(0, 1)  # a rank without a sequence must still join the others' forward
             with autocast:
@@ -154,16 +164,44 @@ def main(argv=None) -> int:
         value, count = parallel.sum(total).tolist()
         return value / count
 
+    def fetch():
+        """The next batch, and what is wrong with it; other ranks wait for this one, which then takes zeros."""
+        try:
+            return next(train), None
+        except (OSError, ValueError) as error:  # a shard that has changed since it was opened
+            zeros = torch.zeros(args.batch_size // shares, config.context, dtype=torch.int64)
+            return (zeros, zeros), str(error)
+
+    saved = done
+
     def save(step: int):
+        nonlocal saved
         for optimizer in optimizers:
             optimizer.zero_grad()
-        if step:
+        if step == saved:
+            return
+        try:
             checkpoint.save(run_dir, step, spread, optimizers, parallel, probe)
+            saved = step
+        except (OSError, ValueError) as error:
+            kept = f"that of step {saved} is kept" if saved else "there is none before it"
+            say(f"run: no checkpoint was written at step {step}: {error}; {kept}.")
+
+    def write(*lines: dict):
+        """Logs lines, or forces what was logged to disk where there are none."""
+        nonlocal log
+        try:
+            if log:
+                log.write(*lines) if lines else log.flush()
+        except OSError as error:
+            log.close()
+            log = None
+            say(f"run: {run_dir / 'log.jsonl'} cannot be written from step {step} on: {error}; training goes on.")
 
     # The loop
     log = JsonLines(run_dir / "log.jsonl", done if args.resume else None) if parallel.main else None
     multiplier = SCHEDULES[args.schedule]
-    micro_batches = args.batch_size // (ranks * args.micro_batch_size)
+    micro_batches = args.batch_size // (shares * args.micro_batch_size)
     step_tokens = args.batch_size * config.context
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
@@ -185,18 +223,25 @@ def main(argv=None) -> int:
                 start = time.perf_counter()
                 for group in groups:
                     group["lr"] = group["initial_lr"] * multiplier(step - 1, args.steps, args.warmup)
-                batch = [part.to(device).split(args.micro_batch_size) for part in next(train)]  # (B, T) each
-                totals = torch.zeros(2, device=device)  # loss, whether a rank was told to stop
+                windows, fault = fetch()
+                batch = [part.to(device).split(args.micro_batch_size) for part in windows]  # (B, T) each
+                totals = torch.zeros(3, device=device)  # loss, whether a rank was told to stop, or has no data
                 for i, (x, y) in enumerate(zip(*batch, strict=True), 1):
                     with parallel.accumulating(spread, last=i == micro_batches):
                         with autocast:
                             loss_tensor = spread(x, y) / micro_batches
                         loss_tensor.backward()
                     totals[0] += loss_tensor.detach()
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip) if args.clip else None
-                totals[1] = len(stops)
-                loss, stopped = parallel.sum(totals).tolist()
-                loss /= ranks
+                norm = parallel.clip(model, args.clip) if args.clip else None
+                totals[1], totals[2] = len(stops), fault is not None
+                loss, stopped, unread = parallel.sum(totals).tolist()
+                loss /= parallel.ranks
+                if unread:
+                    if fault:
+                        print(f"run: no data at step {step}: {fault}", file=sys.stderr)
+                    status = 2
+                    save(step - 1)
+                    break
                 if not math.isfinite(loss):  # before the update, so that the weights stay as they were
                     status = 1
                     save(step - 1)
@@ -217,17 +262,15 @@ def main(argv=None) -> int:
                     "overhead": overhead,
                 }
                 if norm is not None:
-                    line["grad_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+                    line["grad_norm"] = float(norm)
                 if peak:
-                    line["mfu"] = flops_per_token(config) * step_tokens / step_time / (peak * ranks)
+                    line["mfu"] = flops_per_token(config) * step_tokens / step_time / (peak * parallel.ranks)
                 if step % args.eval_every == 0 or step == args.steps:
                     line["val_loss"] = val_loss = validation_loss()
-                if log:
-                    log.write(line)
+                write(line)
                 due = args.checkpoint_every and (step % args.checkpoint_every == 0 or step == args.steps)
                 if "val_loss" in line or due or stopped:  # what a kill can cost is bounded by one cadence
-                    if log:
-                        log.flush()
+                    write()
                     if probe:
                         probe.flush()
                     if due or stopped:
@@ -256,7 +299,7 @@ def main(argv=None) -> int:
     if status == 1:
         print(
             f"run: expected a finite loss, got loss={loss} at step {step}. Lower --lr (now {args.lr:g}) or lengthen "
-            f"--warmup; the records and the weights up to there are in {run_dir}.",
+            f"--warmup; the records{' and the weights' * (saved == step - 1 > 0)} up to there are in {run_dir}.",
             file=sys.stderr,
         )
     elif status:
@@ -270,8 +313,11 @@ def main(argv=None) -> int:
             f"loss {run.log[-1]['loss']:.3f}, validation {val_loss:.3f}; {rate:,.0f} tokens/s{mfu}; "
             f"tracker overhead {run.log[-1]['overhead']:.2%} of the step"
         )
-        plot_run(run).savefig(run_dir / "run.png", dpi=150)
-        print(f"figure: {run_dir / 'run.png'}")
+        try:
+            plot_run(run).savefig(run_dir / "run.png", dpi=150)
+            print(f"figure: {run_dir / 'run.png'}")
+        except OSError as error:
+            print(f"run: no figure could be written: {error}.", file=sys.stderr)
     print(f"run directory: {run_dir}")
     if probe:
         for event in run.events:

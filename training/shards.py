@@ -5,6 +5,7 @@ Magic 20240520 (version 1) means uint16 tokens, magic 20240801 (version 7) uint3
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,15 +13,44 @@ from torch import Tensor
 
 FORMATS = {20240520: ((1,), np.dtype("<u2")), 20240801: ((1, 7), np.dtype("<u4"))}  # magic: versions, token dtype
 HEADER_BYTES = 4 * 256
+CHECKED_AT_ONCE = 2**20  # tokens
 
 
-def read_shard(path: str | Path) -> np.ndarray:
-    """Maps the tokens of one shard into memory, (count,) uint16 or uint32, read-only.
+class Shard(NamedTuple):
+    """A file of token shards: its tokens are read when asked, not mapped, for a file that shrinks would end us."""
+
+    path: Path
+    dtype: np.dtype
+    count: int
+
+    def __len__(self):
+        return self.count
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Reads tokens start .. start + count - 1, fewer at the end; (count,) uint16 or uint32.
+
+        Raises:
+            ValueError: the file has been cut off since it was opened.
+        """
+        count = max(0, min(count, self.count - start))
+        found = np.fromfile(self.path, self.dtype, count, offset=HEADER_BYTES + start * self.dtype.itemsize)
+        if len(found) < count:
+            raise ValueError(
+                f"Shards.read: expected {self.count} tokens, got a file that was cut off meanwhile, {self.path}. "
+                "Write or fetch it again, and resume."
+            )
+        return found
+
+
+def open_shard(path: str | Path) -> Shard:
+    """Reads the header of one shard.
 
     Raises:
         ValueError: no shard, or a truncated one, by name.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"read_shard: expected a file, got {path}, which is none. Pass token shards.")
     header = np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256:
         raise ValueError(
@@ -41,9 +71,17 @@ def read_shard(path: str | Path) -> np.ndarray:
             f"read_shard: expected {expected} bytes for {count} tokens, got {size} bytes in {path}. "
             "It is truncated or corrupt; write or fetch it again."
         )
-    if not count:
-        return np.empty(0, dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(count,))
+    return Shard(path, dtype, count)
+
+
+def read_shard(path: str | Path) -> np.ndarray:
+    """Reads the tokens of one shard, (count,) uint16 or uint32.
+
+    Raises:
+        ValueError: no shard, or a truncated one, by name.
+    """
+    shard = open_shard(path)
+    return shard.read(0, len(shard))
 
 
 def write_shard(path: str | Path, tokens: np.ndarray):
@@ -66,7 +104,7 @@ def write_shard(path: str | Path, tokens: np.ndarray):
 
 
 class Shards:
-    """Token shards end to end as one read-only sequence, memory-mapped.
+    """Token shards end to end as one read-only sequence.
 
     Args:
         paths: the files, in their order.
@@ -76,7 +114,7 @@ class Shards:
     def __init__(self, paths: Iterable[str | Path], vocab: int | None = None):
         self.paths = [Path(path) for path in paths]
         self.vocab = vocab
-        self._parts = [read_shard(path) for path in self.paths]
+        self._parts = [open_shard(path) for path in self.paths]
         self._ends = np.cumsum([len(part) for part in self._parts])
 
     def __len__(self):
@@ -92,7 +130,7 @@ class Shards:
         part = int(np.searchsorted(self._ends, start, side="right"))
         while filled < count:
             first = start + filled - (int(self._ends[part - 1]) if part else 0)
-            piece = self._parts[part][first : first + count - filled]
+            piece = self._parts[part].read(first, count - filled)
             if self.vocab is not None and len(piece) and (largest := int(piece.max())) >= self.vocab:
                 raise ValueError(
                     f"Shards.read: expected token ids below vocab={self.vocab}, got {largest} in {self.paths[part]}. "
@@ -102,3 +140,12 @@ class Shards:
             filled += len(piece)
             part += 1
         return torch.from_numpy(out)
+
+    def check(self):
+        """Reads all tokens once.
+
+        Raises:
+            ValueError: a token id beyond the vocabulary, naming the file.
+        """
+        for start in range(0, len(self), CHECKED_AT_ONCE):
+            self.read(start, min(CHECKED_AT_ONCE, len(self) - start))

@@ -1,17 +1,25 @@
-"""Checkpoints on disk: the files of each, the series that a run directory holds, and their tensors a few at a time."""
+"""Checkpoints on disk: what the files of each say together, those of a run, tensors on demand."""
 
 import json
-import math
+import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sosd_fast.checkpoints.formats import FORMATS, INDEX, WeightFile, open_weights
-from sosd_fast.matrices import kind
-from sosd_fast.places import plain_name
+from sosd_fast.checkpoints.dcp import INDEX
+from sosd_fast.checkpoints.formats import FORMATS, open_weights
+from sosd_fast.checkpoints.headers import Header, WeightFile, shown
+from sosd_fast.checkpoints.layouts import Found, files_of, step_of, stepped_folders
+from sosd_fast.checkpoints.quantized import Quantized, Weight
+from sosd_fast.checkpoints.refusals import damaged
+
+log = logging.getLogger("sosd_fast")
+_MAX_CONFIG = 4 * 2**20
 
 
 class Checkpoint:
@@ -22,73 +30,151 @@ class Checkpoint:
 
     Attributes:
         path: as given.
-        shapes: key -> shape, of each floating-point tensor of two or more dimensions, tied ones once.
+        config: config.json, where transformers saved it beside the weights.
+        shapes: name -> shape, of each weight of two or more dimensions.
+        notes: sentences on what is left out.
 
     Raises:
-        ValueError: nothing there, a damaged file, one with code in it, or one without matrices.
+        ValueError: nothing there, a damaged file, one with code in it, the same key in files that no layout joins, or
+            no weights.
     """
 
     def __init__(self, path: Path):
         self.path = path
         if not path.exists():
             raise ValueError(f"analyze: expected a file or folder of weights, got path={path}. It does not exist.")
-        files = files_of(path) if path.is_dir() else [path]
-        if not files:
+        found = files_of(path) if path.is_dir() else Found([path])
+        if path.is_dir() and any(path.glob("zero_pp_rank_*_model_states.pt")):
+            raise ValueError(
+                f"analyze: expected weights, got path={path} of DeepSpeed, whose ZeRO stage 3 keeps them in the files "
+                "of its optimizer. Run zero_to_fp32.py, which stands beside them."
+            )
+        if not found.files:
             raise ValueError(
                 f"analyze: expected a folder with {', '.join(FORMATS)} files or the {INDEX} of "
                 f"torch.distributed.checkpoint, got path={path} with none. Pass the folder that holds the weights."
             )
-        self._file: dict[str, WeightFile] = {}
-        self._bytes: dict[str, int] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        opened = [open_weights(file) for file in files]
-        for weights in opened:
-            for key, shape, size in weights.headers():
-                self._file[key], self._bytes[key], self.shapes[key] = weights, size, shape
-        if not opened[0].in_order:
-            self.shapes = dict(sorted(self.shapes.items(), key=lambda item: _natural(item[0])))
+        self.config = _json(path, "config.json")
+        self._parts: dict[str, list[WeightFile]] = {}
+        self._cut: dict[str, int] = {}  # key -> the dimension along which its parts are joined
+        opened = {file: open_weights(file) for file in found.files}
+        headers = self._joined(opened, found)
+        settings = self.config.get("quantization_config") or _json(path, "quantize_config.json")
+        quantized = Quantized(
+            headers, settings if isinstance(settings, dict) else {}, lambda key: self._tensors([key])[key]
+        )
+        weights = quantized.weights
+        if not next(iter(opened.values())).in_order:
+            weights = sorted(weights, key=lambda weight: _natural(weight.name))
+        self._weights = {weight.name: weight for weight in weights}
+        if len(self._weights) < len(weights):
+            twice = Counter(weight.name for weight in weights).most_common(1)[0][0]
+            raise ValueError(
+                f"analyze: expected each weight once, got path={path} with {shown(twice)} in two forms. Keep one."
+            )
+        self.shapes = {name: weight.shape for name, weight in self._weights.items()}
+        left_out = dict(quantized.left_out)
+        for file in opened.values():
+            left_out |= file.left_out
+        self.notes = list(_notes(found, left_out))
+        deeper = [each for each in stepped_folders(path) if each.is_dir()] if path.is_dir() else []
+        if deeper:
+            names = ", ".join(sorted((shown(each.name) for each in deeper), key=_natural)[:8])
+            self.notes.append(f"left out the checkpoints in folders of it, {names}; pass them to compare them")
         if not self.shapes:
             raise ValueError(
-                f"analyze: expected weights, got path={path} without a floating-point matrix. "
-                "Pass a checkpoint of a model."
+                f"analyze: expected weights, got path={path} without a floating-point matrix"
+                f"{' (' + '; '.join(self.notes) + ')' if self.notes else ''}. Pass a checkpoint of a model."
             )
-        self._drop_tied()
-
-    def _drop_tied(self):
-        """Leaves out copies of embeddings and heads that hold the same values, as what shares memory is saved."""
-        groups: dict[tuple, list[str]] = {}
-        for key, shape in self.shapes.items():
-            if kind(plain_name(key)[0]) in ("embedding", "head"):
-                groups.setdefault((shape, self._bytes[key]), []).append(key)
-        for keys in groups.values():
-            # A model names what is tied where it comes first: before a head, and before an encoder's own.
-            keys.sort(key=lambda key: (kind(plain_name(key)[0]) == "head", key.count(".")))
-            for i, key in enumerate(keys[1:], 1):
-                if any(first in self.shapes and self._tied(first, key) for first in keys[:i]):
-                    del self.shapes[key]
-
-    def _tied(self, first: str, key: str) -> bool:
-        a, b = self.read([first])[first], self.read([key])[key]
-        return a.dtype == b.dtype and torch.equal(a, b) and bool((a != a.flatten()[0]).any())  # zeros tie nothing
 
     def batches(self, count: int) -> Iterator[list[str]]:
-        """Yields keys of tensors of one shape and file, up to `count`, together no larger than the largest tensor."""
-        largest = max(self._bytes.values())
-        groups: dict[tuple, list[str]] = {}
-        for key, shape in self.shapes.items():
-            groups.setdefault((shape, self._file[key]), []).append(key)
-        for keys in groups.values():
-            together = max(1, min(count, largest // max(self._bytes[keys[0]], 1)))
-            for i in range(0, len(keys), together):
-                yield keys[i : i + together]
+        """Yields names of weights of one shape and file, up to `count`, together no larger than the largest."""
+        largest = max(weight.bytes for weight in self._weights.values())
+        groups: dict[tuple[Any, ...], list[str]] = {}
+        for name, weight in self._weights.items():
+            groups.setdefault((weight.shape, id(self._parts[weight.keys[0]][0])), []).append(name)
+        for names in groups.values():
+            together = max(1, min(count, largest // max(self._weights[names[0]].bytes, 1)))
+            for i in range(0, len(names), together):
+                yield names[i : i + together]
 
-    def has_eight_bits(self, key: str) -> bool:
-        """Whether a tensor holds eight-bit floats."""
-        return self._bytes[key] == math.prod(self.shapes[key])
+    def read(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Reads the values of weights, which are mapped only as long as they live."""
+        weights = [self._weights[name] for name in names]
+        tensors = self._tensors([key for weight in weights for key in weight.keys])
+        return {weight.name: self._values(weight, tensors) for weight in weights}
 
-    def read(self, keys: Sequence[str]) -> dict[str, Tensor]:
-        """Reads tensors of one file, which is mapped only as long as they live."""
-        return self._file[keys[0]].read(keys)
+    def _values(self, weight: Weight, tensors: dict[str, Tensor]) -> Tensor:
+        try:
+            values = weight.values(tensors)
+        except (RuntimeError, IndexError, ValueError, AssertionError) as error:
+            raise damaged(self.path, f"{weight.name}: {error}") from error
+        return values.float() if values.dtype.itemsize == 1 else values  # eight-bit floats, exactly
+
+    def _tensors(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Reads tensors, of each file at once; joins those that are in parts."""
+        wanted: dict[int, tuple[WeightFile, list[str]]] = {}
+        for key in keys:
+            for file in self._parts[key]:
+                wanted.setdefault(id(file), (file, []))[1].append(key)
+        found = {number: file.read(own) for number, (file, own) in wanted.items()}
+        parts = {key: [found[id(file)][key] for file in self._parts[key]] for key in keys}
+        return {key: torch.cat(each, self._cut[key]) if key in self._cut else each[0] for key, each in parts.items()}
+
+    def _joined(self, opened: dict[Path, WeightFile], found: Found) -> dict[str, Header]:
+        """The headers of all files, of the whole tensor where a layout says how its parts are joined."""
+        headers: dict[str, list[Header]] = {}
+        names: dict[str, list[str]] = {}
+        for path, file in opened.items():
+            for header in file.headers():
+                if found.home is None or found.home.get(header.key) == path.name:
+                    headers.setdefault(header.key, []).append(header)
+                    self._parts.setdefault(header.key, []).append(file)
+                    names.setdefault(header.key, []).append(
+                        str(path.relative_to(self.path)) if path != self.path else ""
+                    )
+        lost = set(found.home or ()) - set(headers) - {k for file in opened.values() for k in file.left_out}
+        if lost:
+            raise ValueError(
+                f"analyze: expected what the index of path={self.path} names, got files without {shown(min(lost))}. "
+                "Download them again."
+            )
+        vectors = {key: each[0].shape[0] for key, each in headers.items() if len(each[0].shape) == 1}
+        return {key: self._whole(key, each, names[key], found, vectors) for key, each in headers.items()}
+
+    def _whole(self, key: str, parts: list[Header], names: list[str], found: Found, vectors: dict[str, int]) -> Header:
+        first, layout = parts[0], found.layout
+        if (len(parts) == 1 and not layout) or not first.is_matrix:
+            return first
+        dim = None
+        if layout and len(parts) == len(found.files) and len({p.dtype for p in parts}) == 1:
+            dim = layout.cut(key, [part.shape for part in parts], vectors)
+            if dim is None and len({p.shape for p in parts}) == 1 and self._is_equal(key):
+                self._parts[key] = self._parts[key][:1]
+                return first
+        if dim is None:
+            where = f"{names[0]} and {names[-1]}" if len(names) > 1 else f"{names[0]} alone"
+            raise ValueError(
+                f"analyze: expected each weight in one file, got path={self.path} with {shown(key)} in {where}, and "
+                "nothing that says how to join them. Pass one file, join them with the tool that wrote them, or name "
+                "the files by their steps to compare them."
+            )
+        self._cut[key] = dim
+        shape = (*first.shape[:dim], sum(p.shape[dim] for p in parts), *first.shape[dim + 1 :])
+        return Header(key, shape, first.dtype, sum(p.bytes for p in parts))
+
+    def _is_equal(self, key: str) -> bool:
+        first, *others = (file.read([key])[key] for file in self._parts[key])
+        return all(_same_bits(first, other) for other in others)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same."""
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    )
 
 
 def find_checkpoints(run_dir: Path) -> list[Path]:
@@ -97,50 +183,31 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
         path
         for pattern in ("checkpoint*", "checkpoints/*", "step*")
         for path in run_dir.glob(pattern)
-        if path.suffix in FORMATS or (path.is_dir() and path.name != "checkpoints" and files_of(path))
+        if path.suffix in FORMATS or (path.is_dir() and path.name != "checkpoints" and files_of(path).files)
     }
-    return sorted(found, key=lambda path: (number(path) or 0, path.name))
+    return sorted(found, key=lambda path: (step_of(path) or 0, _natural(path.name)))
 
 
-def number(path: Path) -> int | None:
-    """The last number in a path's name, which is usually the step."""
-    numbers = re.findall(r"\d+", path.name if path.is_dir() else path.stem)
-    return int(numbers[-1]) if numbers else None
+def _notes(found: Found, left_out: dict[str, str]) -> Iterator[str]:
+    kinds: dict[str, list[str]] = {}
+    for key, why in left_out.items():
+        kinds.setdefault(why, []).append(key)
+    for why, keys in kinds.items():
+        yield f"left out {len(keys)} {why}, such as {shown(keys[0])}"
+    for name, why in sorted(found.left_out.items())[:8]:
+        yield f"left out the file {name}: {why}"
 
 
-def files_of(folder: Path) -> list[Path]:
-    """The weight files of a folder: the shards that an index names, or else those of the best kind there is."""
-    if (folder / INDEX).is_file():
-        return [folder / INDEX]
-    for pattern in (f"*{suffix}" for suffix in FORMATS):
-        index = sorted(folder.glob(f"{pattern}.index.json"))
-        if index:
-            try:
-                shards = sorted(set(json.loads(index[0].read_text())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"analyze: expected an index with a weight_map, got a damaged {index[0]}.") from None
-            outside = [shard for shard in shards if not isinstance(shard, str) or Path(shard).name != shard]
-            if outside:
-                raise ValueError(
-                    f"analyze: expected files inside {folder}, got {index[0].name} with {outside[0]!r}. "
-                    "Move the shards beside their index."
-                )
-            missing = [shard for shard in shards if not (folder / shard).is_file()]
-            if missing:
-                raise ValueError(
-                    f"analyze: expected all shards of {index[0].name}, got path={folder} without {', '.join(missing)}. "
-                    "Download them."
-                )
-            return [folder / shard for shard in shards]
-        found = sorted(
-            path
-            for path in folder.glob(pattern)
-            if not re.search(r"optim|scheduler|scaler|rng_state|training_args", path.name)
-        )
-        if found:
-            return found
-    return sorted(folder.glob(f"pytorch_model_fsdp*/{INDEX}"))[:1]  # as the Trainer saves what FSDP sharded
+def _json(path: Path, name: str) -> dict[str, Any]:
+    """Settings that stand beside the weights; {} where there are none."""
+    file = (path if path.is_dir() else path.parent) / name
+    try:
+        settings = json.loads(file.read_text()) if file.stat().st_size <= _MAX_CONFIG else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
-def _natural(key: str) -> list:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
+def _natural(key: str) -> list[Any]:
+    parts = re.split(r"(\d+)", key)
+    return [(len(digits := part.lstrip("0")), digits) if i % 2 else part for i, part in enumerate(parts)]

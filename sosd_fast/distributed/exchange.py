@@ -1,16 +1,21 @@
 """What ranks send to one another: sums, maxima, objects, and parts of matrices, with the bytes counted."""
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from sosd_fast.distributed.layout import row_dimension
+from sosd_fast.distributed.group import group_of
+from sosd_fast.distributed.layout import Box, Mesh, boxes_on, cost, is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
 
 T = TypeVar("T")
 
@@ -68,40 +73,97 @@ class Exchange:
         self._dist.all_to_all_single(received, flat, sizes, counts, group=self._group)
         return list(received.split(sizes))
 
-    def all_to_all(self, outgoing: list[Tensor], sizes: list[int]) -> list[Tensor]:
-        """Sends outgoing[q], one-dimensional, to rank q and returns what came from each, of the sizes given."""
-        self.sent_bytes += sum(part.nbytes for q, part in enumerate(outgoing) if q != self.rank)
-        flat = torch.cat(outgoing)
-        received = flat.new_empty(sum(sizes))
-        self._dist.all_to_all_single(received, flat, sizes, [len(part) for part in outgoing], group=self._group)
-        return list(received.split(sizes))
 
+def apply_to_whole(
+    blocks: Sequence[Tensor], like: Sequence[Tensor], kinds: Sequence[int], function: Callable[[int, Tensor], Tensor]
+) -> list[Tensor]:
+    """Applies a function of whole matrices to spread ones, each rank to its share of them.
 
-def apply_to_whole(rows: list[Tensor], like: "DTensor", function: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """Applies a function of whole matrices to row-sharded ones of one shape, each rank to its share of them.
+    The ranks that hold parts of a matrix send them to one of these, and get their parts of the result. Ranks that hold
+    the same, such as those of another replica, do the same apart from them.
 
     Args:
-        rows: (m_p, n), this rank's rows of each. Not modified.
-        like: a DTensor (m, n) that is sharded as they are.
-        function: (B, m, n) -> (B, m, n), of any B.
+        blocks: this rank's part of each matrix, of any layout, or the matrix where it is whole. Not modified.
+        like: of each a tensor (m, n) that is spread as it is, a DTensor, or any other where it is whole.
+        kinds: of each a number; those of one number have one shape and are handed over together.
+        function: (kind, (B, m, n)) -> (B, m, n), of any B.
 
     Returns:
-        This rank's rows of the results.
+        This rank's parts of the results.
+
+    Raises:
+        ValueError: a layout that does not say which part a rank holds.
     """
-    m, n = like.shape
-    exchange = Exchange(like.device_mesh.get_group(row_dimension(like)), rows[0].device)
-    rank, ranks = exchange.rank, exchange.ranks
-    ends = [min(p * -(-m // ranks), m) for p in range(ranks + 1)]
-    counts = [end - start for start, end in zip(ends, ends[1:], strict=False)]
-    of = [rows[q::ranks] for q in range(ranks)]
-    own = len(of[rank])
-    empty = rows[0].reshape(-1)[:0]
-    outgoing = [torch.cat([empty, *(each.reshape(-1) for each in share)]) for share in of]
-    parts = exchange.all_to_all(outgoing, [own * count * n for count in counts])
-    whole = torch.cat([part.view(own, count, n) for part, count in zip(parts, counts, strict=True)], dim=1)
-    done = (function(whole) if own else whole).split(counts, dim=1)
-    parts = exchange.all_to_all([part.reshape(-1) for part in done], [len(share) * counts[rank] * n for share in of])
-    result = list(rows)
-    for q, part in enumerate(parts):
-        result[q::ranks] = part.view(len(of[q]), counts[rank], n).unbind(0)
-    return result
+    groups: dict[object, ProcessGroup | None] = {}
+    together: dict[tuple, list[int]] = {}
+    for i, (block, t) in enumerate(zip(blocks, like, strict=True)):
+        mesh, dims = (t.device_mesh, _splitting(t)) if is_sharded(t) else (None, ())
+        if (mesh, dims) not in groups:
+            groups[mesh, dims] = group_of(mesh, dims) if mesh is not None and dims else None
+        together.setdefault((groups[mesh, dims], block.dtype, block.device), []).append(i)
+    results = list(blocks)
+    for (group, *_), at in together.items():
+        apply = _apply_here if group is None else functools.partial(_apply_at_owners, group=group)
+        done = apply([blocks[i] for i in at], [like[i] for i in at], [kinds[i] for i in at], function)
+        for i, result in zip(at, done, strict=True):
+            results[i] = result
+    return results
+
+
+def _apply_here(matrices, _like, kinds, function):
+    done = list(matrices)
+    for kind in dict.fromkeys(kinds):
+        at = [i for i, each in enumerate(kinds) if each == kind]
+        for i, result in zip(at, function(kind, torch.stack([matrices[i] for i in at])), strict=True):
+            done[i] = result
+    return done
+
+
+def _apply_at_owners(blocks, like, kinds, function, group):
+    import torch.distributed as dist
+
+    exchange, ranks = Exchange(group, blocks[0].device), dist.get_process_group_ranks(group)
+    boxes = [boxes_of(tuple(t.shape), t.device_mesh, tuple(t.placements)) for t in like]
+    for block, t, of in zip(blocks, like, boxes, strict=True):
+        assert block.numel() == _entries(of[ranks[exchange.rank]]), f"{t.placements} of {t.shape}: {block.shape}"
+    costly_first = sorted(range(len(like)), key=lambda i: -cost(tuple(like[i].shape)))
+    shares = [costly_first[q :: len(ranks)] for q in range(len(ranks))]  # dealt out: whose each matrix is
+    own, like_block = shares[exchange.rank], blocks[0]
+    sizes = [[_entries(boxes[i][q]) for i in own] for q in ranks]
+    received = exchange.deliver([[blocks[i] for i in share] for share in shares], list(map(sum, sizes)), like_block)
+    whole = [like_block.new_empty(like[i].shape) for i in own]
+    parts_of = [
+        [W[tuple(slice(*each) for each in boxes[i][q])] for i, W in zip(own, whole, strict=True)] for q in ranks
+    ]
+    for values, counts, parts in zip(received, sizes, parts_of, strict=True):
+        for part, value in zip(parts, values.split(counts), strict=True):
+            part.copy_(value.view(part.shape))
+    for W, result in zip(whole, _apply_here(whole, None, [kinds[i] for i in own], function), strict=True):
+        W.copy_(result)
+    sizes = [[blocks[i].numel() for i in share] for share in shares]
+    received = exchange.deliver(parts_of, list(map(sum, sizes)), like_block)
+    results = list(blocks)
+    for share, counts, values in zip(shares, sizes, received, strict=True):
+        for i, value in zip(share, values.split(counts), strict=True):
+            results[i] = value.view(blocks[i].shape)
+    return results
+
+
+@functools.lru_cache(maxsize=4096)  # of all ranks, at every step
+def boxes_of(shape: tuple[int, ...], mesh: "DeviceMesh", placements: "tuple[Placement, ...]") -> Mapping[int, Box]:
+    """The part of a tensor that each rank of a mesh holds.
+
+    Raises:
+        ValueError: placements that do not say it.
+    """
+    return boxes_on(shape, Mesh(tuple(mesh.shape), tuple(mesh.mesh.flatten().tolist())), placements)
+
+
+def _entries(box: Box) -> int:
+    return math.prod(stop - start for start, stop in box)
+
+
+def _splitting(tensor: "DTensor") -> tuple[int, ...]:
+    """The dimensions of a tensor's mesh over which it is split."""
+    mesh = tensor.device_mesh
+    return tuple(d for d, each in enumerate(tensor.placements) if not each.is_replicate() and mesh.size(d) > 1)

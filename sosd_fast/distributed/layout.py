@@ -377,8 +377,3 @@ def spread(
         senders = [owner if owner in those else min(those, key=order) for those in holding[i].values()]
         found[i] = Spread(blocks[i], owner, tuple(sorted(senders)))
     return [found[i] for i in range(len(matrices))]
-
-
-def row_dimension(tensor: "DTensor") -> int:
-    """The dimension of the mesh over which a tensor's rows are sharded."""
-    return next(d for d, each in enumerate(tensor.placements) if each.is_shard(0))

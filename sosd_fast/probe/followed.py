@@ -74,6 +74,11 @@ class FollowedMatrices:
         return len(self.states)
 
     @property
+    def matrices(self) -> list[Matrix]:
+        """Those followed, with the parameters that something keeps; those that are gone are on the meta device."""
+        return [self._with_other(t.matrix, self._kept) for t in self.states]
+
+    @property
     def shapes(self) -> list[tuple[int, int]]:
         """The (m, n) of each matrix."""
         return [t.shape for t in self.states]
@@ -198,22 +203,29 @@ class FollowedMatrices:
 
     def regain(self) -> bool:
         """Takes up the parameters again that something has kept; returns whether there are any."""
-        released, self._released = self._released, {}
+        released = bool(self._released)
         if released:
-            self._exchange(lambda p: p if (kept := released[id(p)]()) is None else kept)
+            self._exchange(self._kept)
+            self._released = {}
             self.note_weights()
         return not released or any(not p.is_meta for p in self.share.parameters)
 
+    def _kept(self, parameter: Tensor) -> Tensor:
+        """The parameter for which another one stands in, where something keeps it."""
+        released = self._released.get(id(parameter))
+        kept = None if released is None else released()
+        return parameter if kept is None else kept
+
+    @staticmethod
+    def _with_other(matrix: Matrix, other: Callable[[Tensor], Tensor]) -> Matrix:
+        return dataclasses.replace(matrix, parameter=other(matrix.parameter))
+
     def _exchange(self, other: Callable[[Tensor], Tensor]):
         """Puts other parameters in the place of those followed."""
-
-        def with_other(matrix: Matrix) -> Matrix:
-            return dataclasses.replace(matrix, parameter=other(matrix.parameter))
-
-        matrices = [with_other(m) for m in self.share.matrices]
+        matrices = [self._with_other(m, other) for m in self.share.matrices]
         self.share = self.share._replace(matrices=matrices, parameters=[other(p) for p in self.share.parameters])
         for t in self.states:
-            t.matrix = with_other(t.matrix)
+            t.matrix = self._with_other(t.matrix, other)
 
     def check_measurable(self, measurements: list[Measurement]):
         """Raises a ValueError where none of the matrices of a process alone could be measured."""

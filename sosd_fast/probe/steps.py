@@ -185,7 +185,7 @@ class StepDetector:
                 self._stepped.add(o)
         replaces = False
         if self._given is None:
-            replaces = first and self._replace_by(optimizer)
+            replaces = optimizer not in self._known and self._replace_by(optimizer)
             self._known.add(optimizer)
             self._look()
             self._covered = held_by(self._known)
@@ -358,15 +358,19 @@ class StepDetector:
         return next((o for o in reversed(outer) if o is optimizer or share_parameters(o, optimizer)), None)
 
     def _replace_by(self, optimizer: Optimizer) -> bool:
-        """Expects no more steps of optimizers whose followed parameters this one, which never stepped, holds as well.
+        """Expects no more steps of optimizers whose followed parameters this one, which is not expected, holds as well.
 
-        Where one of them steps nevertheless, it is expected again.
+        Where one of them steps nevertheless, it takes the place of this one in the same way, or is expected again.
 
         Returns:
             Whether there are any.
         """
         held = held_by([optimizer])
-        replaced = [o for o in self._known if o not in self._stepped and held_by([o]) & self._ids <= held]
+        replaced = [
+            o
+            for o in self._known
+            if o not in self._stepped and held_by([o]) & self._ids <= held and not self._partners.are(o, optimizer)
+        ]
         for other in replaced:
             self._known.discard(other)
         return bool(replaced)

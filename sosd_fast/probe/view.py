@@ -41,7 +41,7 @@ class View(OutlivesModel):
     @property
     def matrices(self) -> list[Matrix]:
         """The matrices that this rank measures."""
-        return [t.matrix for t in self._matrices.states]
+        return self._matrices.matrices
 
     @property
     def seconds(self) -> float:

@@ -61,7 +61,17 @@ def learning_rates(run: Run, steps: np.ndarray) -> np.ndarray | None:
     Returns:
         (T,), or None where the log has none.
     """
-    logged = np.array([(line["step"], line["lr"]) for line in run.log if line.get("lr") is not None]).reshape(-1, 2)
-    if not len(logged):
+    rates = logged(run, "lr")
+    if not len(rates):
         return None
-    return logged[np.searchsorted(logged[:, 0], steps).clip(0, len(logged) - 1), 1]
+    return rates[np.searchsorted(rates[:, 0], steps).clip(0, len(rates) - 1), 1]
+
+
+def logged(run: Run, field: str) -> np.ndarray:
+    """Reads the numbers that a run's log has under a name, (T, 2) of step and value; what is no number is left out."""
+    points = [(line.get("step"), line.get(field)) for line in run.log]
+    return np.array([p for p in points if all(_is_number(v) for v in p)], dtype=float).reshape(-1, 2)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from sosd_fast.runs.segments import AppendOnly, JsonLines, lines
+from sosd_fast.runs.lines import AppendOnly, JsonLines, lines
 
 FILE = "events.jsonl"
 QUIET = 10  # steps after which the SD variation that rises once more is another spike

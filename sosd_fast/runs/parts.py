@@ -1,9 +1,12 @@
 """The run directories of several ranks as one: which ranks are missing, and whose matrix a name is."""
 
+import json
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+FORMAT_VERSION = 2
 
 log = logging.getLogger("sosd_fast")
 
@@ -18,6 +21,47 @@ class Part(NamedTuple):
     def matrices(self) -> list[str]:
         """The names of its matrices, as they were when it was opened."""
         return self.meta.get("matrices", [])
+
+
+def read_meta(run_dir: Path) -> dict[str, Any]:
+    """Reads meta.json.
+
+    Raises:
+        ValueError: a damaged one, or one of a newer version.
+        OSError: there is none.
+    """
+    path = run_dir / "meta.json"
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"load: expected a file, got {path}, which is none. Remove it.")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        meta = None
+    if not isinstance(meta, dict) or not all(fits(meta[key]) for key, fits in _FITS.items() if key in meta):
+        raise ValueError(
+            f"load: expected JSON that says format, version and matrices, got a damaged {path}. Remove it, and track "
+            "with this run_dir writes another; the records do not need it."
+        )
+    if meta.get("version", 0) > FORMAT_VERSION:
+        raise ValueError(
+            f"load: expected format version {FORMAT_VERSION} or older, got version={meta['version']} in {run_dir}. "
+            "Install a newer sosd_fast."
+        )
+    return meta
+
+
+def _all(kind: type) -> Callable[[Any], bool]:
+    return lambda values: isinstance(values, list) and all(type(v) is kind for v in values)
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "version": lambda v: type(v) is int,
+    "matrices": _all(str),
+    "rank": lambda v: type(v) is int,
+    "shared_by": _all(int),
+    "settings": lambda v: isinstance(v, dict),
+    "next_segment": lambda v: type(v) is int and v >= 0,
+}
 
 
 def missing_ranks(parts: Iterable[Part]) -> list[int]:

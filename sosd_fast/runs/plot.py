@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sosd_fast.runs.curves import spectral_alignment, variation_by_kind
+from sosd_fast.runs.curves import logged, spectral_alignment, variation_by_kind
 from sosd_fast.runs.phases import onsets
 from sosd_fast.runs.records import Run
+from sosd_fast.runs.text import label as as_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +27,7 @@ def plot_run(run: Run) -> "Figure":
     """
     figure, (top, bottom) = _figure("plot_run", 8, 6.5, 2, 1, sharex=True)
     _draw_loss(top, run, INK, {"loss": "training", "val_loss": "validation"})
-    top.set_title(run.run_dir.name)
+    top.set_title(as_label(run.run_dir.name))
     found = onsets(run)
     for name, curve in variation_by_kind(run).items():
         _draw_variation(bottom, curve, _COLORS[name], name, found[name])
@@ -103,7 +104,7 @@ def plot_spectra(
     low, high = limits or _limits(images.values(), change)
     shown = None
     for name, panel in zip(names, axes.ravel(), strict=False):
-        panel.set_title(name, fontsize=7)
+        panel.set_title(as_label(name), fontsize=7)
         panel.tick_params(labelsize=7)
         if name in images:
             times, ranks, pixels = images[name]
@@ -156,10 +157,18 @@ def plot_alignment(
         steps, cosine = spectral_alignment(run)
         if len(steps):
             steps, cosine = _reduced(steps, cosine)
-            axes.plot(steps, cosine[:, 1], color=color, lw=1.5, label=f"{label}: spectra")
+            axes.plot(steps, cosine[:, 1], color=color, lw=1.5, label=as_label(f"{label}: spectra"))
             axes.fill_between(steps, cosine[:, 0], cosine[:, 2], color=color, alpha=0.15, lw=0)
         if parameters and label in parameters:
-            axes.plot(*parameters[label], color=color, lw=1.5, ls="--", marker="o", ms=3, label=f"{label}: parameters")
+            axes.plot(
+                *parameters[label],
+                color=color,
+                lw=1.5,
+                ls="--",
+                marker="o",
+                ms=3,
+                label=as_label(f"{label}: parameters"),
+            )
     axes.set_ylabel("cosine to the final state\n(median, range)")
     axes.set_xlabel("training step")
     _finish(axes)
@@ -216,16 +225,18 @@ def _reduced(steps: np.ndarray, curve: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def _draw_loss(axes, run: Run, color: str, labels: Mapping[str, str | None]):
     for key, style in (("loss", {"lw": 0.8, "alpha": 0.6}), ("val_loss", {"lw": 2})):
-        points = np.array([(line["step"], line[key]) for line in run.log if line.get(key) is not None], dtype=float)
+        points = logged(run, key)
         if len(points):
             steps, curve = _reduced(points[:, 0], points[:, [1, 1, 1]])
-            axes.plot(steps, curve[:, 1], label=labels[key], color=color, **style)
+            axes.plot(
+                steps, curve[:, 1], label=None if labels[key] is None else as_label(labels[key]), color=color, **style
+            )
     axes.set_ylabel("loss (nats per token)")
 
 
 def _draw_variation(axes, curve, color: str, label: str, onset: int | None):
     steps, variation = _reduced(*curve)
-    axes.plot(steps, variation[:, 1], color=color, label=label, lw=1.5)
+    axes.plot(steps, variation[:, 1], color=color, label=as_label(label), lw=1.5)
     axes.fill_between(steps, variation[:, 0], variation[:, 2], color=color, alpha=0.15, lw=0)
     if onset is not None:
         axes.axvline(onset, color=color, ls=":", lw=1.2)

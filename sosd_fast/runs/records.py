@@ -23,28 +23,29 @@ Of several processes each has such a directory of its own, rank-00000 and so on,
 
 import contextlib
 import dataclasses
-import functools
 import json
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sosd_fast.runs import events, segments
-from sosd_fast.runs.parts import Part, missing_ranks, say_faults, told_apart
-from sosd_fast.runs.schema import FLOATS, Line, Record, from_line, to_line
-from sosd_fast.runs.segments import AppendOnly, JsonLines
+from sosd_fast.runs import segments, tables
+from sosd_fast.runs.lines import AppendOnly, JsonLines, complete_end, last_line, replace_text, sync_folder
+from sosd_fast.runs.parts import FORMAT_VERSION, read_meta
+from sosd_fast.runs.reader import Run, chunk_path, load
+from sosd_fast.runs.schema import Line, Record, to_line
 
-if TYPE_CHECKING:
-    import pandas
+__all__ = ["JsonLines", "Record", "Run", "RunWriter", "load"]
 
-FORMAT_VERSION = 2
 CHUNK_BYTES = 64 * 2**20  # of spectra
 SEGMENT_BYTES = 32 * 2**20  # of records: about 60,000 lines, which pyarrow turns into Parquet in about half a second
 SPARSEST = 100  # steps between the spectra of a matrix that are kept
+
+log = logging.getLogger("sosd_fast")
 
 
 class RunWriter:
@@ -57,35 +58,52 @@ class RunWriter:
 
     Attributes:
         step: the last complete step that is kept, or None.
+
+    Raises:
+        ValueError: a run directory of a later format, a damaged one, or one that somebody else writes.
     """
 
     def __init__(self, run_dir: str | os.PathLike[str], meta: dict[str, Any] | None = None, step: int | None = None):
         self.run_dir = Path(run_dir)
+        there = read_meta(self.run_dir) if os.path.lexists(self.run_dir / "meta.json") else {}  # before it is changed
         self._lines = JsonLines(self.run_dir / segments.LIVE, step)
         try:
-            self._open(meta, step)
+            self._open(meta or {}, there, step)
         except BaseException:
             self._lines.close()
             raise
 
-    def _open(self, meta: dict[str, Any] | None, step: int | None):
+    def _open(self, meta: dict[str, Any], there: dict[str, Any], step: int | None):
         live = self.run_dir / segments.LIVE
+        segments.tidy(self.run_dir)
+        closed = segments.paths(self.run_dir)[:-1]
+        # Of the next segment: a number is given once, also where the segment that had it is cut off.
+        self._number = max([there.get("next_segment", 0), *(segments.number(path) + 1 for path in closed)])
+        ours = {"format": "sosd_fast", "version": FORMAT_VERSION, "next_segment": self._number}
+        replace_text(self.run_dir / "meta.json", json.dumps(ours | meta, indent=1))
         if step is not None:  # the newest first: a kill in between leaves no gap
-            for path in reversed(segments.paths(self.run_dir)[:-1]):
+            for path in reversed(closed):
                 segments.trim(path, step)
-        self._lines.truncate(segments.complete_end(live))
+        self._lines.truncate(complete_end(live))
         self.step: int | None = None
-        self._appended = -1, 0  # the step written last, and how many records of it
+        last = last_line(live) or {}
+        self._appended = last.get("step", -1), last.get("of", 0)  # the step written last, and how many lines of it
         self._kept: dict[tuple[str, str], int] = {}  # (what, matrix) -> the step at which it was last kept
         self._chunk, end = self._look_back()
         for path in self.run_dir.glob("spectra-*.f32"):
             if path.name > self._chunk_path().name:
                 path.unlink()
+        there_are = self._chunk_path().stat().st_size if self._chunk_path().exists() else 0
+        if there_are < end:  # values are lost, as by a power failure: what is written now must not take their place
+            log.warning(
+                "sosd_fast: %s has %d bytes, and records point to %d; the spectra that are lost cannot be read.",
+                self._chunk_path(), there_are, end,
+            )  # fmt: skip
+            self._chunk, end = self._chunk + 1, 0
         self._spectra = AppendOnly(self._chunk_path())
         self._spectra.truncate(end)
-        temporary = self.run_dir / "meta.json.tmp"
-        temporary.write_text(json.dumps({"format": "sosd_fast", "version": FORMAT_VERSION, **(meta or {})}, indent=1))
-        temporary.replace(self.run_dir / "meta.json")
+        sync_folder(self.run_dir)
+        sync_folder(self.run_dir.parent)
 
     @staticmethod
     def trim(run_dir: Path, step: int):
@@ -95,17 +113,18 @@ class RunWriter:
     def append(self, records: Sequence[Record]):
         """Appends records of one step; spectra and leading values by the rule that this module states."""
         lines: list[Line] = []
-        already = self._appended[1] if records and self._appended[0] == records[0].step else 0
+        if not records:
+            return
+        already = self._appended[1] if self._appended[0] == records[0].step else 0
+        if not already and not self._lines.inherited and self._lines.size >= SEGMENT_BYTES:
+            self._close_segment()  # not within a step, which may come in parts
         for r in records:
             pointer = self._append_spectrum(r.spectrum) if r.spectrum is not None and self._due("spectrum", r) else None
             if r.topk and not self._due("topk", r):
                 r = dataclasses.replace(r, topk=(), residual=None)
             lines.append(to_line(r, pointer) | {"of": already + len(records)})
         self._lines.write(*lines)
-        if records:
-            self._appended = records[0].step, already + len(records)
-        if self._lines.size >= SEGMENT_BYTES:
-            self._close_segment()
+        self._appended = records[0].step, already + len(records)
 
     def first_spectra(self) -> dict[str, NDArray[Any]]:
         """Reads the first full spectrum of each matrix that had one that is neither zero nor holds NaN or Inf."""
@@ -150,14 +169,16 @@ class RunWriter:
         return chunk, offset + 4 * length
 
     def _close_segment(self):
-        number = sum(path.name != segments.LIVE for path in segments.paths(self.run_dir))
-        closed = self.run_dir / f"records-{number:05d}.jsonl"
+        closed = self.run_dir / f"records-{self._number:05d}.jsonl"
+        self._number += 1
+        self._spectra.flush()  # before lines that point to them
         self._lines.start_over(closed)
         with contextlib.suppress(Exception):  # no pyarrow, a full disk: JSON lines are read as well, only more slowly
-            segments.to_parquet(closed)
+            tables.to_parquet(closed)
 
     def _append_spectrum(self, spectrum: NDArray[Any]) -> list[int]:
         if self._spectra.size >= CHUNK_BYTES:
+            self._spectra.flush()
             self._spectra.close()
             self._chunk += 1
             self._spectra = AppendOnly(self._chunk_path(), "wb")
@@ -166,235 +187,4 @@ class RunWriter:
         return [self._chunk, offset, len(spectrum)]
 
     def _chunk_path(self) -> Path:
-        return _chunk_path(self.run_dir, self._chunk)
-
-
-class Run:
-    """A run directory, read as it is when asked: nothing but `meta` is held in memory until then.
-
-    Attributes:
-        run_dir: where it was read from.
-        meta: meta.json.
-        missing_ranks: ranks that share the work on its matrices, and whose records it lacks.
-    """
-
-    def __init__(self, run_dir: Path, meta: dict[str, Any], parts: Sequence[Part] = ()):
-        self.run_dir = run_dir
-        self.meta = meta
-        self._parts = list(parts) or [Part(run_dir, meta)]  # the run directories of the ranks
-        self.missing_ranks = missing_ranks(self._parts)
-
-    def __repr__(self):
-        return f"Run({str(self.run_dir)!r})"
-
-    @classmethod
-    def merge(cls, runs: Sequence["Run"]) -> "Run":
-        """Joins the runs of several ranks, each of which measured matrices of the same model, or models of its own.
-
-        Where two measured the same matrix at the same step, the first one counts; so do its meta.json and log. Names
-        that ranks gave to matrices of different models, as pipeline stages may, are told apart: weight[rank 0],
-        weight[rank 2], after the first rank that has the model.
-        """
-        if not runs:
-            raise ValueError("Run.merge: expected at least one run, got runs=[]. Pass what sosd_fast.load returned.")
-        parts = [part for run in runs for part in run._parts]
-        shown = told_apart(parts, [part.matrices for part in parts])
-        matrices = list(dict.fromkeys(of.get(m, m) for p, of in zip(parts, shown, strict=True) for m in p.matrices))
-        return cls(runs[0].run_dir, runs[0].meta | ({"matrices": matrices} if matrices else {}), parts)
-
-    @functools.cached_property
-    def records(self) -> list[Record]:
-        """All records in the order of steps, without their spectra: about 1 kB each in memory."""
-        if len(self._parts) == 1:
-            return [from_line(row) for row in _rows(self._parts[0].path)]
-        found: dict[tuple[int, str], Record] = {}
-        for part, shown in zip(self._parts, self._shown, strict=True):
-            for row in _rows(part.path):
-                name: str = row["name"]
-                row["name"] = shown.get(name, name)
-                found.setdefault((row["step"], shown.get(name, name)), from_line(row))
-        order = {name: i for i, name in enumerate(self.names)}
-        return sorted(found.values(), key=lambda r: (r.step, order[r.name]))
-
-    @functools.cached_property
-    def log(self) -> list[dict[str, Any]]:
-        """What the training loop wrote to log.jsonl, one dict a step."""
-        logs = [folder / "log.jsonl" for folder in (self.run_dir, *(part.path for part in self._parts))]
-        path = next((path for path in logs if path.exists()), None)
-        return [line for line, *_ in segments.lines(path)] if path else []
-
-    @functools.cached_property
-    def events(self) -> list[events.Event]:
-        """What happened, as the probe found it: onsets of stability, spikes, NaN, zero, audits beyond their bounds."""
-        return events.of_parts([part.path for part in self._parts], self._shown)
-
-    @functools.cached_property
-    def names(self) -> list[str]:
-        """The matrices that were measured, in the model's order."""
-        return list(self._shapes)
-
-    def columns(self, *fields: str) -> dict[str, NDArray[Any]]:
-        """Reads fields of all records as arrays, in the order of steps.
-
-        Args:
-            fields: "step", "name", "method", or the name of a number; numbers that were not measured are NaN.
-
-        Returns:
-            field -> (number of records,).
-        """
-        numbers = {"step", "name", "method", *FLOATS, "interval"}
-        for f in fields:
-            if f not in numbers:
-                raise ValueError(f"Run.columns: expected one of {', '.join(sorted(numbers))}, got fields={f!r}.")
-        wanted = tuple(dict.fromkeys((*fields, "step", "name")))
-        parts: list[dict[str, NDArray[Any]]] = []
-        for part, shown in zip(self._parts, self._shown, strict=True):
-            parts += [segments.columns(path, wanted) for path in segments.paths(part.path)]
-            for p in parts[-len(segments.paths(part.path)) :] if shown else ():
-                p["name"] = np.array([shown.get(name, name) for name in p["name"]], dtype=object)
-        table = {f: np.concatenate([p[f] for p in parts] or [np.empty(0)]) for f in wanted}
-        if len(self._parts) > 1:
-            order = {name: i for i, name in enumerate(self.names)}
-            code = table["step"] * len(order) + np.array([order[name] for name in table["name"]], dtype=np.int64)
-            first = np.unique(code, return_index=True)[1]
-            table = {f: values[first] for f, values in table.items()}
-        return {f: table[f] for f in fields}
-
-    def spectra(self, name: str) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Reads the full spectra of one matrix that were kept; of one that changed its shape, those of the last shape.
-
-        Returns:
-            (steps (T,), S (T, r) float32, each row descending).
-        """
-        if name not in self.names:
-            raise ValueError(f"Run.spectra: expected one of {len(self.names)} names, got name={name!r}. See Run.names.")
-        kept: dict[int, tuple[Path, NDArray[Any]]] = {}
-        for part, found in self._pointers:
-            for step, where in found.get(name, ()):
-                kept.setdefault(step, (part, where))
-        length = kept[max(kept)][1][2] if kept else 0
-        steps = sorted(step for step, (_, where) in kept.items() if where[2] == length)
-        rows: list[NDArray[Any]] = []
-        chunks: dict[tuple[Path, int], NDArray[Any]] = {}
-        for step in steps:
-            part, (chunk, offset, length) = kept[step]
-            if (part, chunk) not in chunks:
-                chunks[part, chunk] = np.memmap(_chunk_path(part, chunk), dtype="<f4", mode="r")
-            rows.append(chunks[part, chunk][offset // 4 : offset // 4 + length])
-        return np.array(steps, dtype=np.int64), np.array(rows)
-
-    def to_pandas(self) -> "pandas.DataFrame":
-        """Returns the records as a pandas DataFrame: one row a record, all fields but lists of values."""
-        try:
-            import pandas
-        except ImportError:
-            raise ImportError("Run.to_pandas: expected pandas to be installed. Run `pip install pandas`.") from None
-        table = self.columns("step", "name", "method", "interval", *FLOATS)
-        frame = pandas.DataFrame(table)
-        frame.insert(2, "shape", [self._shapes[name] for name in table["name"]])
-        return frame
-
-    def to_parquet(self, path: str | os.PathLike[str]):
-        """Writes all records, with their leading values, to one Parquet file, a segment at a time."""
-        pairs = zip(self._parts, self._shown, strict=True)
-        files = ((file, shown) for part, shown in pairs for file in segments.paths(part.path))
-        segments.write_parquet(Path(path), (segments.read_table(file, shown=shown) for file, shown in files))
-
-    @functools.cached_property
-    def _own_shapes(self) -> list[dict[str, tuple[int, int]]]:
-        """Of each part, the shapes of its matrices by the names that it recorded them under."""
-        found: list[dict[str, tuple[int, int]]] = []
-        for part in self._parts:
-            found.append(own := {})
-            for path in segments.paths(part.path):
-                missing = set(segments.columns(path, ("name",))["name"]) - set(own)
-                for row in segments.rows(path) if missing else ():
-                    own.setdefault(row["name"], (row["shape"][0], row["shape"][1]))
-                    missing.discard(row["name"])
-                    if not missing:
-                        break
-        return found
-
-    @functools.cached_property
-    def _shown(self) -> list[dict[str, str]]:
-        """Of each part, the names that are told apart; a model may have gained matrices since a part was opened."""
-        if len(self._parts) == 1:
-            return [{}]
-        return told_apart(
-            self._parts, [{*part.matrices, *own} for part, own in zip(self._parts, self._own_shapes, strict=True)]
-        )
-
-    @functools.cached_property
-    def _shapes(self) -> dict[str, tuple[int, int]]:
-        found: dict[str, tuple[int, int]] = {}
-        for own, shown in zip(self._own_shapes, self._shown, strict=True):
-            for name, shape in ((shown.get(name, name), shape) for name, shape in own.items()):
-                if found.setdefault(name, shape) != shape:
-                    raise ValueError(
-                        f"load: expected one model, got {name} of shape {found[name]} and {shape}. "
-                        "Merge the ranks of one run only."
-                    )
-        order = {name: i for i, name in enumerate(self.meta.get("matrices", ()))}
-        return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
-
-    @functools.cached_property
-    def _pointers(self) -> list[tuple[Path, dict[str, list[tuple[int, NDArray[Any]]]]]]:
-        result: list[tuple[Path, dict[str, list[tuple[int, NDArray[Any]]]]]] = []
-        for part, shown in zip(self._parts, self._shown, strict=True):
-            found: dict[str, list[tuple[int, NDArray[Any]]]] = {}
-            for path in segments.paths(part.path):
-                for step, name, where in zip(*segments.pointers(path), strict=True):
-                    found.setdefault(str(shown.get(name, name)), []).append((int(step), where))
-            result.append((part.path, found))
-        return result
-
-
-def load(run_dir: str | os.PathLike[str]) -> Run:
-    """Reads a run directory, also one that is being written or was cut off; a torn last step is left out.
-
-    Args:
-        run_dir: as given to `sosd_fast.track`; what several ranks wrote there is merged, and a warning names the ranks
-            that are missing.
-
-    Raises:
-        ValueError: no run directory, one of a newer version, or a damaged one.
-    """
-    run_dir = Path(run_dir)
-    folders = [path.parent for path in sorted(run_dir.glob("rank-*/meta.json"))]
-    if not folders:
-        return _load_part(run_dir)
-    if (run_dir / "meta.json").exists():  # it began, or goes on, as a run of one process
-        folders.append(run_dir)
-    parts = [_load_part(folder) for folder in folders]
-    run = Run.merge(parts)
-    run.run_dir = run_dir
-    recorded = {name for part in parts for name in part.meta.get("matrices", ())}
-    say_faults(run_dir, run.missing_ranks, [name for name in run.meta.get("matrices", ()) if name not in recorded])
-    return run
-
-
-def _load_part(run_dir: Path) -> Run:
-    try:
-        meta = json.loads((run_dir / "meta.json").read_text())
-    except (OSError, json.JSONDecodeError):
-        raise ValueError(
-            f"load: expected a run directory with a meta.json, got run_dir={run_dir}. "
-            "Pass the run_dir that was given to sosd_fast.track."
-        ) from None
-    if meta.get("version", 0) > FORMAT_VERSION:
-        raise ValueError(
-            f"load: expected format version {FORMAT_VERSION} or older, got version={meta['version']} in {run_dir}. "
-            "Install a newer sosd_fast."
-        )
-    if (run_dir / segments.LIVE).exists():
-        for _ in segments.lines(run_dir / segments.LIVE):
-            pass  # a damaged line is told here, not in the middle of an evaluation
-    return Run(run_dir, meta)
-
-
-def _rows(run_dir: Path) -> Iterator[Line]:
-    return (row for path in segments.paths(run_dir) for row in segments.rows(path))
-
-
-def _chunk_path(run_dir: Path, chunk: int) -> Path:
-    return run_dir / f"spectra-{chunk:05d}.f32"
+        return chunk_path(self.run_dir, self._chunk)

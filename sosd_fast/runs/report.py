@@ -7,7 +7,7 @@ import os
 import re
 import string
 from collections.abc import Iterable, Sequence
-from html import escape
+from html import escape as html_escape
 from importlib import metadata
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from sosd_fast.checkpoints.analyze import parameter_alignment
 from sosd_fast.checkpoints.files import find_checkpoints
 from sosd_fast.matrices import kind
 from sosd_fast.runs import plot
-from sosd_fast.runs.curves import KINDS, spectral_alignment, variation_by_kind
+from sosd_fast.runs.curves import KINDS, logged, spectral_alignment, variation_by_kind
 from sosd_fast.runs.phases import onsets as onsets_of
 from sosd_fast.runs.records import Run, load
+from sosd_fast.runs.text import plain
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -63,6 +64,11 @@ def write_report(
     return target
 
 
+def escape(text: str) -> str:
+    """Text of a page: what is in it is shown, whatever it is."""
+    return html_escape(plain(text))
+
+
 def _labelled(runs: list[Run]) -> dict[str, Run]:
     labels = [run.run_dir.resolve().name for run in runs]
     twice = {label for label in labels if labels.count(label) > 1}
@@ -92,7 +98,7 @@ def _overview(runs: dict[str, Run]) -> str:
 
 
 def _curve_rows(label: str, run: Run, curves: dict, kinds: Sequence[str]) -> Iterable[list]:
-    losses = {line["step"]: line["loss"] for line in run.log if line.get("loss") is not None}
+    losses = {int(step): loss for step, loss in logged(run, "loss").tolist()}
     for step in _some(sorted({*losses, *(step for steps, _ in curves.values() for step in steps.tolist())})):
         row = [label, step, f"{losses[step]:.4g}" if step in losses else "–"]
         for name in kinds:
@@ -214,12 +220,16 @@ def _spectrum_row(run: Run, name: str) -> list:
 def _cost(runs: dict[str, Run]) -> str:
     rows = []
     for label, run in runs.items():
-        overhead = [line["overhead"] for line in run.log if line.get("overhead") is not None]
-        steps = [line["step_ms"] for line in run.log if line.get("step_ms") is not None]
+        overhead, steps = logged(run, "overhead")[:, 1], logged(run, "step_ms")[:, 1]
         methods, counts = np.unique(run.columns("method")["method"].astype(str), return_counts=True)
         shares = ", ".join(f"{m} {100 * c / counts.sum():.3g} %" for m, c in zip(methods, counts, strict=True))
         rows.append(
-            [label, f"{overhead[-1]:.2%}" if overhead else "–", f"{np.median(steps):.1f} ms" if steps else "–", shares]
+            [
+                label,
+                f"{overhead[-1]:.2%}" if len(overhead) else "–",
+                f"{np.median(steps):.1f} ms" if len(steps) else "–",
+                shares,
+            ]
         )
     header = ["run", "tracker's part of the time", "median step", "records by method"]
     return _section("Overhead", _table(header, rows))
@@ -253,13 +263,22 @@ def _audited(table: dict[str, np.ndarray]) -> list:
 def _settings(runs: dict[str, Run]) -> str:
     settings = {}
     for label, run in runs.items():
-        file = run.run_dir / "config.json"
-        config = json.loads(file.read_text()) if file.exists() else {}
+        config = _config(run.run_dir / "config.json")
         settings[label] = {f"track: {k}": v for k, v in run.meta.get("settings", {}).items()} | config
     keys = list(dict.fromkeys(key for values in settings.values() for key in values))
     rows = [[key, *(_plain(values.get(key, "–")) for values in settings.values())] for key in keys]
     rows.sort(key=lambda row: len(set(row[1:])) == 1 < len(runs))  # first what the runs differ in
     return _section("Settings", _table(["setting", *runs], rows)) if rows else ""
+
+
+def _config(file: Path) -> dict:
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return config if isinstance(config, dict) else {"config.json": config}
+    except (OSError, ValueError, RecursionError):
+        return {"config.json": "damaged: it holds no JSON"}
 
 
 def _plain(value) -> str:

@@ -6,10 +6,13 @@ their names from the fields, and older run directories go on being read.
 
 import dataclasses
 import math
+from types import NoneType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+MOST_VALUES = 2**24  # in a list that a line gives the length of
 
 Line = dict[str, Any]  # a record as JSON, or as a row of a Parquet file
 
@@ -52,6 +55,9 @@ class Record:
     spectrum: NDArray[np.float32 | np.float64] | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
+INTEGERS = ("step",)
+STRINGS = ("name", "method")
+LISTS = ("shape", "topk", "residual", "spectrum")  # the last one points to the values: chunk, offset, length
 FLOATS = tuple(f.name for f in dataclasses.fields(Record) if f.type == float | None)
 
 
@@ -65,6 +71,42 @@ def to_line(record: Record, pointer: list[int] | None) -> Line:
             nan.append(f)
             line[f] = [len(line[f])]
     return line | ({"nan": nan} if nan else {}) | ({"spectrum": pointer} if pointer else {})
+
+
+def checked(line: Line) -> bool:
+    """Whether a line, or a row of a Parquet file, has what a record must have, each of its type."""
+    marks: Any = line.get("nan", [])
+    if not _integers([line.get("step"), *_listed(line, "shape")], 3) or not all(
+        type(line.get(f)) is str for f in STRINGS
+    ):
+        return False
+    if not all(type(line[f]) in (float, int, NoneType) for f in FLOATS if f in line):
+        return False
+    if type(line.get("interval")) not in (int, NoneType) or not (
+        line.get("spectrum") is None or _integers(_listed(line, "spectrum"), 3)
+    ):
+        return False
+    if type(marks) is not list or not _may_be_nan(marks):
+        return False
+    for f in ("topk", "residual"):
+        if f in line and not (type(line[f]) is list and all(type(v) in (float, int) for v in line[f])):
+            return False
+        if f in marks and not (_integers(_listed(line, f), 1) and line[f][0] <= MOST_VALUES):
+            return False
+    return True
+
+
+def _may_be_nan(marks: list[Any]) -> bool:
+    return all(f in FLOATS or f in ("topk", "residual") for f in marks)
+
+
+def _listed(line: Line, field: str) -> list[Any]:
+    values: Any = line.get(field)
+    return values if type(values) is list else []  # pyright: ignore[reportUnknownVariableType]
+
+
+def _integers(values: list[Any], count: int) -> bool:
+    return len(values) == count and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 
 def from_line(line: Line) -> Record:

@@ -10,7 +10,7 @@ import numpy as np
 
 from sosd_fast.matrices import kind
 from sosd_fast.runs import segments
-from sosd_fast.runs.curves import variation_by_kind
+from sosd_fast.runs.curves import logged, variation_by_kind
 from sosd_fast.runs.records import Run, load
 
 if TYPE_CHECKING:
@@ -26,11 +26,13 @@ class _Recent:
     """The newest records of a run, in the form that curves are made of."""
 
     def __init__(self, run: Run):
-        self._paths = [path for part in run._parts for path in segments.paths(part.path)[-_SEGMENTS:]]
-        self._table: dict[str, Any] = {}
         fields = ("step", "name", "sd_variation", "sd_variation_carried")
-        tables = [segments.columns(path, fields) for path in self._paths]
-        self._table = {f: np.concatenate([t[f] for t in tables] or [np.empty(0)]) for f in fields}
+
+        def read(sources: list[segments.Source]) -> list[dict[str, Any]]:
+            return [segments.columns(source, fields) for source in sources[-_SEGMENTS:]]
+
+        tables = [t for part in run._parts for t in segments.consistent(part.path, read)]
+        self._table: dict[str, Any] = {f: np.concatenate([t[f] for t in tables] or [np.empty(0)]) for f in fields}
         order = np.argsort(self._table["step"], kind="stable")  # of several ranks
         self._table = {f: values[order] for f, values in self._table.items()}
         v, carried = self._table["sd_variation"], self._table.pop("sd_variation_carried")
@@ -80,13 +82,13 @@ def snapshot(run_dir: str | Path, width: int = 80) -> "RenderableType":
     recent = _Recent(run)
     curves = variation_by_kind(recent)  # pyright: ignore[reportArgumentType]
     steps = recent.columns("step")["step"]
-    losses = [line for line in run.log if line.get("loss") is not None]
-    overhead = next((line["overhead"] for line in reversed(run.log) if line.get("overhead") is not None), None)
+    losses = logged(run, "loss")[:, 1].tolist()
+    overhead = logged(run, "overhead")[:, 1].tolist()
     head = [f"step {steps[-1]}" if len(steps) else "no records yet", f"{len(recent.names)} matrices"]
     if losses:
-        head.append(f"loss {losses[-1]['loss']:.4g}")
-    if overhead is not None:
-        head.append(f"overhead {overhead:.2%}")
+        head.append(f"loss {losses[-1]:.4g}")
+    if overhead:
+        head.append(f"overhead {overhead[-1]:.2%}")
     onsets = {event.names[0]: event for event in run.events if event.what == "onset"}
     spikes = [event for event in run.events if event.what == "spike"]
     room = max(8, width - 52)
@@ -95,8 +97,7 @@ def snapshot(run_dir: str | Path, width: int = 80) -> "RenderableType":
         column.justify, column.no_wrap = "right", True
     table.columns[1].no_wrap = True
     if losses:
-        values = [line["loss"] for line in losses]
-        table.add_row("loss", sparkline(values, room), f"{values[-1]:.4g}", f"{max(values):.4g}", "", "")
+        table.add_row("loss", sparkline(losses, room), f"{losses[-1]:.4g}", f"{max(losses):.4g}", "", "")
     for name, (_, spread) in curves.items():
         median = spread[:, 1]
         count = sum(any(kind(matrix) == name for matrix in event.names) for event in spikes)

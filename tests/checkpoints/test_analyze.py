@@ -283,6 +283,7 @@ def test_nan_weights_are_null(tmp_path, capsys):
     assert main(["analyze", "--json", "--spectra", str(torch_file(tmp_path / "w", tensors))]) == 0
     (found,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
     good, bad = found["matrices"]
+    assert found["notes"] == ["null stands for NaN and infinities in bad"]
     assert len(good["spectrum"]) == 5 and good["sigma_max"] == good["spectrum"][0]
     assert bad["sigma_max"] is None and bad["spectrum"] == [None] * 5
 

@@ -160,7 +160,7 @@ def test_code_in_them_is_not_run(tmp_path, folder, where):
     elif where == "planner_data":
         rewrite(folder, lambda metadata: vars(metadata).update(planner_data={"a": bomb}))
     else:
-        torch.save({"w": torch.ones(2, 2), "bomb": bomb}, folder / "bomb.distcp")
+        torch.save({"w": torch.ones(30, 20), "bomb": bomb}, folder / "bomb.distcp")
         size = (folder / "bomb.distcp").stat().st_size
         new = {"relative_path": "bomb.distcp", "offset": 0, "length": size}
         rewrite(folder, lambda metadata: vars(info(metadata)).update(new))

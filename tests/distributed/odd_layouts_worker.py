@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import sosd_fast
+from sosd_fast.distributed import copies
 from sosd_fast.distributed import share as sharing
 from sosd_fast.testing import sd_distance
 
@@ -90,7 +91,7 @@ said.clear()
 # What a Trainer says to be copies, of a model that each pair of ranks has spread
 several = nn.Module()
 several.weight = nn.Parameter(distribute_tensor(noisy(40, 30), mesh["tp"], [Shard(1)]))
-sharing.copies[several] = dist.group.WORLD
+copies.copies[several] = dist.group.WORLD
 with sosd_fast.track(several, method="full", run_dir=f"{folder}/copies"):
     pass
 dist.barrier()

@@ -10,13 +10,12 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from sosd_fast import kernels, newton_schulz
+from sosd_fast import kernels
 from sosd_fast.distributed import layout
 from sosd_fast.distributed import share as sharing
 from sosd_fast.distributed import spectra as module
-from sosd_fast.distributed.exchange import apply_to_whole
 from sosd_fast.distributed.spectra import Shards
 from sosd_fast.matrices import find_matrices
 from sosd_fast.spectra.svdvals import spectra
@@ -140,14 +139,6 @@ methods = {name: method for own, _ in told for name, method in own.items()}
 for name in expected:
     assert len({own[name] for _, own in told if name in own}) == 1, name  # the same on all ranks that know it
 assert methods["tall"] == "gram32" and methods["graded"] == "gram64" and methods["rank_one"] == "bidiag64", methods
-
-# A function of whole matrices, shared out
-several = [distribute_tensor(noisy(37, 23, seed=s), mesh, placements) for s in range(5)]
-done = apply_to_whole([t.to_local() for t in several], several[0], newton_schulz)
-for s, (rows, before) in enumerate(zip(done, several, strict=True)):
-    X = DTensor.from_local(rows, mesh, placements, shape=before.shape, stride=before.stride()).full_tensor()
-    torch.testing.assert_close(X, newton_schulz(noisy(37, 23, seed=s)), rtol=0, atol=1e-5)
-    assert torch.equal(before.full_tensor(), noisy(37, 23, seed=s))
 
 # A forward pass without a backward leaves the root's parameters whole
 if not hybrid:

@@ -68,10 +68,16 @@ ARCHITECTURES = {
 KINDS = ("attention", "mlp", "embedding", "head", "other")
 
 
-def built(config, settings, auto, device="meta"):
+def built(config, settings, auto):
     torch.manual_seed(0)
-    with torch.device(device):
-        return getattr(transformers, auto).from_config(getattr(transformers, config)(**settings))
+    return getattr(transformers, auto).from_config(getattr(transformers, config)(**settings))
+
+
+def large(make):
+    """A model whose memory is never touched."""
+    with torch.device("meta"):
+        model = make()
+    return model.bfloat16().to_empty(device="cpu")
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -85,19 +91,18 @@ def test_kinds(name):
 
 def test_kinds_of_diffusion_models():
     diffusers = pytest.importorskip("diffusers")
-    with torch.device("meta"):
-        unet = diffusers.UNet2DConditionModel(
-            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16, norm_num_groups=4,
-            attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        )  # fmt: skip
-        flux = diffusers.FluxTransformer2DModel(
-            num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=16, joint_attention_dim=16,
-            pooled_projection_dim=16, in_channels=4, axes_dims_rope=(4, 4, 8),
-        )  # fmt: skip
-        dit = diffusers.DiTTransformer2DModel(
-            num_layers=1, num_attention_heads=2, attention_head_dim=8, sample_size=8, norm_num_groups=4
-        )
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16, norm_num_groups=4,
+        attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    flux = diffusers.FluxTransformer2DModel(
+        num_layers=1, num_single_layers=1, num_attention_heads=2, attention_head_dim=16, joint_attention_dim=16,
+        pooled_projection_dim=16, in_channels=4, axes_dims_rope=(4, 4, 8),
+    )  # fmt: skip
+    dit = diffusers.DiTTransformer2DModel(
+        num_layers=1, num_attention_heads=2, attention_head_dim=8, sample_size=8, norm_num_groups=4
+    )
     for model in (unet, flux, dit):
         for m in find_matrices(model):
             told = {"attn": "attention", "attn1": "attention", "attn2": "attention", "ff": "mlp", "ff_context": "mlp"}
@@ -162,13 +167,13 @@ def check_parts(model, layer, out, run):
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_parts_are_what_they_are_called(name):
     *how, layer, out = FUSED[name]
-    model = built(*how, device="cpu").eval()
+    model = built(*how).eval()
     check_parts(model, layer, out, lambda m: m(input_ids=torch.arange(2, 12)[None]))
 
 
 @pytest.mark.parametrize("name", [*FUSED, "XLNet", "Mamba", "gpt-oss", "Qwen3-MoE", "ResNet", "ViT"])
 def test_saved_weights_have_the_matrices_of_the_model(name, tmp_path):
-    model = built(*(ARCHITECTURES | FUSED)[name][:3], device="cpu")
+    model = built(*(ARCHITECTURES | FUSED)[name][:3])
     # save_pretrained has other names for some, and tied weights would come under another name.
     save_file({name: p.detach() for name, p in model.named_parameters()}, tmp_path / "model.safetensors")
     model.config.save_pretrained(tmp_path)
@@ -202,8 +207,7 @@ def test_fused_parts_of_images_are_what_they_are_called(name):
 
 def test_gains_are_no_matrices():
     timm = pytest.importorskip("timm")
-    with torch.device("meta"):
-        model = timm.create_model("nfnet_f0", pretrained=False)
+    model = large(lambda: timm.create_model("nfnet_f0", pretrained=False))
     left_out = {}
     found = find_matrices(model, left_out=left_out)
     assert len(found) == 82, "44,994 when each row of a gain was one"
@@ -214,7 +218,7 @@ def test_gains_are_no_matrices():
 def test_fused_layers_under_adapters_are_cut_as_without(name):
     peft = pytest.importorskip("peft")
     *how, layer, _ = FUSED[name]
-    model = built(*how, device="cpu")
+    model = built(*how)
     plain = {m.name: m.tensor() for m in find_matrices(model, include=f"*{layer}*")}
     config = peft.LoraConfig(r=2, target_modules=[layer], fan_in_fan_out=name == "GPT-2")
     adapted = find_matrices(peft.get_peft_model(model, config), include=f"*{layer}.base_layer*")
@@ -239,8 +243,7 @@ UNUSUAL = {
 
 @pytest.mark.parametrize("name", UNUSUAL)
 def test_unusual_parameters(name):
-    with torch.device("meta"):
-        model = getattr(transformers, name)(getattr(transformers, name).config_class())
+    model = large(lambda: getattr(transformers, name)(getattr(transformers, name).config_class()))
     left_out = {}
     found = {m.name: kind(m.name) for m in find_matrices(model, left_out=left_out)}
     assert {n: found.get(n) for n in UNUSUAL[name]} == UNUSUAL[name]
@@ -270,7 +273,7 @@ def test_convolutions_that_are_fused_are_cut_as_timm_uses_them(head_first):
 
 
 def test_real_steps_of_a_fused_model():
-    model = built(*FUSED["GPT-NeoX"][:3], device="cpu")
+    model = built(*FUSED["GPT-NeoX"][:3])
     probe = sosd_fast.track(model, method="full")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     tokens = torch.arange(2, 12)[None]

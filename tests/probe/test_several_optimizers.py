@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from arranged import backward, model, sgd, sigma_max
+from arranged import backward, model, sgd, sigma_max, steps_of
 from torch import nn
 
 import sosd_fast
@@ -87,3 +87,31 @@ def test_a_model_that_keeps_its_probe_is_copied_and_saved(tmp_path):
     assert copy.deepcopy(net).probe is None and pickle.loads(pickle.dumps(net)).probe is None
     torch.save(net, tmp_path / "net.pt")
     assert torch.load(tmp_path / "net.pt", weights_only=False).probe is None and net.probe.alive
+
+
+@pytest.mark.parametrize("ratio", [1, 3])
+def test_optimizers_of_the_same_weights_by_turns(ratio):
+    """Each of them changes all weights, on gradients of its own."""
+    net = model()
+    first, second = sgd(net.parameters()), sgd(net.parameters(), 0.01)
+    probe = sosd_fast.track(net, method="full")
+    for i in range(12):
+        backward(net)
+        (second if i % (ratio + 1) == ratio else first).step()
+        net.zero_grad()
+        assert steps_of(probe) == list(range(i + 2))
+        assert probe.latest()["0.weight"].sigma_max == pytest.approx(sigma_max(net[0].weight), rel=1e-5)
+
+
+def test_optimizers_of_the_same_weights_on_the_same_gradients():
+    net = model()
+    optimizers = sgd(net.parameters()), sgd(net.parameters(), 0.01)
+    probe = sosd_fast.track(net, method="full")
+    for _ in range(6):
+        backward(net)
+        for optimizer in optimizers:
+            optimizer.step()
+        net.zero_grad()
+    probe.close()
+    assert steps_of(probe) == list(range(7))
+    assert probe.latest()["0.weight"].sigma_max == pytest.approx(sigma_max(net[0].weight), rel=1e-5)

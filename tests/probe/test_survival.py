@@ -372,6 +372,7 @@ def test_a_part_of_a_model_that_outlives_it_is_measured_on(caplog):
         assert of_wrapper.step_count == probe.step_count + (i == 0) == i + 1 or probe.step_count == i + 1
     probe.flush()
     for each in (probe, of_wrapper):
+        assert each.matrices[0].parameter is part.weight
         assert each.latest()["0.weight"].step == 3
         assert each.latest()["0.weight"].sigma_max == pytest.approx(torch.linalg.svdvals(part.weight)[0].item())
     assert sum("are not measured after step" in m for m in caplog.messages) == 1

@@ -206,8 +206,8 @@ def test_a_rank_without_matrices_takes_up_its_first(method, monkeypatch):
     module = importlib.import_module("sosd_fast.track")
     share = module.share
 
-    def late(model, matrices):
-        assignment = share(model, matrices)
+    def late(model, matrices, known=None):
+        assignment = share(model, matrices, known)
         return assignment if len(net) > 1 or model is not net else assignment._replace(matrices=[])
 
     monkeypatch.setattr(module, "share", late)

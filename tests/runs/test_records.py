@@ -12,6 +12,8 @@ import sosd_fast
 from sosd_fast.runs import segments
 from sosd_fast.runs.records import JsonLines, Record, Run, RunWriter, load
 
+KILLS = int(os.environ.get("SOSD_KILLS", "10"))  # 1000 to be sure
+
 
 def records(step, names=("a", "b"), r=5):
     return [
@@ -117,9 +119,10 @@ while True:
 @pytest.mark.slow
 def test_kill_9_at_ten_random_moments(tmp_path):
     """Each life of the writer resumes where the last one was killed, or a little before."""
-    run, rng = tmp_path / "run", np.random.default_rng(0)
-    resume = None
-    for _ in range(10):
+    rng = np.random.default_rng(0)
+    for life in range(KILLS):
+        if life % 10 == 0:  # anew, or the folder's size would decide how long it takes
+            run, resume = tmp_path / f"run-{life}", None
         code = CHILD.format(tests=os.path.dirname(__file__), run=str(run), resume=resume)
         child = Process(code)
         first = int(child.stdout.readline())

@@ -1,5 +1,6 @@
 import json
 import re
+import unicodedata
 from html.parser import HTMLParser
 
 import numpy as np
@@ -184,3 +185,49 @@ def test_no_run_directory(tmp_path, capsys):
 def test_no_run_at_all():
     with pytest.raises(ValueError, match="expected at least one run directory"):
         write_report([])
+
+
+HOSTILE = [
+    "</title><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "a\x1b[2J\x1b]0;owned\x07", "$\\frac{1$",
+    "$\\x$ $", "\u202egpj.exe", "\x00\x08", "_hidden", "${title} $sections", "javascript:alert(1)",
+    "'\"><svg onload=alert(1)>",
+    "]]><!--", "²", "x" * 300,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
+def test_names_settings_and_logs_are_shown_as_data(tmp_path, name, capsys):
+    run = tmp_path / "run"
+    writer = RunWriter(run, {"settings": {name: name}, "matrices": [f"h.attn.{name}"]})
+    for step in range(4):
+        spectrum = np.arange(4, 0, -1.0) + step
+        writer.append([Record(step, f"h.attn.{name}", (4, 4), "exact", 1, 1.0 + step, spectrum=spectrum)])
+    writer.close()
+    log = JsonLines(run / "log.jsonl")
+    for value in (1.0, name, [name], {name: 1}, True, 10**400, None):
+        log.write({"step": 1, "loss": value, "overhead": value, "step_ms": value, "lr": value, name: value})
+        log.write({"step": value, "loss": 1.0})
+    log.write({"loss": 2.0})
+    log.close()
+    (run / "config.json").write_text(json.dumps({name: [name, {name: None}]}))
+    assert main(["report", str(run), "-o", str(tmp_path / "r.html")]) == 0
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not {"script", "img", "iframe", "object"} & set(page.tags)
+    assert not [k for k, v in page.attributes if k.startswith("on") or (v or "").startswith("javascript:")]
+    assert not {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t"}
+    assert page.tags.count("svg") == 3
+
+
+@pytest.mark.parametrize("config", [b"{", b"\xff\xfe", b"[1]", b"[" * 100_000, b'{"a": %s}' % (b"9" * 5000), b'"x"'])
+def test_a_broken_config_is_shown_as_such(tmp_path, config):
+    RunWriter(tmp_path / "run").close()
+    (tmp_path / "run" / "config.json").write_bytes(config)
+    assert main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "r.html")]) == 0
+    assert "config.json" in (tmp_path / "r.html").read_text()
+
+
+def test_errors_write_no_escape_sequence_to_a_terminal(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "a\x1b[2J\nb"), "-o", str(tmp_path / "r.html")]) == 2
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and len(said.splitlines()) == 1

@@ -22,7 +22,14 @@ pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("training_worker.py")
 FLAGS = ["--steps=6", "--batch-size=8", "--warmup=2", "--eval-every=3", "--eval-sequences=5", "--quiet", "--clip=1"]
 FLAGS += ["--device=cpu", "--weight-decay=0.1", "--tracker-k=4"]
-PARALLEL = {"ddp": (2, []), "fsdp": (2, []), "hsdp": (4, ["--replicas=2"])}
+PARALLEL = {
+    "ddp": (2, []),
+    "fsdp": (2, []),
+    "hsdp": (4, ["--replicas=2"]),
+    "tp": (2, []),
+    "fsdp+tp": (4, ["--tp-size=2"]),
+    "hsdp+tp": (8, ["--replicas=2"]),
+}
 MODELS = {"adamw": ["--model=gpt2-nano"], "muon": ["--model=llama-nano", "--micro-batch-size=2"]}
 # Sums over ranks round in another order, which Muon amplifies most where a gradient's singular values are smallest. In
 # float64 nothing of it is left to see: what differs there by more than the rounding of the spectra's files is a fault.
@@ -120,29 +127,33 @@ def half_done(run_dir, to):
     return to
 
 
-def test_checkpoints_resume_bit_for_bit_and_on_other_numbers_of_ranks(text, tmp_path):
+@pytest.mark.parametrize(("ranks", "kind"), [(2, "fsdp"), (4, "fsdp+tp")])
+def test_checkpoints_resume_bit_for_bit_and_in_other_layouts(text, tmp_path, ranks, kind):
     whole = tmp_path / "whole"
     flags = [*FLAGS, "--model=llama-nano", "--optimizer=muon", "--tracker=topk", f"--data={text}"]
-    done = run_ranks(2, WORKER, *flags, "--parallel=fsdp", "--checkpoint-every=3", f"--run-dir={whole}")
+    done = run_ranks(ranks, WORKER, *flags, f"--parallel={kind}", "--checkpoint-every=3", f"--run-dir={whole}")
     assert done.returncode == 0, done.stderr
 
     same = half_done(whole, tmp_path / "same")
-    done = run_ranks(2, WORKER, f"--resume={same}")
+    done = run_ranks(ranks, WORKER, f"--resume={same}")
     assert done.returncode == 0, done.stderr
     assert log(same) == log(whole)
     records = [sosd_fast.load(path).records for path in (same, whole)]
     assert records[0] == records[1] and records[0][-1].step == 6
 
-    one = half_done(whole, tmp_path / "one")
-    done = run(WORKER, f"--resume={one}", "--parallel=none", "--tracker=off")
-    assert done.returncode == 0, done.stderr
-    losses = [[line["loss"] for line in log(run_dir)] for run_dir in (one, whole)]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    for count, other in ((1, "none"), (2, "tp")):
+        elsewhere = half_done(whole, tmp_path / other)
+        flags = [f"--resume={elsewhere}", f"--parallel={other}", "--tracker=off"]
+        done = run(WORKER, *flags) if count == 1 else run_ranks(count, WORKER, *flags)
+        assert done.returncode == 0, done.stderr
+        losses = [[line["loss"] for line in log(run_dir)] for run_dir in (elsewhere, whole)]
+        np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_auto_agrees_on_what_to_measure_and_half_precision_trains(text, tmp_path):
+@pytest.mark.parametrize(("ranks", "kind"), [(2, "fsdp"), (2, "tp"), (4, "fsdp+tp")])
+def test_auto_agrees_on_what_to_measure_and_half_precision_trains(text, tmp_path, ranks, kind):
     flags = [*FLAGS, "--tracker=fast", "--tracker-budget=0.01", "--dtype=bfloat16", "--steps=12", f"--data={text}"]
-    done = run_ranks(2, WORKER, *flags, "--parallel=fsdp", f"--run-dir={tmp_path / 'run'}")
+    done = run_ranks(ranks, WORKER, *flags, f"--parallel={kind}", f"--run-dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     found = sosd_fast.load(tmp_path / "run")
     assert found.log[-1]["loss"] < found.log[0]["loss"] and len(found.log) == 12

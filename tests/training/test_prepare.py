@@ -75,8 +75,8 @@ def test_damaged_shards_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"load_data: expected files \*train\*\.bin and \*val\*\.bin, got .*1 and 0"):
         load_data(tmp_path / "x")
     (tmp_path / "x" / "val_0.bin").write_bytes(good)
-    with pytest.raises(ValueError, match=r"expected token ids below vocab=64, got 99 in .*train_0\.bin"):
-        next(passes(load_data(tmp_path / "x", vocab=64).train, 1, 99, seed=0))
+    with pytest.raises(ValueError, match=r"expected token ids below vocab=64, got 99 in .*val_0\.bin"):
+        load_data(tmp_path / "x", vocab=64)
     for meta in ("{", "{}", "[]", '{"vocab": null}', '{"vocab": "many"}'):
         (tmp_path / "x" / "meta.json").write_text(meta)
         with pytest.raises(ValueError, match=r"load_data: expected a vocab in .*meta\.json, got"):
@@ -285,3 +285,107 @@ def test_prepare_then_train_from_the_shards(tmp_path, monkeypatch):
     shape = next(r.shape for r in result.records if r.name == "wte.weight")
     assert shape == (320, 32)  # the model's vocabulary has grown to the data's
     assert len(fixed_batches(load_data(out).val, 4, 32, 1000)) > 1
+
+
+@pytest.mark.parametrize("text", [b"a" + b"\x80" * 3_000_000, b"\x80" * 2_500_000, ("ab\u20ac" * 600_000).encode()])
+def test_bytes_that_are_no_text_are_cut_all_the_same(text):
+    pieces = list(script._pieces(text))
+    assert b"".join(pieces) == text and all(0 < len(piece) <= script.PIECE_BYTES for piece in pieces)
+    if text[:2] == b"ab":
+        assert all(piece.decode() for piece in pieces), "no character is cut"
+
+
+@pytest.mark.parametrize(
+    "name", ["bpe:1e999", "bpe:-3", "bpe:\u00b2", "bpe:" + "9" * 5000, "bpe:99999999999", "bpe:256"]
+)
+def test_a_vocabulary_that_is_none(tmp_path, capsys, name):
+    (tmp_path / "a.txt").write_text("text")
+    assert script.main([str(tmp_path / "a.txt"), f"--out={tmp_path / 'out'}", f"--tokenizer={name}"]) == 2
+    assert "Tokenizer: expected a vocabulary of at least 257" in capsys.readouterr().err
+
+
+def test_a_damaged_tokenizer_is_one_line(tmp_path, capsys):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "t.json").write_text("{]")
+    argv = [str(tmp_path / "a.txt"), f"--out={tmp_path / 'out'}", f"--tokenizer=tokenizers:{tmp_path / 't.json'}"]
+    assert script.main(argv) == 2
+    assert "Tokenizer: expected the file of a tokenizer" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_leaves_the_folder_as_it_was(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("text " * 1000)
+    real, calls = script.write_shard, 0
+
+    def full(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise OSError(28, "No space left on device")
+        return real(*args)
+
+    monkeypatch.setattr(script, "write_shard", full)
+    argv = [str(tmp_path / "a.txt"), f"--out={tmp_path / 'out'}", "--tokenizer=bytes", "--val-tokens=100"]
+    argv += ["--shard-tokens=500"]
+    assert script.main(argv) == 2
+    assert "No space left" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
+    assert script.main(argv) == 0
+
+
+def shards(folder, vocab=256, count=4000):
+    folder.mkdir()
+    for kind in ("train", "val"):
+        write_shard(folder / f"{kind}_0.bin", np.arange(count) % vocab)
+    (folder / "meta.json").write_text(json.dumps({"vocab": vocab}))
+    return folder
+
+
+@pytest.mark.parametrize("vocab", ["1e999", "-1", "0", "true", '"300"', "[1]", "9" * 5000, "1e3"])
+def test_a_vocabulary_in_meta_that_is_none(tmp_path, vocab):
+    shards(tmp_path / "x")
+    (tmp_path / "x" / "meta.json").write_text('{"vocab": ' + vocab + "}")
+    with pytest.raises(ValueError, match="load_data: expected a vocab in"):
+        load_data(tmp_path / "x")
+
+
+def test_ids_beyond_the_vocabulary_are_seen_before_training(tmp_path, capsys):
+    shards(tmp_path / "x")
+    tokens = np.arange(4000) % 256
+    tokens[3999] = 256
+    write_shard(tmp_path / "x" / "train_0.bin", tokens)
+    assert run.main([f"--data={tmp_path / 'x'}", f"--run-dir={tmp_path / 'run'}", "--device=cpu"]) == 2
+    assert "expected token ids below vocab=256, got 256 in" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_shard_that_is_cut_off_during_training(tmp_path, capsys, monkeypatch):
+    """Mapped into memory, it would end the process by SIGBUS; a checkpoint is written first."""
+    tiny = Config(n_layer=1, n_head=2, width=32, ff_width=64, context=32, vocab=256)
+    monkeypatch.setitem(PRESETS, "gpt2-nano", tiny)
+    shards(tmp_path / "x")
+    whole, path = (tmp_path / "x" / "train_0.bin").read_bytes(), tmp_path / "x" / "train_0.bin"
+    forward, calls = run.Transformer.forward, 0
+
+    def struck(self, x, y):
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            path.write_bytes(whole[:1100])
+        return forward(self, x, y)
+
+    monkeypatch.setattr(run.Transformer, "forward", struck)
+    argv = ["--batch-size=2", "--steps=40", "--eval-every=100", "--quiet", "--device=cpu", "--tracker=off"]
+    assert run.main([*argv, f"--data={tmp_path / 'x'}", f"--run-dir={tmp_path / 'run'}"]) == 2
+    said = capsys.readouterr().err
+    assert "run: no data at step" in said and "cut off meanwhile" in said and "train_0.bin" in said
+    path.write_bytes(whole)
+    assert run.main([f"--resume={tmp_path / 'run'}"]) == 0
+    assert [line["step"] for line in sosd_fast.load(tmp_path / "run").log] == list(range(1, 41))
+
+
+def test_a_pipe_is_no_shard(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "train.bin")
+    with pytest.raises(ValueError, match="read_shard: expected a file"):
+        read_shard(tmp_path / "train.bin")

@@ -7,6 +7,7 @@ import torch
 import sosd_fast
 from training import run as script
 from training.model import PRESETS, flops_per_token
+from training.parallel import mesh_sizes
 from training.presets import RUNS
 from training.schedule import SCHEDULES
 
@@ -129,6 +130,42 @@ def test_batches_that_do_not_divide_are_refused(capsys):
 def test_parallel_needs_torchrun(tmp_path, capsys):
     assert script.main(["--parallel=fsdp", f"--run-dir={tmp_path / 'run'}", "--device=cpu"]) == 2
     assert "setup: expected the environment that torchrun sets" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ranks", "flags", "message"),
+    [
+        (
+            8,
+            ["--parallel=fsdp+tp", "--tp-size=3"],
+            "expected a number that divides the 8 processes, got --tp-size=3. Ch",
+        ),
+        (8, ["--parallel=tp", "--tp-size=2"], "got --tp-size=2. Leave --tp-size out, or take --parallel=fsdp+tp."),
+        (8, ["--parallel=tp"], "--tp-size: expected a number that divides the 4 heads of --model=gpt2-nano, got 8. Ch"),
+        (8, ["--parallel=hsdp+tp", "--replicas=3"], "divides 8 processes / 2 that share products, got --replicas=3."),
+        (
+            8,
+            ["--parallel=fsdp+tp", "--batch-size=6"],
+            "expected a multiple of 4 groups of 2 ranks x --micro-batch-size",
+        ),
+    ],
+)
+def test_meshes_that_do_not_divide_are_refused(monkeypatch, capsys, ranks, flags, message):
+    for name, value in {"RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit):
+        script.parse_args(flags)
+    assert message in capsys.readouterr().err
+
+
+def test_sizes_of_meshes(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert mesh_sizes("ddp", 8) == {}
+    assert mesh_sizes("fsdp", 8, tp=2) == {"shard": 8}  # --tp-size is for tp
+    assert mesh_sizes("hsdp", 8) == {"replicate": 2, "shard": 4}
+    assert mesh_sizes("tp", 8) == {"tp": 8}
+    assert mesh_sizes("fsdp+tp", 8) == {"shard": 4, "tp": 2}
+    assert mesh_sizes("hsdp+tp", 16, tp=4) == {"replicate": 4, "shard": 1, "tp": 4}
 
 
 def test_documented_presets_exist():
