@@ -98,7 +98,7 @@ def _overview(runs: dict[str, Run]) -> str:
 
 
 def _curve_rows(label: str, run: Run, curves: dict, kinds: Sequence[str]) -> Iterable[list]:
-    losses = dict(logged(run, "loss").tolist())
+    losses = {int(step): loss for step, loss in logged(run, "loss").tolist()}
     for step in _some(sorted({*losses, *(step for steps, _ in curves.values() for step in steps.tolist())})):
         row = [label, int(step), f"{losses[step]:.4g}" if step in losses else "–"]
         for name in kinds:

@@ -1,162 +1,134 @@
-"""TensorBoard event files and an offline W&B run, read back."""
+"""What the libraries themselves write, in the forms that analyze turns back into values."""
 
-import struct
+import json
 
 import pytest
 import torch
-import wandb
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.tensorboard import SummaryWriter
-from wandb.proto import wandb_internal_pb2
+from safetensors.torch import save_file
+from torch import nn
 
-import sosd_fast
-from sosd_fast.integrations.common import METRICS, scalars
-from sosd_fast.integrations.tensorboard import TensorBoardWriter
-from sosd_fast.integrations.wandb import WandbWriter
+from sosd_fast.checkpoints.analyze import analyze
 
 
-def diverge(on_event):
-    net = torch.nn.Linear(6, 4, bias=False)
-    with sosd_fast.track(net, method="full", optimizers=[], on_event=on_event) as probe:
-        with torch.no_grad():
-            net.weight[0, 0] = float("nan")
-        probe.step()
-        probe.step()
-        return probe.events
+def check(path, matrices, steps=(0,)):
+    found = list(analyze([path]))
+    assert tuple(records[0].step for records in found) == steps
+    assert {r.name: r.shape for r in found[-1]} == {name: tuple(W.shape) for name, W in matrices.items()}
+    for r in found[-1]:
+        S = torch.linalg.svdvals(matrices[r.name].detach().double())
+        sd = torch.tensor(r.spectrum, dtype=torch.float64) / r.spectrum.sum()
+        assert r.sigma_max == pytest.approx(S[0].item(), rel=1e-5)
+        assert torch.linalg.norm(sd - S / S.sum()) <= 1e-6, r.name
 
 
-def train(on_record, steps=4, log=None):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with sosd_fast.track(model, method="full", on_record=on_record) as probe:
-        for step in range(1, steps + 1):
-            model(torch.randn(8, 12)).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if log:
-                log(step)
-        return {(r.step, key): value for r in probe.records() for key, value in scalars(r, METRICS).items()}
+def weights(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def test_tensorboard(tmp_path):
-    with SummaryWriter(tmp_path) as writer:
-        expected = train(TensorBoardWriter(writer))
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    found = {(e.step, key): e.value for key in events.Tags()["scalars"] for e in events.Scalars(key)}
-    assert found == pytest.approx(expected, rel=1e-6), "TensorBoard keeps float32"
-    assert (4, "spectra/0.weight/sd_variation") in found and (0, "spectra/0.weight/sd_variation") not in found
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "BF16", "F16", "F32"])
+def test_gguf(tmp_path, kind):
+    gguf = pytest.importorskip("gguf")
+    W, kind = weights(48, 96), gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_block_count(1)
+    writer.add_token_list([f"word {i}" for i in range(1000)])
+    writer.add_array("scores", [0.5] * 7)
+    data = gguf.quantize(W.numpy(), kind)
+    writer.add_tensor("blk.0.attn_q.weight", data, raw_dtype=kind)
+    writer.add_tensor("output_norm.weight", weights(48).numpy())
+    for part in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{part}_to_file")()
+    writer.close()
+    check(tmp_path / "a.gguf", {"blk.0.attn_q.weight": torch.from_numpy(gguf.dequantize(data, kind).copy())})
 
 
-def test_tensorboard_has_events_as_text(tmp_path):
-    with SummaryWriter(tmp_path) as writer:
-        (event,) = diverge(TensorBoardWriter(writer).on_event)
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    (text,) = events.Tensors("spectra/events/text_summary")
-    assert text.step == 1 and text.tensor_proto.string_val == [str(event).encode()]
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_bitsandbytes(tmp_path, kind, nested):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    W = weights(96, 512)
+    packed, state = functional.quantize_4bit(W, quant_type=kind, compress_statistics=nested, blocksize=64)
+    tensors = {"a.weight": packed} | {f"a.weight.{k}": v for k, v in state.as_dict(packed=True).items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    check(tmp_path / "a.safetensors", {"a.weight": functional.dequantize_4bit(packed, state)})
 
 
-def test_wandb_has_events_as_alerts(tmp_path):
-    run = wandb.init(dir=tmp_path, mode="offline", project="test")
-    (event,) = diverge(WandbWriter().on_event)
-    run.finish()
-    wandb.teardown()
-    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    alerts = [r.alert for r in records(path) if r.WhichOneof("record_type") == "alert"]
-    assert [(a.title, a.text, a.level) for a in alerts] == [(event.title, str(event), "WARN")]
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_compressed_tensors(tmp_path, bits, symmetric):
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    W = weights(32, 256)
+    args = QuantizationArgs(num_bits=bits, strategy="group", group_size=64, symmetric=symmetric)
+    groups = W.view(32, 4, 64)
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    compressor = BaseCompressor.load_from_registry("pack-quantized")
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    state = {"weight": W, "weight_scale": scale} | ({} if symmetric else {"weight_zero_point": zero})
+    packed = compressor.compress(dict(state), scheme)
+    save_file({f"a.{k}": v.contiguous() for k, v in packed.items()}, tmp_path / "model.safetensors")
+    settings = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": args.model_dump()}}}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}, default=str))
+    check(tmp_path, {"a.weight": compressor.decompress(dict(packed), scheme)["weight"]})
 
 
-def records(path):
-    """The records of a .wandb file: a header of 7 bytes, then LevelDB's log format, in blocks of 32 KB."""
-    data, at, whole = path.read_bytes(), 7, b""
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # too short for a record's header: padding
-            at += 32768 - at % 32768
-            continue
-        _, length, kind = struct.unpack_from("<IHB", data, at)
-        whole += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # full, or the last piece
-            yield wandb_internal_pb2.Record.FromString(whole)
-            whole = b""
+def test_torchao(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    model = nn.Sequential(nn.Linear(64, 48, bias=False))
+    torchao.quantize_(model, torchao.Float8WeightOnlyConfig())
+    tensors, metadata = flatten_tensor_state_dict(model.state_dict())
+    save_file(tensors, tmp_path / "model.safetensors", metadata=metadata)
+    check(tmp_path, {"0.weight": model[0].weight.dequantize()})
 
 
-def rows(folder):
-    """The history rows of an offline run."""
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    for record in records(path):
-        if record.WhichOneof("record_type") == "history":
-            yield {item.key or "/".join(item.nested_key): float(item.value_json) for item in record.history.item}
+def test_gpt_oss(tmp_path):
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    g = torch.Generator().manual_seed(0)
+    blocks = torch.randint(256, (3, 40, 2, 16), dtype=torch.uint8, generator=g)
+    scales = torch.randint(120, 130, (3, 40, 2), dtype=torch.uint8, generator=g)
+    W = mxfp4.convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+    save_file(
+        {"mlp.experts.down_proj_blocks": blocks, "mlp.experts.down_proj_scales": scales}, tmp_path / "a.safetensors"
+    )
+    check(tmp_path / "a.safetensors", {f"mlp.experts.down_proj[{i}]": W[i] for i in range(3)})
 
 
-@pytest.mark.parametrize("own_logging", [False, True])
-def test_wandb_rows_of_its_own(tmp_path, own_logging):
-    run = wandb.init(dir=tmp_path, mode="offline", project="test")
-    log = (lambda step: run.log({"loss": 1 / step})) if own_logging else None
-    expected = train(WandbWriter(own_rows=True), log=log)
-    run.finish()
-    wandb.teardown()  # waits for the process that writes the file
-    found = list(rows(tmp_path))
-    assert expected == spectra(found)
-    if own_logging:
-        assert [1 / row["spectra/step"] for row in found if "loss" in row] == [r["loss"] for r in found if "loss" in r]
+def test_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = nn.Sequential(nn.Linear(24, 32), nn.Linear(32, 20))
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0", "1"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    matrices = {n.replace(".default", ""): p for n, p in model.named_parameters() if "lora_" in n}
+    assert len(matrices) == 4
+    check(tmp_path, matrices)
 
 
-def spectra(found):
-    return {
-        (row["spectra/step"], key): value
-        for row in found
-        for key, value in row.items()
-        if key.startswith("spectra/") and key != "spectra/step"
-    }
+def test_lightning(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch")
 
+    class Model(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.save_hyperparameters({"path": tmp_path, "rate": 0.1})
+            self.fc = nn.Linear(8, 6)
 
-LOOPS = {
-    "no step": lambda run, step: run.log({"loss": step}),
-    "steps from 1": lambda run, step: run.log({"loss": step}, step=step),
-    "steps from 0": lambda run, step: run.log({"loss": step}, step=step - 1),
-    "tokens": lambda run, step: run.log({"loss": step}, step=4096 * step),
-    "epochs": lambda run, step: run.log({"loss": step}, step=step // 4) if step % 4 == 0 else None,
-    "every other step": lambda run, step: run.log({"loss": step}, step=step) if step % 2 == 0 else None,
-    "two calls": lambda run, step: [run.log({key: step}, step=step - 1) for key in ("loss", "lr")],
-}
+        def training_step(self, batch, _):
+            return self.fc(batch).square().mean()
 
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.1)
 
-@pytest.mark.parametrize("loop", LOOPS)
-def test_wandb_keeps_the_rows_of_the_loop(tmp_path, loop):
-    run = wandb.init(dir=tmp_path, mode="offline", project="test")
-    logged = []
-
-    def log(step):
-        LOOPS[loop](run, step)
-        if loop not in ("epochs", "every other step") or step % (4 if loop == "epochs" else 2) == 0:
-            logged.append(step)
-
-    expected = train(WandbWriter(run), steps=8, log=log)
-    run.finish()
-    wandb.teardown()
-    found = list(rows(tmp_path))
-    assert [row["loss"] for row in found if "loss" in row] == logged, "no row of the loop is dropped"
-    measured = spectra(found)
-    assert measured.items() <= expected.items() and {step for step, _ in measured} >= {8, *logged[1:]}
-    if loop not in ("epochs", "every other step"):
-        assert {step for step, _ in measured} >= set(range(2, 9)), "each row of the loop has spectra"
-
-
-def test_wandb_says_where_rows_stay_open(tmp_path, caplog):
-    run = wandb.init(dir=tmp_path, mode="offline", project="test")
-    train(WandbWriter(run), steps=110)
-    run.finish()
-    wandb.teardown()
-    assert sum("W&B's row stayed open for 100 steps" in m and "own_rows=True" in m for m in caplog.messages) == 1
-
-
-def test_wandb_without_a_run(monkeypatch):
-    record = sosd_fast.Record(step=0, name="a", shape=(2, 2), method="exact", sigma_max=1.0)
-    with pytest.raises(ValueError, match="WandbWriter: expected an active W&B run"):
-        WandbWriter()(record)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    WandbWriter()(record)  # another process than the first usually has none
+    model = Model()
+    saving = lightning.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, save_last=True)
+    trainer = lightning.Trainer(
+        max_steps=4, callbacks=[saving], logger=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu",
+    )  # fmt: skip
+    trainer.fit(model, torch.utils.data.DataLoader(torch.randn(32, 8), batch_size=4))
+    assert (tmp_path / "last.ckpt").exists()
+    check(tmp_path, {"fc.weight": model.fc.weight}, (2, 4))
