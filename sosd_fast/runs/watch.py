@@ -26,11 +26,13 @@ class _Recent:
     """The newest records of a run, in the form that curves are made of."""
 
     def __init__(self, run: Run):
-        self._paths = [path for part in run._parts for path in segments.paths(part.path)[-_SEGMENTS:]]
-        self._table: dict[str, Any] = {}
         fields = ("step", "name", "sd_variation", "sd_variation_carried")
-        tables = [segments.columns(path, fields) for path in self._paths]
-        self._table = {f: np.concatenate([t[f] for t in tables] or [np.empty(0)]) for f in fields}
+
+        def read(sources: list[segments.Source]) -> list[dict[str, Any]]:
+            return [segments.columns(source, fields) for source in sources[-_SEGMENTS:]]
+
+        tables = [t for part in run._parts for t in segments.consistent(part.path, read)]
+        self._table: dict[str, Any] = {f: np.concatenate([t[f] for t in tables] or [np.empty(0)]) for f in fields}
         order = np.argsort(self._table["step"], kind="stable")  # of several ranks
         self._table = {f: values[order] for f, values in self._table.items()}
         v, carried = self._table["sd_variation"], self._table.pop("sd_variation_carried")
