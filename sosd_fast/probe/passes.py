@@ -54,8 +54,11 @@ class Pass:
     Args:
         optimizer: the first of them, which has just stepped.
         counts: what its step is a step of.
-        counting: all optimizers that count.
+        counting: all optimizers that count, but for those of other threads.
         others: parameters that none of these holds.
+
+    Only gradients of this thread are read. A backward pass of another thread may be about to replace its own, and to
+    read one meanwhile is no Python error, but a crash.
     """
 
     def __init__(
@@ -69,11 +72,11 @@ class Pass:
         self._others = {id(p): gradient for p in others if (gradient := _Gradient.of(p)) is not None}
 
     def has_new_gradients(self) -> bool:
-        """Whether a backward pass has renewed gradients of the optimizer that stepped first.
+        """Whether a backward pass of this thread has renewed gradients of the optimizer that stepped first.
 
         One change in place is none: they may have been set to zero.
         """
-        return any(gradient.changes() > 1 for gradient in self._own)
+        return self._thread == threading.get_ident() and any(gradient.changes() > 1 for gradient in self._own)
 
     def is_of(self, optimizers: Sequence[Optimizer]) -> bool | None:
         """Whether the gradients that optimizers are about to step on are those of this pass.
@@ -105,6 +108,12 @@ class Pass:
         if max(changes) == 0:
             return True
         return False if self.has_new_gradients() else None
+
+
+def trains_alone() -> bool:
+    """Whether this is the main thread, and no other thread may be training: those of tools are daemons."""
+    main = threading.main_thread()
+    return threading.current_thread() is main and all(t is main or t.daemon for t in threading.enumerate())
 
 
 class Partners:

@@ -26,7 +26,7 @@ from sosd_fast.probe.optimizers import (
     version_of,
     was_skipped,
 )
-from sosd_fast.probe.passes import Partners, Pass
+from sosd_fast.probe.passes import Partners, Pass, trains_alone
 
 # Steps of optimizers that hold none of the parameters, before a message says so; and training steps in which some
 # trainable parameters have no optimizer, before none is expected for them any more.
@@ -73,6 +73,7 @@ class StepDetector:
         self._last: list[Pass] = []  # those of the last one
         self._homes: dict[int, Pass | None] = {}  # on which an optimizer is about to step, by its id
         self._thread = 0  # of the last step
+        self._threads: dict[int, int] = {}  # of the last step of each optimizer, by its id
         self._next: Pass | None = None  # which turned out to belong to the next training step
         self._doubted: Pass | None = None  # of an optimizer that joined when others had trained alone
         self._inside: dict[int, list[Optimizer]] = {}  # given ones that stepped inside of another, by the other's id
@@ -171,6 +172,7 @@ class StepDetector:
             self._inside.setdefault(id(enclosing), []).extend(counts)
             return False
         home, before, self._thread = self._homes.pop(id(optimizer), None), self._thread, threading.get_ident()
+        self._threads.update(dict.fromkeys(map(id, (optimizer, *counts)), self._thread))
         if self.pending and before != self._thread and any(share_parameters(o, optimizer) for o in self._stepped):
             # Threads that train the same weights, each with an optimizer of its own: each step is one.
             self._known.add(optimizer)
@@ -289,9 +291,11 @@ class StepDetector:
             self._apart = 0
             return
         counting = self._known if self._given is None else self._given
-        without = self._trainable - self._covered if self._given is None else set[int]()
+        alone = trains_alone()
+        ours = [o for o in counting if self._threads.get(id(o), self._thread if alone else 0) == self._thread]
+        without = self._trainable - self._covered if self._given is None and alone else set[int]()
         others = [p for p in self._parameters if id(p) in without] if without else []
-        self._passes.append(new := Pass(optimizer, counts, counting, others))
+        self._passes.append(new := Pass(optimizer, counts, ours, others))
         if joins and self.ended and len(counting) > len(counts):
             self._doubted = new
 
