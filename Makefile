@@ -7,13 +7,13 @@ ROOT := $(if $(filter 0,$(shell id -u)),,sudo)  # for packages of the system
 demo: install  ## train a small GPT-2 on real text with the tracker on (about 4 minutes)
 	$(PYTHON) training/run.py --tracker=fast
 
-test: install  ## all tests but tests/integrations, then lint, format and types (about 4 minutes)
+test: install  ## all tests but tests/integrations, then lint, format and types (about 8 minutes)
 	$(PYTHON) -m pytest -n 2 --dist=worksteal
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pyright --pythonpath $(PYTHON)
 
-test-integrations: install  ## with the real Trainer, Lightning, TensorBoard, W&B, Parquet readers, a browser (about 4 minutes)
+test-integrations: install  ## with the real Trainer, Lightning, TensorBoard, W&B, Parquet readers, a browser (about 10 minutes)
 	$(PYTHON) -m pip install --quiet -c requirements.txt -r requirements-integrations.txt
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	  { $(ROOT) apt-get update -qq && $(ROOT) apt-get install -yqq --no-install-recommends chromium; }
