@@ -18,6 +18,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from prepared import run
 
 import sosd_fast
 
@@ -176,6 +177,36 @@ def test_make_targets_exist(page):
 
 def test_examples_that_are_named_exist():
     assert all((ROOT / command).is_file() for command, _ in DOCUMENTED if command.endswith(".py"))
+
+
+# --- Tests and arguments that pages name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_tests_that_are_named_exist(page):
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?", page.read_text())
+    assert all((ROOT / file).is_file() for file, _ in named)
+    missing = [name for file, name in named if name and f"\ndef {name}(" not in (ROOT / file).read_text()]
+    assert not missing
+
+
+@pytest.mark.slow
+def test_cases_of_the_table_of_layouts_are_tested():
+    page = (ROOT / "docs/distributed.md").read_text()
+    tests = dict(re.findall(r"^- ([A-Z]): `(.+?)`", page, re.M))
+    rows = re.search(r"^\| layout \|.*\n(?:\|.*\n)+", page, re.M)[0]
+    cases = set(re.findall(r"\b([A-Z]) `(\[.+?\])`", rows))
+    command = "import sys, pytest\nsys.exit(pytest.main(sys.argv[1:]))"
+    done = run(command, "--collect-only", "-q", "--no-header", *{tests[letter].split("::")[0] for letter, _ in cases})
+    assert len(cases) > 20 and set(re.findall(r"\b[A-Z]\b", rows)) == set(tests)
+    missing = {tests[letter] + case for letter, case in cases} - set(done.stdout.splitlines())
+    assert not missing
+
+
+def test_every_argument_of_track_is_described():
+    part = (ROOT / "docs/methods.md").read_text().split("## Arguments of `track`")[1].split("\n## ")[0]
+    described = {name for cell in re.findall(r"^\| (`.*?) \|", part, re.M) for name in re.findall(r"`(\w+)`", cell)}
+    assert described == set(inspect.signature(sosd_fast.track).parameters) - {"model"}
 
 
 # --- Code blocks
