@@ -49,3 +49,11 @@ def test_a_part_that_hangs_on_a_gpu_loses_no_other(tmp_path, monkeypatch, capsys
 def test_the_overhead_benchmark_runs():
     result = result_of("svd_overhead", "--steps", "3", "--batch-size", "1")
     assert set(result["rows"]) == {"off", "fast", "full", "topk", "exact"} and all(result["gate"].values())
+
+
+def test_what_8_ranks_send_is_as_the_page_says():
+    done = run("import json\nfrom bench.training import bytes_moved\nprint(json.dumps(bytes_moved('gpt2-small', 8)))")
+    assert done.returncode == 0, done.stderr
+    page = (ROOT / "docs/distributed.md").read_text()
+    sent = {row["layout"]: f"{row['sent_mb']:.0f} MB | {row['ratio']:.2f}" for row in json.loads(done.stdout)}
+    assert len(sent) == 6 and not [layout for layout, row in sent.items() if f"\n| {layout} | {row} |" not in page]
