@@ -327,6 +327,12 @@ def test_the_tree_of_the_architecture_is_the_tree():
 # --- The site
 
 
+def test_every_page_is_in_the_menu():
+    """Or mkdocs, which is seldom installed, warns."""
+    menu = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n")[1]
+    assert not {page.name for page in (ROOT / "docs").glob("*.md")} - set(re.findall(r": ([\w-]+\.md)$", menu, re.M))
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     """The site, built from a copy of what it is made of, without a warning."""
