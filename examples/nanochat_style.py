@@ -3,8 +3,6 @@
 python examples/nanochat_style.py
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -56,10 +54,10 @@ for step in range(1, steps + 1):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if step % 20 == 0:
-        latest = [r for r in probe.latest().values() if r.step > step - 20]  # within 1 % matrices take turns
-        most = max((r.sd_variation for r in latest if r.sd_variation is not None), default=math.nan)
+        latest = [r.sd_variation for r in probe.latest().values() if r.step > step - 20 and r.sd_variation is not None]
+        most = f"up to {max(latest):.1e}" if latest else "not measured"  # within 1 % matrices take turns
         print(
-            f"step {step:05d}/{steps:05d} | loss {loss.item():.4f} | SD variation up to {most:.1e} "
+            f"step {step:05d}/{steps:05d} | loss {loss.item():.4f} | SD variation {most} "
             f"| tracker {100 * probe.overhead:.1f} %"
         )
 probe.close()

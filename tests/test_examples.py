@@ -16,7 +16,7 @@ def run(name, *arguments):
 
 def test_nanochat_style():
     lines = run("nanochat_style.py").splitlines()
-    assert len(lines) == 3 and "SD variation up to" in lines[-1]
+    assert len(lines) == 3 and "| SD variation " in lines[-1]
     losses = [float(line.split("loss ")[1].split()[0]) for line in lines]
     assert losses[-1] < losses[0]
 
