@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "sosd_fast.runs": ["sosd_fast.matrices"],
     "sosd_fast.checkpoints": [
         "sosd_fast.kernels", "sosd_fast.spectra", "sosd_fast.matrices", "sosd_fast.places", "sosd_fast.fused",
-        "sosd_fast.stored", "sosd_fast.runs.records",
+        "sosd_fast.stored", "sosd_fast.runs.records", "sosd_fast.runs.text",
     ],
     "sosd_fast.runs.report": ["sosd_fast.runs", "sosd_fast.checkpoints", "sosd_fast.matrices"],
     "sosd_fast.runs.serve": ["sosd_fast.runs", "sosd_fast.runs.report"],

@@ -197,7 +197,11 @@ _PLAIN = ("pathlib.PosixPath", "pathlib._local.PosixPath", "torch.Size", "torch.
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickles the index of torch.distributed.checkpoint: its own plain classes, and no function."""
+    """Unpickles the index of torch.distributed.checkpoint: its own plain classes, and no function.
+
+    `sosd_fast.checkpoints` reads the index, too, but makes stand-ins of what it names, and gives whole matrices.
+    torch's loader takes nothing but `Metadata` itself, and brings each rank its part of the optimizer's state.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem"):

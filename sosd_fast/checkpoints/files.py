@@ -47,7 +47,8 @@ class Checkpoint:
         if path.is_dir() and any(path.glob("zero_pp_rank_*_model_states.pt")):
             raise ValueError(
                 f"analyze: expected weights, got path={path} of DeepSpeed, whose ZeRO stage 3 keeps them in the files "
-                "of its optimizer. Run zero_to_fp32.py, which stands beside them."
+                "of its optimizer. Run DeepSpeed's zero_to_fp32.py, which stands in the folder above, and pass what it "
+                "writes."
             )
         if not found.files:
             raise ValueError(

@@ -37,17 +37,15 @@ class GGUFFile:
     in_order = True
 
     def __init__(self, file: Path):
-        try:
-            import gguf
-        except ImportError:
-            raise ImportError(
-                f"analyze: expected gguf to be installed, got path={file}. Run `pip install gguf`."
-            ) from None
-        self._path, self._gguf = file, gguf
+        self._path = file
         self.left_out: dict[str, str] = {}
         try:
             with open(file, "rb") as opened:
-                self._tensors = self._read_header(opened, file.stat().st_size)
+                found, start = _read_header(opened, file.stat().st_size)
+            self._gguf = _package(file)  # not asked for where the header is damaged
+            self._tensors = dict(self._placed(found, start, file.stat().st_size))
+        except ImportError:
+            raise
         except Exception as error:  # a damaged file can fail in any way
             raise damaged(file, error) from error
 
@@ -75,29 +73,6 @@ class GGUFFile:
         values = self._gguf.quants.dequantize(raw, tensor.type)
         return torch.from_numpy(np.require(values, np.float32, "W")).view(tensor.shape)
 
-    def _read_header(self, file: io.BufferedReader, length: int) -> dict[str, _Blocks]:
-        version, tensors, settings = struct.unpack("<4xIQQ", file.read(24))
-        if version not in (2, 3) or max(tensors, settings) > _MAX_COUNT:
-            raise ValueError(f"version {version} with {tensors} tensors and {settings} settings")
-        alignment = 32
-        for _ in range(settings):
-            name = _string(file)
-            (kind,) = struct.unpack("<I", file.read(4))
-            if name == b"general.alignment" and kind == 4:
-                (alignment,) = struct.unpack("<I", file.read(4))
-            else:
-                _skip(file, kind, length)
-        found = {}
-        for _ in range(tensors):
-            name = _string(file).decode()
-            (dims,) = struct.unpack("<I", file.read(4))
-            if dims > 4 or name in found:
-                raise ValueError(f"{name} of {dims} dimensions, or twice")
-            *shape, kind, offset = struct.unpack(f"<{dims}QIQ", file.read(8 * dims + 12))
-            found[name] = tuple(reversed(shape)) or (1,), kind, offset
-        start = -(-file.tell() // alignment) * alignment
-        return dict(self._placed(found, start, length))
-
     def _placed(
         self, found: dict[str, tuple[tuple[int, ...], int, int]], start: int, length: int
     ) -> Iterator[tuple[str, _Blocks]]:
@@ -113,6 +88,38 @@ class GGUFFile:
                 yield name, _Blocks(shape, type_, start + offset, size)
             else:
                 self.left_out[name] = f"tensors of GGUF's type {type_.name}"
+
+
+def _package(file: Path) -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError(f"analyze: expected gguf to be installed, got path={file}. Run `pip install gguf`.") from None
+    return gguf
+
+
+def _read_header(file: io.BufferedReader, length: int) -> tuple[dict[str, tuple[tuple[int, ...], int, int]], int]:
+    """Reads each tensor's shape, type and place, and where places are counted from."""
+    version, tensors, settings = struct.unpack("<4xIQQ", file.read(24))
+    if version not in (2, 3) or max(tensors, settings) > _MAX_COUNT:
+        raise ValueError(f"version {version} with {tensors} tensors and {settings} settings")
+    alignment = 32
+    for _ in range(settings):
+        name = _string(file)
+        (kind,) = struct.unpack("<I", file.read(4))
+        if name == b"general.alignment" and kind == 4:
+            (alignment,) = struct.unpack("<I", file.read(4))
+        else:
+            _skip(file, kind, length)
+    found = {}
+    for _ in range(tensors):
+        name = _string(file).decode()
+        (dims,) = struct.unpack("<I", file.read(4))
+        if dims > 4 or name in found:
+            raise ValueError(f"{name} of {dims} dimensions, or twice")
+        *shape, kind, offset = struct.unpack(f"<{dims}QIQ", file.read(8 * dims + 12))
+        found[name] = tuple(reversed(shape)) or (1,), kind, offset
+    return found, -(-file.tell() // alignment) * alignment
 
 
 def _string(file: io.BufferedReader) -> bytes:

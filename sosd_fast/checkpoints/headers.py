@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sosd_fast.runs.text import plain
+
 
 class Header(NamedTuple):
     """What a file says of one of its tensors before the tensor is read."""
@@ -35,7 +37,7 @@ class Header(NamedTuple):
 
 def shown(text: object) -> str:
     """A name from a file for a message: of one line, without control characters, of a bounded length."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[:200])
+    return plain(str(text)[:200])
 
 
 class WeightFile(Protocol):

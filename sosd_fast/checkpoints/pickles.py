@@ -14,10 +14,7 @@ from sosd_fast.checkpoints.headers import shown
 
 MAX_BYTES = 32 * 2**20  # of a pickle
 _MAX_MEMORY = 110 * 2**20  # of the objects in it: 40,000 tensors as torch.save writes them
-_EACH, _CONTAINER = (
-    64,
-    112,
-)  # bytes that an operation can take: measured with small strings, dicts and entries of the memo
+_EACH, _CONTAINER = 64, 112  # bytes that an operation takes: measured with small strings, dicts, entries of the memo
 _MAX_DIMS = 32
 
 

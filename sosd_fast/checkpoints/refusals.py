@@ -6,21 +6,23 @@ from sosd_fast.checkpoints import archives
 from sosd_fast.checkpoints.headers import shown
 
 _SAVE = "Save model.state_dict() with torch.save, or with safetensors"
+_HDF5 = ("an HDF5 file", "Load it with Keras or h5py, and save its arrays with safetensors")
+_NUMPY = ("a NumPy array", "Load it with numpy.load, and save it with safetensors")
+_GGML = ("a GGML file, which came before GGUF", "Convert it to GGUF with llama.cpp")
+_ARCHIVES = {
+    "a gzip": b"\x1f\x8b", "a Zstandard": b"\x28\xb5\x2f\xfd", "a bzip2": b"BZh", "an xz": b"\xfd7zXZ",
+    "a 7z": b"7z\xbc\xaf", "a rar": b"Rar!",
+}  # fmt: skip
 
 # What a file begins with -> what it is, and what to do.
 _BEGINNINGS = (
     (b"version https://git-lfs", "a pointer of Git LFS, not the weights", "Run `git lfs pull`"),
-    (b"\x89HDF\r\n\x1a\n", "an HDF5 file", "Load it with Keras or h5py, and save its arrays with safetensors"),
-    (b"\x93NUMPY", "a NumPy array", "Load it with numpy.load, and save it with safetensors"),
-    (b"\x1f\x8b", "a gzip archive", "Unpack it"),
-    (b"\x28\xb5\x2f\xfd", "a Zstandard archive", "Unpack it"),
-    (b"BZh", "a bzip2 archive", "Unpack it"),
-    (b"\xfd7zXZ", "an xz archive", "Unpack it"),
-    (b"7z\xbc\xaf", "a 7z archive", "Unpack it"),
-    (b"Rar!", "a rar archive", "Unpack it"),
+    (b"\x89HDF\r\n\x1a\n", *_HDF5),
+    (b"\x93NUMPY", *_NUMPY),
+    *((start, f"{name} archive", "Unpack it") for name, start in _ARCHIVES.items()),
     (b"\x7fELF", "a program", "Pass the weights"),
-    (b"ggml", "a GGML file, which came before GGUF", "Convert it to GGUF with llama.cpp"),
-    (b"lmgg", "a GGML file, which came before GGUF", "Convert it to GGUF with llama.cpp"),
+    (b"ggml", *_GGML),
+    (b"lmgg", *_GGML),
     (b"PAR1", "a Parquet file", "Pass the weights"),
 )
 _SUFFIXES = {
@@ -28,8 +30,8 @@ _SUFFIXES = {
     ".msgpack": ("a msgpack file of Flax", "Load it with flax.serialization, and save its arrays with safetensors"),
     ".tflite": ("a TensorFlow Lite file", "Pass the weights of the model that it was converted from"),
     ".pb": ("a graph of TensorFlow", "Load it with TensorFlow, and save its arrays with safetensors"),
-    ".h5": ("an HDF5 file", "Load it with Keras or h5py, and save its arrays with safetensors"),
-    ".npy": ("a NumPy array", "Load it with numpy.load, and save it with safetensors"),
+    ".h5": _HDF5,
+    ".npy": _NUMPY,
     ".json": ("a JSON file", "Pass the weights, or the folder that they are in"),
     ".index": ("an index of TensorFlow", "Load it with TensorFlow, and save its arrays with safetensors"),
 }

@@ -13,9 +13,9 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from sosd_fast.runs.lines import AppendOnly, JsonLines, lines
+from sosd_fast.runs.lines import AppendOnly, JsonLines, damaged, lines
 
 FILE = "events.jsonl"
 QUIET = 10  # steps after which the SD variation that rises once more is another spike
@@ -67,18 +67,36 @@ def to_line(event: Event) -> dict[str, Any]:
 
 
 def read(run_dir: Path) -> tuple[list[Event], list[dict[str, Any]]]:
-    """Reads the events of one process, and the detector's own lines; none where there is no file."""
+    """Reads the events of one process, and the detector's own lines; none where there is no file.
+
+    Raises:
+        ValueError: a damaged line that is not the last.
+    """
     path = run_dir / FILE
     found: list[Event] = []
     own: list[dict[str, Any]] = []
-    for line, *_ in lines(path) if path.exists() else ():
-        if "what" in line:
-            known = {f.name: line[f.name] for f in dataclasses.fields(Event) if f.name in line}
-            known["names"] = tuple(line["names"])
-            found.append(Event(**known))
-        else:
+    for number, (line, *_) in enumerate(lines(path) if path.exists() else (), 1):
+        if "what" not in line:
             own.append(line)
+        elif _checked(line):
+            known = {f.name: line[f.name] for f in dataclasses.fields(Event) if f.name in line}
+            found.append(Event(**known | {"names": tuple(line["names"])}))
+        else:
+            raise damaged(path, f"line {number}")
     return found, own
+
+
+def _checked(line: dict[str, Any]) -> bool:
+    """Whether a line has what an event must have, each of its type."""
+    names = line.get("names")
+    return (
+        line["what"] in get_args(What)
+        and all(type(line.get(f)) is int for f in ("step", "at"))
+        and all(type(line[f]) in (int, float) for f in ("value", "limit") if f in line)
+        and type(names) is list
+        and bool(names)  # pyright: ignore[reportUnknownArgumentType]
+        and all(type(name) is str for name in names)  # pyright: ignore[reportUnknownVariableType]
+    )
 
 
 def append(run_dir: Path, objects: Sequence[dict[str, Any]]):

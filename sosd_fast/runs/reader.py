@@ -164,8 +164,9 @@ class Run:
                     yield from (segments.table(source, shown) for source in sources)
 
         for _ in range(segments.TRIES):
-            with contextlib.suppress(FileNotFoundError):  # a writer that resumed has removed a segment
-                return tables.write_parquet(Path(path), found())
+            with open(path, "wb") as target, contextlib.suppress(FileNotFoundError):  # a writer removed a segment
+                return tables.write_parquet(target, found())
+        raise segments.restless(self.run_dir)
 
     def _order(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.names)}

@@ -19,10 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sosd_fast.runs import tables
-from sosd_fast.runs.lines import AppendOnly, JsonLines, complete_end, damaged, lines, opened
+from sosd_fast.runs.lines import JsonLines, complete_end, damaged, lines, opened
 from sosd_fast.runs.schema import INTEGERS, LISTS, STRINGS, Line, checked
-
-__all__ = ["AppendOnly", "JsonLines", "complete_end", "lines"]
 
 LIVE = "records.jsonl"
 TRIES = 1000  # to list a folder whose writer closes segments all the time
@@ -63,7 +61,7 @@ def snapshot(run_dir: Path) -> Iterator[list[Source]]:
         finally:
             if live:
                 live.close()
-    raise _restless(run_dir)
+    raise restless(run_dir)
 
 
 def _open_live(run_dir: Path) -> BinaryIO | None:
@@ -85,7 +83,7 @@ def consistent(run_dir: Path, read: Callable[[list[Source]], T]) -> T:
     for _ in range(TRIES):
         with snapshot(run_dir) as sources, contextlib.suppress(FileNotFoundError):
             return read(sources)
-    raise _restless(run_dir)
+    raise restless(run_dir)
 
 
 @contextlib.contextmanager
@@ -195,7 +193,8 @@ def trim_all(run_dir: Path, step: int):
         live.close()
 
 
-def _restless(run_dir: Path) -> ValueError:
+def restless(run_dir: Path) -> ValueError:
+    """The error that says that no moment was found at which all segments are there."""
     return ValueError(
         f"load: expected segments that can be opened, got run_dir={run_dir} where some come and go. Look for links "
         "that lead nowhere, or read it again."

@@ -3,7 +3,7 @@
 import importlib.util
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -91,8 +91,9 @@ def replace(target: Path, table: Any):
     """Writes a Parquet file whole or not at all, and forces it to disk."""
     temporary = target.with_suffix(".tmp")
     try:
-        write_parquet(temporary, iter([table]))
-        with open(temporary, "rb") as file:
+        with open(temporary, "wb") as file:
+            write_parquet(file, [table])
+            file.flush()
             os.fsync(file.fileno())  # before the lines that it replaces go
         temporary.replace(target)
     except BaseException:
@@ -101,9 +102,9 @@ def replace(target: Path, table: Any):
     sync_folder(target.parent)
 
 
-def write_parquet(target: Path, tables: Iterator[Any]):
+def write_parquet(target: BinaryIO, tables: Iterable[Any]):
     """Writes tables of the records' schema to one Parquet file, one at a time."""
-    parquet = _parquet(target)
+    parquet = _parquet(target.name)
     options: dict[str, Any] = {"compression": "zstd", "use_dictionary": list(STRINGS)}
     options["use_byte_stream_split"] = [f.name for f in _schema() if str(f.type) == "double"]
     with parquet.ParquetWriter(target, _schema(), **options) as writer:

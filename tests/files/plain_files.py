@@ -86,7 +86,7 @@ def deepspeed(folder):
 def deepspeed_stage_3(folder):
     made(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt", {"module": {"a.weight": torch.empty(0)}})
     made(folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt", {"fp32_flat_groups": [random(48)]})
-    return Made(folder, {}, "Run zero_to_fp32.py")
+    return Made(folder, {}, "Run DeepSpeed's zero_to_fp32.py")
 
 
 @file

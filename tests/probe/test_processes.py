@@ -25,7 +25,6 @@ import gc, logging, os, resource, shutil, signal, stat, sys, time, torch
 from torch import nn
 import sosd_fast
 from sosd_fast.runs import records
-from sosd_fast.runs import segments
 logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stdout)
 run_dir = sys.argv[1]
 def model():
@@ -159,7 +158,7 @@ def test_a_forked_process_that_trains(tmp_path):
         + """
 import threading
 probe = sosd_fast.track(net, method="full", run_dir=run_dir)
-log = segments.JsonLines(os.path.join(run_dir, "log.jsonl"))
+log = records.JsonLines(os.path.join(run_dir, "log.jsonl"))
 train(net, 3)
 held, done = threading.Event(), threading.Event()
 def holds():  # inside the probe's lock
@@ -222,7 +221,7 @@ def test_resumed_while_workers_of_a_killed_run_live(tmp_path):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if __name__ == "__main__":
             probe = sosd_fast.track(net, method="full", run_dir=run_dir)
-            log = segments.JsonLines(os.path.join(run_dir, "log.jsonl"))
+            log = records.JsonLines(os.path.join(run_dir, "log.jsonl"))
             batches = iter(DataLoader(
                 Data(), 2, num_workers=2, persistent_workers=True, multiprocessing_context="fork", worker_init_fn=stay
             ))
@@ -243,7 +242,7 @@ def test_resumed_while_workers_of_a_killed_run_live(tmp_path):
         with sosd_fast.track(net, method="full", run_dir=tmp_path) as probe:
             train(net)
             assert steps_of(probe) == [0, 1, 2, 3]
-        sosd_fast.runs.segments.JsonLines(tmp_path / "log.jsonl").close()
+        sosd_fast.runs.records.JsonLines(tmp_path / "log.jsonl").close()
         assert all(os.path.exists(f"/proc/{pid}") for pid in workers)
     finally:
         for pid in workers:

@@ -1,7 +1,6 @@
 """Readers and writers beside a writer that closes segments all the time."""
 
 import os
-import sys
 import time
 
 import numpy as np
@@ -11,6 +10,7 @@ from prepared import Process, run
 from sosd_fast.runs import segments
 from sosd_fast.runs.records import Record, RunWriter, load
 
+SEGMENT_BYTES = 250  # two steps
 READS = int(os.environ.get("SOSD_READS", "60"))  # 10000 to be sure
 
 WRITER = """
@@ -89,18 +89,8 @@ def write(writer, step, names=("a", "b")):
     writer.append([Record(step, name, (3, 3), "exact", 1, float(step), spectrum=np.full(3, step)) for name in names])
 
 
-@pytest.fixture(params=["json", "pyarrow"])
-def small(request, monkeypatch):
-    """Segments of two steps, closed as JSON lines or as Parquet."""
-    if request.param == "json":
-        monkeypatch.setitem(sys.modules, "pyarrow", None)
-    else:
-        pytest.importorskip("pyarrow")
-    monkeypatch.setattr("sosd_fast.runs.records.SEGMENT_BYTES", 250)
-
-
 @pytest.mark.parametrize("moment", range(12))
-def test_segments_close_at_a_chosen_moment_of_a_read(tmp_path, monkeypatch, small, moment):
+def test_segments_close_at_a_chosen_moment_of_a_read(tmp_path, monkeypatch, form, moment):
     """At the `moment`-th look at a folder or a file, the writer writes four steps, and closes two segments."""
     writer = RunWriter(tmp_path)
     for step in range(5):
@@ -131,7 +121,7 @@ def test_segments_close_at_a_chosen_moment_of_a_read(tmp_path, monkeypatch, smal
     writer.close()
 
 
-def test_a_second_writer_that_comes_while_a_segment_closes_is_refused(tmp_path, monkeypatch, small):
+def test_a_second_writer_that_comes_while_a_segment_closes_is_refused(tmp_path, monkeypatch, form):
     """It opens the file, which gets its closed name, and whose lock is given up, before it asks for the lock."""
     import fcntl
 
@@ -156,7 +146,7 @@ def test_a_second_writer_that_comes_while_a_segment_closes_is_refused(tmp_path, 
     assert [r.step for r in load(tmp_path).records[::2]] == [0, 1, 2, 3]
 
 
-def test_the_file_being_written_always_has_its_name(tmp_path, monkeypatch, small):
+def test_the_file_being_written_always_has_its_name(tmp_path, monkeypatch, form):
     """A second writer that found none would make one, which the first one's takes the place of."""
     writer = RunWriter(tmp_path)
     write(writer, 0)
@@ -172,7 +162,7 @@ def test_the_file_being_written_always_has_its_name(tmp_path, monkeypatch, small
     assert seen and all(seen) and len(load(tmp_path).records) == 2
 
 
-def test_without_hard_links(tmp_path, monkeypatch, small):
+def test_without_hard_links(tmp_path, monkeypatch, form):
     def refused(*args, **kwargs):
         raise PermissionError(1, "Operation not permitted")
 
@@ -184,7 +174,7 @@ def test_without_hard_links(tmp_path, monkeypatch, small):
     assert len(segments.paths(tmp_path)) > 2 and [r.step for r in load(tmp_path).records[::2]] == list(range(9))
 
 
-def test_a_kill_while_both_names_are_one_file(tmp_path, small):
+def test_a_kill_while_both_names_are_one_file(tmp_path, form):
     writer = RunWriter(tmp_path)
     for step in range(4):
         write(writer, step)
@@ -197,7 +187,7 @@ def test_a_kill_while_both_names_are_one_file(tmp_path, small):
     assert [r.step for r in load(tmp_path).records[::2]] == [0, 1, 2, 3]
 
 
-def test_many_closings_take_no_second_writer(tmp_path, small):
+def test_many_closings_take_no_second_writer(tmp_path, form):
     """Whoever tries all the time is refused each time, or has waited until the first one closed."""
     options = {"run": str(tmp_path / "run"), "hide": True, "pause": 0}
     writer = Process(WRITER.format(**options))

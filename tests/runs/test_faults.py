@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 
 import numpy as np
 import pytest
@@ -12,16 +11,7 @@ from sosd_fast.__main__ import main
 from sosd_fast.runs import segments
 from sosd_fast.runs.records import JsonLines, Record, RunWriter, load
 
-
-@pytest.fixture(params=["json", "pyarrow"])
-def form(request, monkeypatch):
-    """Segments of two steps, closed as JSON lines or as Parquet."""
-    if request.param == "json":
-        monkeypatch.setitem(sys.modules, "pyarrow", None)
-    else:
-        pytest.importorskip("pyarrow")
-    monkeypatch.setattr("sosd_fast.runs.records.SEGMENT_BYTES", 250)
-    return request.param
+SEGMENT_BYTES = 250  # two steps
 
 
 def records(step, names=("a", "b")):
@@ -226,10 +216,9 @@ def test_a_damaged_line_is_an_error_that_names_the_file(tmp_path, line, place, f
         RunWriter(tmp_path)
 
 
+@pytest.mark.parametrize("form", ["pyarrow"], indirect=True)
 @pytest.mark.parametrize("cut", [0, 3, 4, 100, -1, -200])
 def test_a_damaged_parquet_file_is_one_line(tmp_path, cut, form):
-    if form == "json":
-        pytest.skip("there is none")
     write(tmp_path, range(5))
     path = closed(tmp_path)[0]
     path.write_bytes(path.read_bytes()[:cut])
@@ -237,6 +226,19 @@ def test_a_damaged_parquet_file_is_one_line(tmp_path, cut, form):
         with pytest.raises(ValueError, match="load: expected") as raised:
             read(load(tmp_path))
         assert path.name in str(raised.value) and len(str(raised.value).splitlines()) == 1
+
+
+EVENT = {"step": 1, "what": "spike", "names": ["a"], "at": 1}
+EVENTS = [{"names": []}, {"names": 3}, {"names": [1]}, {"what": "odd"}, {"step": "x"}, {"at": None}, {"value": "y"}]
+
+
+@pytest.mark.parametrize("more", EVENTS, ids=range(len(EVENTS)))
+def test_a_damaged_event_is_one_line(tmp_path, more, capsys):
+    write(tmp_path, range(2))
+    (tmp_path / "events.jsonl").write_text(json.dumps(EVENT) + "\n" + json.dumps(EVENT | more) + "\n")
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "r.html")]) == 2
+    said = capsys.readouterr().err
+    assert "damaged line 2 in " in said and "events.jsonl" in said and len(said.splitlines()) == 1
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):

@@ -1,7 +1,6 @@
 import json
 import math
 import os
-import sys
 import time
 
 import numpy as np
@@ -12,6 +11,7 @@ import sosd_fast
 from sosd_fast.runs import segments
 from sosd_fast.runs.records import JsonLines, Record, Run, RunWriter, load
 
+SEGMENT_BYTES = 2000  # about four steps
 KILLS = int(os.environ.get("SOSD_KILLS", "10"))  # 1000 to be sure
 
 
@@ -183,17 +183,6 @@ def test_unknown_name(tmp_path):
     RunWriter(tmp_path).close()
     with pytest.raises(ValueError, match="got name='x'"):
         load(tmp_path).spectra("x")
-
-
-@pytest.fixture(params=["json", "pyarrow"])
-def form(request, monkeypatch):
-    """Closed segments as JSON lines, where pyarrow is missing, and as Parquet."""
-    if request.param == "json":
-        monkeypatch.setitem(sys.modules, "pyarrow", None)
-    else:
-        pytest.importorskip("pyarrow")
-    monkeypatch.setattr("sosd_fast.runs.records.SEGMENT_BYTES", 2000)  # about four steps
-    return request.param
 
 
 def odd_records(step):
@@ -377,3 +366,5 @@ def test_parquet_file_of_all_records(tmp_path):
     table = parquet.read_table(tmp_path / "all.parquet").to_pylist()
     assert [(row["step"], row["name"]) for row in table] == [(r.step, r.name) for r in run.records]
     assert repr(run) == f"Run({str(tmp_path / 'run')!r})"
+    with pytest.raises(FileNotFoundError):
+        run.to_parquet(tmp_path / "none" / "all.parquet")
