@@ -80,44 +80,50 @@ class Blocks(Exchange):
         return sum(where.blocks[p].size for p in where.senders if p != where.owner) * self.sizes[i]
 
     def gather(self, indices: Sequence[int]) -> list[Tensor]:
-        """The whole matrices that this rank owns among those given, of one dtype; each block comes from one rank."""
+        """The whole matrices that this rank owns among those given, of one dtype; each block comes from one rank.
+
+        Besides them it holds what is sent and what comes in one turn: a chunk each, and up to a row more of each block.
+        """
         found: dict[int, Tensor] = {}
-        moving = {i: None for i in indices if self.spreads[i].senders != (self.owner[i],)}
-        for i in filter(self.mine, indices):
-            own = self.local(i)
-            found[i] = own.new_empty(self.shapes[i]) if i in moving else own
-            if i in moving and own.numel():
-                put(found[i], self.spreads[i].blocks[self.rank], own)
-        sent, come = [0] * self.ranks, [0] * self.ranks
-        for i in moving:
-            where = self.spreads[i]
-            come[where.owner] += self.moved(i)
-            for p in where.senders:
-                sent[p] += where.blocks[p].size * self.sizes[i] * (p != where.owner)
-        rounds = -(-max(sent + come) // CHUNK_BYTES)  # what is more than a chunk comes in pieces of it
-        for turn in range(rounds):
-            self._move(list(moving), turn, rounds, found)
-        return list(found.values())
-
-    def _move(self, moving: Sequence[int], turn: int, rounds: int, found: dict[int, Tensor]):
-        """Sends some rows of each block to the owners of matrices, who put them in their place."""
-
-        def some(block: Block) -> slice:
-            step = -(-len(block.rows) // rounds)
-            return slice(turn * step, (turn + 1) * step)
-
         outgoing: list[list[Tensor]] = [[] for _ in range(self.ranks)]
         incoming: list[list[tuple[int, Block]]] = [[] for _ in range(self.ranks)]
-        for i in moving:
+        sent, come = [0] * self.ranks, [0] * self.ranks
+        for i in indices:
             where, owner = self.spreads[i], self.owner[i]
-            if self.rank in where.senders and owner != self.rank:
-                outgoing[owner].append(self.local(i)[some(where.blocks[self.rank])])
-            for p in where.senders if owner == self.rank else ():
-                if p != owner:
-                    block = where.blocks[p]
-                    incoming[p].append((i, block._replace(rows=block.rows[some(block)])))
-        like = torch.empty(0, dtype=self.matrices[moving[0]].parameter.dtype, device=self._device)
-        parts = self.deliver(outgoing, [sum(block.size for _, block in of) for of in incoming], like)
-        for of, part in zip(incoming, parts, strict=True):
-            for (i, block), values in zip(of, part.split([block.size for _, block in of]), strict=True):
-                put(found[i], block, values.view(block.shape))
+            moves = where.senders != (owner,)
+            if self.mine(i):
+                own = self.local(i)
+                found[i] = own.new_empty(self.shapes[i]) if moves else own
+                if moves and own.numel():
+                    put(found[i], where.blocks[owner], own)
+            for p in where.senders:
+                if p == owner:
+                    continue
+                sent[p] += where.blocks[p].size * self.sizes[i]
+                come[owner] += where.blocks[p].size * self.sizes[i]
+                if self.rank == p:
+                    outgoing[owner].append(self.local(i))
+                if self.rank == owner:
+                    incoming[p].append((i, where.blocks[p]))
+        rounds = -(-max(sent + come) // CHUNK_BYTES)  # what is more than a chunk comes in pieces of it
+        like = torch.empty(0, dtype=self.matrices[indices[0]].parameter.dtype, device=self._device)
+        buffers = None
+        for turn in range(rounds):
+            sending = [[_piece(block, turn, rounds) for block in of] for of in outgoing]
+            coming = [
+                [(i, block._replace(rows=_piece(block.rows, turn, rounds))) for i, block in of] for of in incoming
+            ]
+            sizes = [sum(block.size for _, block in of) for of in coming]
+            if buffers is None:  # the first turn moves the most
+                most = sum(block.numel() for of in sending for block in of), sum(sizes)
+                buffers = like.new_empty(most[0]), like.new_empty(most[1])
+            for of, part in zip(coming, self.deliver(sending, sizes, like, buffers), strict=True):
+                for (i, block), values in zip(of, part.split([block.size for _, block in of]), strict=True):
+                    put(found[i], block, values.view(block.shape))
+        return list(found.values())
+
+
+def _piece(rows, turn: int, turns: int):
+    """Those of some rows, or of their numbers, that are moved in one turn of several."""
+    step = -(-len(rows) // turns)
+    return rows[turn * step : (turn + 1) * step]

@@ -58,19 +58,28 @@ class Exchange:
         self._dist.broadcast_object_list(values, group=self._group, group_src=0, device=self._device)
         return values[0]
 
-    def deliver(self, outgoing: list[list[Tensor]], sizes: list[int], like: Tensor) -> list[Tensor]:
+    def deliver(
+        self,
+        outgoing: list[list[Tensor]],
+        sizes: list[int],
+        like: Tensor,
+        buffers: tuple[Tensor, Tensor] | None = None,
+    ) -> list[Tensor]:
         """Sends tensors of any shapes to each rank; returns what came from each, flat, of the sizes given.
 
         Args:
             outgoing: for each rank.
             sizes: how many entries come from each.
             like: a tensor of their dtype and device.
+            buffers: flat, for what is sent and for what comes, at least as large; by default new ones. Threads of
+                gloo hold those of some calls after these have returned, so several calls had better share them.
         """
         counts = [sum(each.numel() for each in part) for part in outgoing]
         self.sent_bytes += like.itemsize * (sum(counts) - counts[self.rank])
-        flat = torch.cat([like.new_empty(0), *(each.reshape(-1) for part in outgoing for each in part)])
-        received = like.new_empty(sum(sizes))
-        self._dist.all_to_all_single(received, flat, sizes, counts, group=self._group)
+        sent, received = buffers or (like.new_empty(sum(counts)), like.new_empty(sum(sizes)))
+        sent, received = sent[: sum(counts)], received[: sum(sizes)]
+        torch.cat([like.new_empty(0), *(each.reshape(-1) for part in outgoing for each in part)], out=sent)
+        self._dist.all_to_all_single(received, sent, sizes, counts, group=self._group)
         return list(received.split(sizes))
 
 
