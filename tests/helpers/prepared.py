@@ -26,6 +26,8 @@ import __main__
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = (
     "matplotlib.figure",
+    "safetensors.torch",
+    "sosd_fast.checkpoints.analyze",
     "sosd_fast.runs.plot",
     "torch._dynamo",  # imported by the first optimizer
     "torch.distributed.checkpoint.state_dict",
