@@ -29,6 +29,8 @@ MODULES = (
     "pandas",  # by pyarrow's to_numpy
     "pyarrow.compute",
     "pyarrow.json",
+    "safetensors.torch",
+    "sosd_fast.checkpoints.analyze",
     "sosd_fast.runs.plot",
     "torch._dynamo",  # imported by the first optimizer
     "torch.distributed.checkpoint._fsspec_filesystem",  # by the first checkpoint
