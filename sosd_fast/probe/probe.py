@@ -171,14 +171,14 @@ class Probe(View):
 
     def _finish_step(self):
         """Counts a training step, launches what is planned for it, and keeps the results that are there."""
-        optimizers_changed = self._steps.finish()
-        began = self.clock()
+        began, optimizers_changed = self.clock(), self._steps.finish()
         changed = self._matrices.changed(self.step_count) or optimizers_changed
         changed = changed and self._take_up_changes() is not None
         self.step_count += 1
         if plan := self._planner.plan(began, self.step_count):
-            self._recorder.begin(self.step_count, self._matrices.states)
-            self._pending.append(self._measurer.launch(plan, self.step_count))
+            if any(plan):  # what is begun and never measured would add up
+                self._recorder.begin(self.step_count, self._matrices.states)
+                self._pending.append(self._measurer.launch(plan, self.step_count))
             self._collect()
             self._planner.charge(self._account.add_step(began, self.clock()))
         self._matrices.note_weights()
