@@ -83,7 +83,7 @@ class Probe(View):
             hold: on a GPU, lets what is queued from here on wait until the weights have been read. False where only
                 optimizers of torch.optim change the weights: they wait themselves, and less.
         """
-        self._finish_step()
+        self._finish_step(by_hand=True)
         if hold:  # no hook tells when the weights change next
             self._measurer.hold()
 
@@ -169,9 +169,9 @@ class Probe(View):
     def _afterwards(self):
         self._recorder.tell()
 
-    def _finish_step(self):
+    def _finish_step(self, by_hand: bool = False):
         """Counts a training step, launches what is planned for it, and keeps the results that are there."""
-        began, optimizers_changed = self.clock(), self._steps.finish()
+        began, optimizers_changed = self.clock(), self._steps.finish(by_hand)
         changed = self._matrices.changed(self.step_count) or optimizers_changed
         changed = changed and self._take_up_changes() is not None
         self.step_count += 1

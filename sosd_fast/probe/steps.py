@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sosd_fast.probe.doubts import EARLY, LATE, TWO_LOSSES, UNKNOWN, Doubts
+from sosd_fast.probe.doubts import EARLY, LATE, TWICE, TWO_LOSSES, UNKNOWN, Doubts
 from sosd_fast.probe.optimizers import (
     Notes,
     Optimizers,
@@ -83,6 +83,7 @@ class StepDetector:
         self._counted = Optimizers()  # that have been counted, even if they were replaced since
         self._idled = Optimizers()  # whose first step changed nothing
         self.ended, self._before = 0, before
+        self._ended_by_hand = 0  # the last training step that was
         self.moves = 0.0
         self.doubts = Doubts()
         self._foreign = 0  # steps since the last training step that do not count, though they seem to be some
@@ -200,13 +201,18 @@ class StepDetector:
         expected = uncovered if self._since < PATIENCE else uncovered - self._uncovered
         return self._known.same(self._stepped) and not expected
 
-    def finish(self) -> bool:
+    def finish(self, by_hand: bool = False) -> bool:
         """Closes the training step.
+
+        Args:
+            by_hand: whether `Probe.step` does.
 
         Returns:
             Whether this was the first one, done by hand, or parameters have lost their optimizers: the model may have
             changed.
         """
+        if by_hand and len(self._counted) and (self.pending or self.ended != self._ended_by_hand):
+            self._say(TWICE)
         late, self._next = self._next, None
         if late is None and len(self._stepped) > 1 and self._known.same(self._stepped):  # of all: it shows their order
             self._leader = self._first
@@ -214,6 +220,8 @@ class StepDetector:
         self._last, self._passes = [p for p in self._passes if p is not late], []
         first = not self.ended
         self.ended += 1
+        if by_hand:
+            self._ended_by_hand = self.ended
         self._foreign, self._versions = 0, self._changes()
         self._ignored.add(*self._between)
         held = self._covered if self._given is None else held_by(self._given)
