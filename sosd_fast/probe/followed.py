@@ -1,11 +1,12 @@
 """The matrices of a model that a probe follows."""
 
 import dataclasses
+import functools
 import itertools
 import logging
 import operator
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -200,12 +201,18 @@ class FollowedMatrices:
         return bool(self._released)
 
     def release(self):
-        """Lets go of all parameters until `regain`; not of rows, which ranks hold together."""
+        """Lets go of parameters until `regain`, of copies when they are gone; not of rows that ranks hold together."""
         if self._released or self.shards is not None:
             return
         followed = {id(p): p for p in (*self.share.parameters, *(t.matrix.parameter for t in self.states))}
         stand_ins = {key: torch.empty(p.shape, dtype=p.dtype, device="meta") for key, p in followed.items()}
-        self._released = {id(stand_ins[key]): weakref.ref(p) for key, p in followed.items()}
+        of_each: dict[int, list[MatrixState]] = {key: [] for key in followed}
+        for t in self.states:
+            of_each[id(t.matrix.parameter)].append(t)
+        self._released = {
+            id(stand_ins[key]): weakref.ref(p, functools.partial(_drop_weights, of_each[key]))
+            for key, p in followed.items()
+        }
         self._exchange(lambda p: stand_ins[id(p)])
         self._noted, self._holders = [], Holders(None, ())
 
@@ -309,6 +316,11 @@ class FollowedMatrices:
         state = MatrixState(matrix, self._method, self._keep_weights)
         state.refers_to_first = self._refer_to_first
         return state
+
+
+def _drop_weights(states: Iterable[MatrixState], gone: object):  # noqa: ARG001
+    for t in states:
+        t.W = None
 
 
 def _some_entries(parameter: Tensor, copied: bool = False) -> Tensor | None:
