@@ -58,8 +58,7 @@ class Probe(View):
         self._account, self._pending = Account(), deque[PendingStep]()
         share = self._matrices.share
         self._recorder = open_recorder(settings, [t.name for t in self._matrices.states], share)
-        writer = self._recorder.writer
-        written = writer.step if writer else None
+        written = (writer := self._recorder.writer) and writer.step
         self.step_count = settings.step if settings.step is not None else written or 0
         self._steps = StepDetector(share.parameters, optimizers, self.step_count)
         super().__init__(_detach, key := hooks.new_key(), self._steps, writer)
@@ -181,7 +180,8 @@ class Probe(View):
                 self._pending.append(self._measurer.launch(plan, self.step_count))
             self._collect()
             self._planner.charge(self._account.add_step(began, self.clock()))
-        self._matrices.note_weights()
+        if not self._steps.by_hand:  # else moves are not told
+            self._matrices.note_weights()
         if changed:  # after the step's own measurement, which is compared with the one of the step before
             self._calibrate()
 

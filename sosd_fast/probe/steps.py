@@ -54,6 +54,7 @@ class StepDetector:
         before: training steps before these.
 
     Attributes:
+        by_hand: whether no optimizer's step counts.
         pending: whether optimizers have stepped since the end of the last training step.
         ended: how many training steps are over.
         moves: how often the weights were changed since then, as far as that is known; infinite where they were, and
@@ -63,7 +64,7 @@ class StepDetector:
 
     def __init__(self, parameters: Sequence[Tensor], optimizers: Iterable[Optimizer] | None, before: int = 0):
         self._given = None if optimizers is None else Optimizers(optimizers)
-        self._by_hand = self._given is not None and not len(self._given)
+        self.by_hand = self._given is not None and not len(self._given)
         self._known = Optimizers()  # that step in training steps
         self._stepped = Optimizers()  # those of them that stepped in this one
         self.pending = False
@@ -114,7 +115,7 @@ class StepDetector:
             optimizer: any.
             outer: the optimizers inside of whose `step` it steps, the innermost first.
         """
-        if outer or self._by_hand:
+        if outer or self.by_hand:
             return False
         before, held = self._seen.get(optimizer), hash(tuple(map(id, parameters_of(optimizer))))
         self._seen[optimizer] = held
@@ -149,7 +150,7 @@ class StepDetector:
             optimizer: any.
             outer: the optimizers inside of whose `step` it stepped, the innermost first.
         """
-        if self._by_hand:
+        if self.by_hand:
             return False
         counts, enclosing = self._counts_as(optimizer), self._enclosing(optimizer, outer)
         if enclosing is None:
@@ -239,7 +240,7 @@ class StepDetector:
         whose = "that hold none of the tracked parameters" if self._given is None else "other than the given ones"
         if self._foreign:
             seen = f"{after}{self._foreign} steps of optimizers {whose}"
-        elif self.moves and not (self.ended and (self._by_hand or len(self._ignored))):
+        elif self.moves and not (self.ended and (self.by_hand or len(self._ignored))):
             seen = f"{after}the weights changed without a step"
         else:
             return

@@ -125,3 +125,12 @@ def test_steps_by_hand_alone_are_not_doubted(caplog):
         for _ in range(3):
             probe.step()
     assert probe.step_count == 3 and not told(caplog, "Probe.step was called")
+
+
+def test_steps_by_hand_note_no_weights_for_a_message_that_is_never_given():
+    net = model()
+    with sosd_fast.track(net, [], method="full") as probe:
+        noted = probe._matrices._noted
+        for _ in range(3):
+            probe.step()
+        assert probe._matrices._noted is noted and probe.step_count == 3
