@@ -77,7 +77,7 @@ def test_one_page_that_needs_nothing_else(run_dirs, tmp_path, capsys):
     text = (tmp_path / "page" / "report.html").read_text()
     assert capsys.readouterr().out.strip().endswith("report.html")
     page = Page(text)
-    assert page.tags.count("svg") == 2 + 2 * 2, "loss, alignment, and two kinds of two runs"
+    assert page.tags.count("svg") == 2 * (2 + 2 * 2), "loss, alignment, two kinds of two runs; wide, narrow"
     outside = [v for k, v in page.attributes if k in ("src", "href", "xlink:href") and not v.startswith(("data:", "#"))]
     assert not outside and "script" not in page.tags and "@import" not in text
     ids = [v for k, v in page.attributes if k == "id"]
@@ -104,7 +104,7 @@ def test_one_page_that_needs_nothing_else(run_dirs, tmp_path, capsys):
 def test_one_run(run_dirs, tmp_path):
     assert main(["report", str(run_dirs[0]), "-o", str(tmp_path / "r.html")]) == 0
     text = (tmp_path / "r.html").read_text()
-    assert Page(text).tags.count("svg") == 4
+    assert Page(text).tags.count("svg") == 8
     rows = [row[1:4] for row in rows_of(text) if len(row) == 10 and row[1] in ("attention", "mlp")]
     run = sosd_fast.load(run_dirs[0])
     last = {r.name: r.sd_variation for r in run.records if r.step == 39}
@@ -135,7 +135,7 @@ def test_runs_that_are_compared_share_their_colours(run_dirs, monkeypatch):
     monkeypatch.setattr(plot, "plot_spectra", lambda *a, **k: drawn.append(real(*a, **k)) or drawn[-1])
     write_report(run_dirs, run_dirs[0] / "r.html")
     scales = [figure.axes[0].collections[0].get_clim() for figure in drawn]
-    assert len(scales) == 4 and scales[:2] == scales[2:] and scales[0] != scales[1], "one scale for each kind"
+    assert len(scales) == 8 and scales[:4] == scales[4:] and scales[0] != scales[2], "one scale for each kind"
     alone = real(sosd_fast.load(run_dirs[0]), ["attn.weight"]).axes[0].collections[0].get_clim()
     assert alone != scales[0]
 
@@ -163,7 +163,7 @@ def test_diverged_and_sparse_runs(tmp_path):
         writer.append(records + ([Record(step, "h.attn.w", (4, 9), "topk", topk=(1.0,))] if step % 2 else []))
     writer.close()
     assert main(["report", str(tmp_path / "odd"), "-o", str(tmp_path / "r.html")]) == 0
-    assert Page((tmp_path / "r.html").read_text()).tags.count("svg") == 3
+    assert Page((tmp_path / "r.html").read_text()).tags.count("svg") == 6
 
 
 def test_bounds_and_audits(tmp_path):
@@ -216,7 +216,7 @@ def test_names_settings_and_logs_are_shown_as_data(tmp_path, name, capsys):
     assert not {"script", "img", "iframe", "object"} & set(page.tags)
     assert not [k for k, v in page.attributes if k.startswith("on") or (v or "").startswith("javascript:")]
     assert not {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t"}
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 6
 
 
 @pytest.mark.parametrize("config", [b"{", b"\xff\xfe", b"[1]", b"[" * 100_000, b'{"a": %s}' % (b"9" * 5000), b'"x"'])
