@@ -32,6 +32,7 @@ def plot_run(run: Run, *, narrow: bool = False) -> "Figure":
     """
     figure, (top, bottom) = _figure("plot_run", *(_NARROW, 5.4) if narrow else (8, 6.5), 2, 1, sharex=True)
     _draw_loss(top, run, INK, {"loss": "training", "val_loss": "validation"})
+    _say_no_loss(top)
     top.set_title(as_label(run.run_dir.name))
     found = onsets(run)
     for name, curve in variation_by_kind(run).items():
@@ -66,6 +67,7 @@ def plot_runs(runs: Mapping[str, Run], *, narrow: bool = False) -> "Figure":
         for name, panel in zip(kinds, axes[1:], strict=False):
             if name in curves[label]:
                 _draw_variation(panel, curves[label][name], color, label, found[name])
+    _say_no_loss(axes[0])
     axes[0].set_title("loss, thick: validation")
     for name, panel in zip(kinds, axes[1:], strict=False):
         panel.set_title(name)
@@ -247,6 +249,11 @@ def _draw_loss(axes, run: Run, color: str, labels: Mapping[str, str | None]):
                 steps, curve[:, 1], label=None if labels[key] is None else as_label(labels[key]), color=color, **style
             )
     axes.set_ylabel("loss (nats per token)")
+
+
+def _say_no_loss(axes):
+    if not axes.lines:
+        axes.text(0.5, 0.5, "log.jsonl has no loss", transform=axes.transAxes, ha="center", va="center")
 
 
 def _draw_variation(axes, curve, color: str, label: str, onset: int | None):

@@ -27,6 +27,7 @@ from sosd_fast.runs.text import plain
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_SHORT = ' class="short"'  # of a cell that is not broken: others are wherever it must be, or the page would scroll
 _MOVED = (
     "An onset is told while the run goes on, from the steps up to then, and not taken back. What came later moved it; "
     "figures and tables of this page look at the whole run."
@@ -332,7 +333,8 @@ def _table(header: Sequence, rows: Iterable[Sequence]) -> str:
 
     def line(cells) -> str:
         texts = [escape(str(cell)) for cell in cells]
-        return "<tr>" + "".join(f'<td data-of="{n}">{t}</td>' for n, t in zip(names, texts, strict=True)) + "</tr>"
+        drawn = (f'<td{_SHORT * (len(t) <= 16)} data-of="{n}">{t}</td>' for n, t in zip(names, texts, strict=True))
+        return f"<tr>{''.join(drawn)}</tr>"
 
     many = ' class="many"' if len(names) > 3 else ""
     body = "\n".join(map(line, rows))
