@@ -67,7 +67,7 @@ def test_training(tmp_path, budget, cuts):
         optimizer.step()
         if step in cuts:
             probe.close()
-            probe = sosd_fast.track(net, run_dir=tmp_path, **options)
+            probe = sosd_fast.track(net, run_dir=tmp_path, step=step, **options)
     probe.close()
     run = sosd_fast.load(tmp_path)
     moved = [r for r in run.records if r.sd_variation is not None]
