@@ -349,7 +349,7 @@ def _figure(draw: Callable[..., "Figure"], name: str, label: str, caption: str) 
     return f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _svg(figure: "Figure", name: str, label: str) -> str:
+def _svg(figure, name: str, label: str) -> str:
     """Makes SVG whose ink follows the reader's colours; its ids get a prefix of their own."""
     for text in figure.findobj(lambda artist: hasattr(artist, "set_color") and hasattr(artist, "get_text")):
         text.set_color(plot.INK)
