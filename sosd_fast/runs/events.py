@@ -81,7 +81,8 @@ def read(run_dir: Path) -> tuple[list[Event], list[dict[str, Any]]]:
             own.append(line)
         elif _checked(line):
             known: dict[str, Any] = {f.name: line[f.name] for f in dataclasses.fields(Event) if f.name in line}
-            found.append(Event(**known | {"names": tuple(line["names"])}))
+            known["names"] = tuple(line["names"])
+            found.append(Event(**known))
         else:
             raise damaged(path, f"line {number}")
     return found, own
