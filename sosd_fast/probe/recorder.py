@@ -111,9 +111,10 @@ class Recorder:
         if self._steps > PATIENCE:
             self._say_absent()
         measurements = [found for found in measurements if found.mine]
-        records = [found.record() for found in measurements]
-        if not records:
+        if not measurements:
             return
+        self._watching(lambda watcher: watcher.rate(measurements))
+        records = [found.record() for found in measurements]
         self.latest |= {r.name: r for r in records}
         found, lines = self._watching(lambda watcher: watcher.update(measurements, records)) or ([], [])
         self._keep(found, lines)  # before the records: see `sosd_fast.runs.events`

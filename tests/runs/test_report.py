@@ -89,7 +89,7 @@ def rows_of(text):
 def test_one_page_that_needs_nothing_else(compared):
     text, _ = compared
     page = Page(text)
-    assert page.tags.count("svg") == 2 + 2 * 2, "loss, alignment, and two kinds of two runs"
+    assert page.tags.count("svg") == 2 * (2 + 2 * 2), "loss, alignment, two kinds of two runs; wide, narrow"
     outside = [v for k, v in page.attributes if k in ("src", "href", "xlink:href") and not v.startswith(("data:", "#"))]
     assert not outside and "script" not in page.tags and "@import" not in text
     ids = [v for k, v in page.attributes if k == "id"]
@@ -117,7 +117,7 @@ def test_one_run(run_dirs, tmp_path, capsys):
     assert main(["report", str(run_dirs[0]), "-o", str(tmp_path / "page" / "r.html")]) == 0
     text = (tmp_path / "page" / "r.html").read_text()
     assert capsys.readouterr().out.strip().endswith("r.html")
-    assert Page(text).tags.count("svg") == 4
+    assert Page(text).tags.count("svg") == 8
     rows = [row[1:4] for row in rows_of(text) if len(row) == 10 and row[1] in ("attention", "mlp")]
     run = sosd_fast.load(run_dirs[0])
     last = {r.name: r.sd_variation for r in run.records if r.step == 39}
@@ -145,7 +145,7 @@ def test_the_numbers_behind_the_figures(run_dirs, compared):
 def test_runs_that_are_compared_share_their_colours(run_dirs, compared):
     _, drawn = compared
     scales = [figure.axes[0].collections[0].get_clim() for figure in drawn]
-    assert len(scales) == 4 and scales[:2] == scales[2:] and scales[0] != scales[1], "one scale for each kind"
+    assert len(scales) == 8 and scales[:4] == scales[4:] and scales[0] != scales[2], "one scale for each kind"
     alone = plot.plot_spectra(sosd_fast.load(run_dirs[0]), ["attn.weight"]).axes[0].collections[0].get_clim()
     assert alone != scales[0]
 
@@ -169,7 +169,7 @@ def test_diverged_and_sparse_runs(tmp_path):
         writer.append(records + ([Record(step, "h.attn.w", (4, 9), "topk", topk=(1.0,))] if step % 2 else []))
     writer.close()
     assert main(["report", str(tmp_path / "odd"), "-o", str(tmp_path / "r.html")]) == 0
-    assert Page((tmp_path / "r.html").read_text()).tags.count("svg") == 3
+    assert Page((tmp_path / "r.html").read_text()).tags.count("svg") == 6
 
 
 def test_bounds_and_audits(tmp_path):
@@ -223,7 +223,7 @@ def test_names_settings_and_logs_are_shown_as_data(tmp_path):
     assert not {"script", "img", "iframe", "object"} & set(page.tags)
     assert not [k for k, v in page.attributes if k.startswith("on") or (v or "").startswith("javascript:")]
     assert not {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t"}
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 6
 
 
 BROKEN = [b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": %s}' % (b"9" * 5000)]
