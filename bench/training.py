@@ -203,7 +203,9 @@ def bytes_moved(name: str, ranks: int) -> list[dict]:
         for product in (p for block in model.h for p in block.mlp.children() if layout == "EP"):
             product.weight = nn.Parameter(product.weight.expand(ranks, -1, -1).contiguous())
         Parallel(kinds[layout], torch.device("cpu"), 0, ranks, mesh, mesh_sizes.get("tp", 1)).wrap(model, "float32")
-        model.to_empty(device="cpu")  # what is on the meta device is no matrix; nothing is written, so it takes no memory
+        model.to_empty(
+            device="cpu"
+        )  # what is on the meta device is no matrix; nothing is written, so it takes no memory
         matrices = find_matrices(model)
         meshes = [mesh_of(m.parameter) for m in matrices]
         boxes = [
