@@ -1,8 +1,9 @@
-"""Damages run directories and token shards, and sees that what reads them gives what is there, or says so in a sentence.
+"""Damages run directories and token shards, and sees that what reads them gives what is there, or says so.
+
 
 A mutant fails as one of tests/checkpoints/fuzz.py does.
 
-    python tests/runs/fuzz_runs.py COUNT SEED [FOLDER]   prints a line of JSON with the counts; keeps failed ones in FOLDER
+    python tests/runs/fuzz_runs.py COUNT SEED [FOLDER]   prints a line of JSON; keeps failed mutants in FOLDER
 """
 
 import collections
