@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from sosd_fast import kernels
+from sosd_fast.runs.text import plain
 
 
 def main(argv=None) -> int:
@@ -60,8 +61,6 @@ def main(argv=None) -> int:
     try:
         {"report": _report, "watch": _watch, "analyze": _analyze}[args.command](args)
     except (ValueError, ImportError, OSError) as error:
-        from sosd_fast.runs.text import plain
-
         print(plain(error), file=sys.stderr)
         return 2
     return 0
@@ -126,8 +125,6 @@ def _plain(value):
 
 
 def _table(path, records):
-    from sosd_fast.runs.text import plain
-
     try:
         from rich.console import Console
         from rich.markup import escape

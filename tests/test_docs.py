@@ -21,6 +21,7 @@ import pytest
 from prepared import run
 
 import sosd_fast
+from sosd_fast.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -224,7 +225,10 @@ def alike(printed: str, documented: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
-    """The blocks of a page are one program; a block of text says what the block before it prints."""
+    """The blocks of a page are one program; a block of text says what the block before it prints.
+
+    README and the tutorial end with a report on what their code has written.
+    """
     monkeypatch.chdir(tmp_path)
     names, printed, blocks = {}, "", [block for block in FENCE.findall(page.read_text()) if block[0]]
     assert blocks and {kind for kind, _ in blocks} <= {"python", "text"}
@@ -236,23 +240,15 @@ def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
             with contextlib.redirect_stdout(out):
                 exec(compile(code, name_of(page), "exec"), names)
             printed = out.getvalue()
+    reports = re.findall(r"^python -m sosd_fast (report \S+ -o report\.html)", page.read_text(), re.M)
+    assert len(reports) == (page.name != "methods.md")
+    for command in reports:
+        assert main(command.split()) == 0 and "<svg" in Path("report.html").read_text()
 
 
 def test_another_output_is_found():
     assert alike("a 1.21 of 3\n", "a  1.2 of 3") and alike("1.5e-04", "1.6e-04")
     assert not alike("a 1.21 of 4", "a 1.2 of 3") and not alike("a 2.4", "a 1.2") and not alike("", "a")
-
-
-def test_a_report_of_the_tutorials_kind_of_run(tmp_path, monkeypatch):
-    """README and the tutorial end with this command, on what their code has written."""
-    monkeypatch.chdir(tmp_path)
-    code = next(code for kind, code in FENCE.findall((ROOT / "README.md").read_text()) if kind == "python")
-    with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile(code, "README.md", "exec"), {})
-        from sosd_fast.__main__ import main
-
-        assert main(["report", "runs/first", "-o", "report.html"]) == 0
-    assert "<svg" in Path("report.html").read_text()
 
 
 @pytest.mark.parametrize("page", TOLD, ids=name_of)

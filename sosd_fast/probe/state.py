@@ -5,7 +5,8 @@
 
 import logging
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -229,6 +230,5 @@ class MatrixState:
         return step, S.tolist(), rest * rest
 
 
-def form_of(parameter: Tensor) -> tuple[Any, ...]:
-    """What of a parameter its measurement depends on besides its values."""
-    return parameter.shape, parameter.dtype, parameter.device
+# What of a parameter its measurement depends on besides its values.
+form_of: Callable[[Tensor], tuple[Any, ...]] = operator.attrgetter("shape", "dtype", "device")

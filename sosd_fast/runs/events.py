@@ -79,8 +79,9 @@ def read(run_dir: Path) -> tuple[list[Event], list[dict[str, Any]]]:
         if "what" not in line:
             own.append(line)
         elif _checked(line):
-            known = {f.name: line[f.name] for f in dataclasses.fields(Event) if f.name in line}
-            found.append(Event(**known | {"names": tuple(line["names"])}))
+            known: dict[str, Any] = {f.name: line[f.name] for f in dataclasses.fields(Event) if f.name in line}
+            known["names"] = tuple(known["names"])
+            found.append(Event(**known))
         else:
             raise damaged(path, f"line {number}")
     return found, own

@@ -11,7 +11,7 @@ from sosd_fast.runs import segments
 from sosd_fast.runs.records import Record, RunWriter, load
 
 SEGMENT_BYTES = 250  # two steps
-READS = int(os.environ.get("SOSD_READS", "60"))  # 10000 to be sure
+READS = int(os.environ.get("SOSD_READS", "30"))  # 10000 to be sure
 
 WRITER = """
 import sys, time
