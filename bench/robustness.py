@@ -77,9 +77,9 @@ def draw(seed: int) -> Input:
 
 def changed(X: Tensor, special: str, dtype: torch.dtype, rng: np.random.Generator) -> Tensor:
     """Puts special values into matrices (B, m, n) of float64 that a dtype is to hold."""
-    limits, X = torch.finfo(dtype), X.clone()
     if not X.numel():
         return X
+    limits, X = torch.finfo(dtype), X.clone()
     at = tuple(int(rng.integers(side)) for side in X.shape)
     tiny = limits.smallest_normal * limits.eps  # the smallest number above 0
     if special in ("NaN", "Inf", "-Inf"):
@@ -93,8 +93,7 @@ def changed(X: Tensor, special: str, dtype: torch.dtype, rng: np.random.Generato
     elif special == "subnormal":
         X = tiny * torch.randint(-9, 10, X.shape).double()
     elif special == "spread":
-        low, high = DTYPES[dtype]
-        X = torch.randn(X.shape).sign().double() * torch.from_numpy(10.0 ** rng.uniform(low, high, X.shape))
+        X = torch.randn(X.shape).sign().double() * torch.from_numpy(10.0 ** rng.uniform(*DTYPES[dtype], X.shape))
     elif special == "largest":
         X = limits.max * torch.randint(-1, 2, X.shape).double()
     elif special == "signs":
@@ -134,7 +133,7 @@ def laid_out(X: Tensor, layout: str, rng: np.random.Generator) -> tuple[Tensor, 
 class Truth(NamedTuple):
     """What is known of a finite matrix in float64, divided by 2^exponent."""
 
-    X: Tensor  # (m, n), of which the largest entry is near 1
+    X: Tensor  # (m, n), whose largest entry is near 1
     exponent: int
     S: Tensor  # (r,)
     slack: float
@@ -336,8 +335,8 @@ def check(seed: int) -> tuple[Input, dict[str, float | str]]:
 def checked(seed: int) -> tuple[int, dict[str, str | int], dict[str, float | str]]:
     """`check`, and what was drawn in words."""
     given, result = check(seed)
-    words = {"layout": given.layout, "special": given.special, "dtype": str(given.W.dtype)[6:]}
-    return math.prod(given.W.shape[:-2]), words | {"input": str(given)}, result
+    words = {"layout": given.layout, "special": given.special, "dtype": str(given.W.dtype)[6:], "input": str(given)}
+    return math.prod(given.W.shape[:-2]), words, result
 
 
 def alone():
