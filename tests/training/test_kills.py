@@ -89,19 +89,20 @@ def test_kills_of_a_training_run(tmp_path):
     assert done.returncode == 0, done.stderr
     expected = outcome(tmp_path / "whole")
     assert len(expected[0]) == 60
-    rng, kills, lives = np.random.default_rng(0), 0, 0
+    rng, kills, lives, resumed = np.random.default_rng(0), 0, 0, 0
     while kills < KILLS:
         run_dir, status = tmp_path / f"run-{lives}", None
         lives += 1
         while status != 0:
             started = (run_dir / "config.json").exists() and any(run_dir.glob("checkpoints/step-*"))
+            resumed += started
             child = Process(
                 TRAINED.format(argv=[f"--resume={run_dir}"] if started else [*argv, f"--run-dir={run_dir}"])
             )
             assert child.stdout.readline() == "begun\n"
-            before = lines(run_dir)
+            until = (lines(run_dir) if started else 0) + int(rng.integers(1, 30))
             if kills < KILLS:
-                while child_runs(child) and lines(run_dir) < before + 3 + int(rng.integers(0, 12)):
+                while child_runs(child) and lines(run_dir) < until:
                     time.sleep(0.002)
                 time.sleep(float(rng.uniform(0, 0.02)))
                 if child_runs(child):
@@ -115,7 +116,8 @@ def test_kills_of_a_training_run(tmp_path):
                 run_dir = tmp_path / f"run-{lives}"  # nothing to resume from
                 lives += 1
         assert outcome(run_dir) == expected, run_dir
-    print(f"{kills} kills of {lives} training runs")
+    assert resumed or KILLS < 4
+    print(f"{kills} kills of {lives} training runs, which were resumed {resumed} times")
 
 
 def lines(run_dir):
