@@ -37,10 +37,7 @@ SPECIAL = (
 SLACK = 4 * 2.0**-53  # of the truth, times sqrt(m + n), relative to its largest value
 ROUND = 1024  # inputs that the processes are given at a time
 # What newton_schulz states, relative to |X|_F, whatever the spectrum.
-POLAR = {
-    "muon": {torch.float64: 1e-11, torch.float32: 2e-3, torch.bfloat16: 1e-1, torch.float16: 5e-2},
-    "polar_express": {torch.float64: 1e-10, torch.float32: 2e-2, torch.bfloat16: 1e-1, torch.float16: 5e-2},
-}
+POLAR = {torch.float64: 1e-10, torch.float32: 2e-2, torch.bfloat16: 1e-1, torch.float16: 5e-2}
 
 
 class Input(NamedTuple):
@@ -265,7 +262,7 @@ def of_newton_schulz(W: Tensor, truths: list[Truth | None], rng: np.random.Gener
     assert X.shape == W.shape and X.dtype == W.dtype
     if not X.numel():
         return 0.0
-    worst, tolerance = 0.0, POLAR[name][W.dtype]
+    worst, tolerance = 0.0, POLAR[W.dtype]
     triples, half = triples_of(steps, name, 1e-7), W.dtype in HALF
     for found, truth in zip(X.flatten(0, -3) if X.ndim > 2 else [X], truths, strict=True):
         if truth is None:
