@@ -75,6 +75,10 @@ def newton_schulz(
         graded ones and 5e-4 for rank one, whose small values drown in A ("plain": 5e-5, and 2e-4 for rank one).
         In float16 both are within 1e-2 |X|_F for Gaussian and 3e-2 for graded spectra (5 steps; in bfloat16 "plain"
         errs by 4e-2 and 1e-1, and its values end as low as 0.66).
+        Whatever the spectrum, in up to 6 steps, X is within 2e-2 |X|_F of the float64 iteration in float32 and 1e-10 in
+        float64; "gram" errs most, for small values grow by 3.4 or more a step. In half precision rounding moves values
+        where the polynomial is steep, but the largest stays that of the polynomial on [0, 1], to 5e-2 of itself in
+        float16 and 1e-1 in bfloat16. Calibrated on random matrices: python -m bench.robustness.
 
     Raises:
         ValueError: a vector, an integer dtype, fewer than one step, unknown coefficients or method, a negative eps.
@@ -133,7 +137,11 @@ def triples_of(
 
 
 def _is_triple(value: object) -> bool:
-    return isinstance(value, Sequence) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
+    return (
+        isinstance(value, Sequence)
+        and len(value) == 3
+        and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
+    )
 
 
 class _Differentiable(torch.autograd.Function):

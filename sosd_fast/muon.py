@@ -175,7 +175,8 @@ def _check_group(group: dict):
     lr, weight_decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Muon: expected one learning rate, got lr of shape {tuple(lr.shape)}. Give each its group.")
-    if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
+    flags = any(isinstance(value, bool) for value in (lr, weight_decay, momentum))
+    if flags or lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
         raise ValueError(
             f"Muon: expected lr >= 0, weight_decay >= 0, 0 <= momentum < 1, got lr={lr}, "
             f"weight_decay={weight_decay}, momentum={momentum}. Start from lr=0.02, momentum=0.95."

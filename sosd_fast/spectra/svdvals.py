@@ -98,7 +98,7 @@ class _Differentiable(torch.autograd.Function):
         S = found.S.to(dtype).reshape(*batch, -1)
         limits = torch.finfo(dtype)  # of the conversion: below `tiny` values are multiples of the smallest subnormal
         rounding = torch.clamp(limits.eps / 2 * found.S, min=limits.smallest_normal * limits.eps)
-        rounding = rounding.where(found.S != 0, 0)
+        rounding = rounding.where(found.S[:, :1] != 0, 0)  # also of a value that is too small to be there
         return S, (found.bound + rounding).to(dtype).reshape(S.shape)
 
     @staticmethod
