@@ -66,8 +66,8 @@ def svdvals(W: Tensor, *, method: str = "auto", return_bound: bool = False) -> T
         values below about sqrt(u) * S[0] are lost. With K = max(m, n), c = 32 + max(a sqrt(r), r / 12) + sqrt(K) / 8,
         4 times as much in float64; a is 2 for the C++ kernels (LOG.md#gram-error), 4 for the Triton ones
         (LOG.md#one-planner) and 16 for torch's operations (LOG.md#torch-bounds). "exact":
-        (160 + 8 sqrt(r) + sqrt(K)) * u * S[0] (LOG.md#nearly-equal-values). All constants were calibrated against float64
-        and are tested to hold; they are not proofs.
+        (160 + 8 sqrt(r) + sqrt(K)) * u * S[0] (LOG.md#nearly-equal-values). All constants were calibrated against
+        float64 and are tested to hold; they are not proofs.
 
     Raises:
         ValueError: fewer than two dimensions, an integer or complex dtype, an empty matrix, an unknown method.

@@ -56,7 +56,7 @@ def forward(model, step):
 def muon(model):
     fused = model.fused.weight
     groups = [{"params": [p for p in model.parameters() if p is not fused]}, {"params": [fused], "split": 3}]
-    return sosd_fast.Muon(groups, lr=LR, weight_decay=0.1)
+    return sosd_fast.Muon(groups, lr=LR, weight_decay=0.1, ns_dtype=torch.float32)
 
 
 def distributed(mesh, *placements, but=()):
