@@ -9,6 +9,7 @@ namespace SOSD_ISA {
 // Rows of sums in registers at once, by as many or half as many columns.
 constexpr int kThinRows = 4, kThinCols = kRegisters == 32 ? 4 : 2, kThinSums = kThinRows * kThinCols;
 constexpr int64_t kMostThin = 32;        // rows; their sums, a vector each, stay in the nearest caches
+constexpr int64_t kThinAspect = 8;       // shorter rows do not pay for the sums over lanes
 constexpr int64_t kThinBytes = 1 << 15;  // of W at once
 constexpr int64_t kThinChunks = 16;      // summed lane by lane; then what rounding loses is kept
 
@@ -16,8 +17,8 @@ constexpr int64_t kThinChunks = 16;      // summed lane by lane; then what round
 template <class T, class From>
 inline void pack_rows(const From* w, int64_t si, int64_t sk, int64_t r, int64_t K, int64_t left, double scale, T* out,
                       int64_t stride) {
-    using V = Simd<T>;
     using Wide = decltype(widen(From{}));
+    using V = Simd<Wide>;
     const Wide s = Wide(scale);
     int64_t k = 0;
     if (sk == 1) {
@@ -27,26 +28,36 @@ inline void pack_rows(const From* w, int64_t si, int64_t sk, int64_t r, int64_t 
         k = K;
     } else if (si == 1) {
         // L columns at a time. A vector may reach into the next column of W where nothing lies between, but not past W.
+        const int64_t rows = round_up(r, V::L);
         for (; k + V::L <= K; k += V::L) {
-            const int64_t rows = round_up(r, V::L);
             if (rows > r && (sk != r || (k + V::L - 1) * sk + rows > (left - 1) * sk + r)) break;
             for (int64_t i = 0; i < r; i += V::L) {
                 typename V::V x[V::L];
 #pragma GCC unroll 16
                 for (int u = 0; u < V::L; ++u) {
-                    T wide[V::L];
+                    Wide wide[V::L];
 #pragma omp simd
-                    for (int q = 0; q < V::L; ++q) wide[q] = T(widen(w[(k + u) * sk + i + q]) * s);
+                    for (int q = 0; q < V::L; ++q) wide[q] = widen(w[(k + u) * sk + i + q]) * s;
                     __builtin_memcpy(&x[u], wide, sizeof(x[u]));
                 }
-                transpose<T>(x);
-                for (int64_t q = 0; q < min_of<int64_t>(V::L, r - i); ++q) V::at(out + (i + q) * stride + k) = x[q];
+                transpose<Wide>(x);
+                for (int64_t q = 0; q < min_of<int64_t>(V::L, r - i); ++q) {
+                    alignas(kVectorBytes) Wide row[V::L];
+                    V::at(row) = x[q];
+                    T* to = out + (i + q) * stride + k;
+                    if constexpr (sizeof(T) > sizeof(Wide)) {
+                        for (int h = 0; h < V::L; h += Simd<T>::L) Simd<T>::at(to + h) = widened(row + h);
+                    } else {
+#pragma omp simd
+                        for (int h = 0; h < V::L; ++h) to[h] = T(row[h]);
+                    }
+                }
             }
         }
     }
     for (int64_t i = 0; i < r; ++i) {
         for (int64_t j = k; j < K; ++j) out[i * stride + j] = T(widen(w[i * si + j * sk]) * s);
-        for (int64_t j = K; j < round_up(K, V::L); ++j) out[i * stride + j] = 0;
+        for (int64_t j = K; j < round_up(K, Simd<T>::L); ++j) out[i * stride + j] = 0;
     }
 }
 
@@ -79,7 +90,9 @@ template <int Q, class T> inline void add_row_products(const T* row, int64_t apa
             }
         }
     }
+#pragma GCC unroll 4
     for (int q = 0; q < Q; ++q)
+#pragma GCC unroll 2
         for (int u = 0; u < U; ++u) {
             to.squares[q * kApart] += sum_lanes<double>(squares[q * U + u].total());
             if (q + 1 < Q) to.cross[q * kApart] += sum_lanes<double>(cross[q * U + u].total());
@@ -97,6 +110,7 @@ template <class T>
 inline void add_thin_block(const T* a, const T* b, int64_t stride, int64_t K, T* sums, bool first) {
     using S = Simd<T>;
     typename S::V acc[kThinSums];
+#pragma GCC unroll 16
     for (int s = 0; s < kThinSums; ++s) acc[s] = typename S::V{};
     for (int64_t k = 0; k < K; k += S::L) {
         typename S::V x[kThinRows];
@@ -109,6 +123,7 @@ inline void add_thin_block(const T* a, const T* b, int64_t stride, int64_t K, T*
             for (int i = 0; i < kThinRows; ++i) acc[j * kThinRows + i] += x[i] * y;
         }
     }
+#pragma GCC unroll 16
     for (int s = 0; s < kThinSums; ++s)
         S::at(sums + s * S::L) = first ? acc[s] : S::at(sums + s * S::L) + acc[s];
 }
@@ -173,7 +188,7 @@ template <class T> GramSums thin_gram(const Source& w, T* G, Arena& arena) {
 }
 
 template <class T> GramSums any_gram(const Source& w, T* G, Arena& arena, const Parallel& parallel) {
-    return w.r <= kMostThin ? thin_gram(w, G, arena) : gram(w, G, arena, parallel);
+    return w.r <= kMostThin && w.K >= kThinAspect * w.r ? thin_gram(w, G, arena) : gram(w, G, arena, parallel);
 }
 
 }  // namespace SOSD_ISA
