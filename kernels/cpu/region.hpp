@@ -1,7 +1,8 @@
 // Threads that run one function at the same time: those of the process's OpenMP runtime, where it has one.
 //
 // torch's OpenMP threads spin for milliseconds after its last operation. Threads of our own would share the cores with
-// them; in a region of the same runtime they are the ones that work, and they are awake.
+// them; in a region of the same runtime they are the ones that work, and they are awake. Where there is none, threads live
+// for one call: making and joining one takes 8 us, about what it takes to wake one that sleeps.
 #pragma once
 
 #include <atomic>
