@@ -2,7 +2,7 @@
 //
 // torch's OpenMP threads spin for milliseconds after its last operation. Threads of our own would share the cores with
 // them; in a region of the same runtime they are the ones that work, and they are awake. Where there is none, threads live
-// for one call: making and joining one takes 8 us, about what it takes to wake one that sleeps.
+// for one call: making and joining one takes 8 us.
 #pragma once
 
 #include <atomic>
