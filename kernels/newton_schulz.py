@@ -3,13 +3,13 @@ r"""Newton-Schulz iteration for the polar factor, as Muon uses it.
     X <- X / max(|X|_F, eps);   steps times:  A = X X^T,  X <- P X,  P = a I + b A + c A^2     on the short side
 
 The Gram form never touches X in between: all P commute, so A <- P A P = P^2 A and X_last = (P_5 ... P_1) X. At
-m:n = 1:4 that is 50 r^3 operations for 5 steps against 90. In half precision it starts again from X after every two steps
-(70 r^3), before rounding in A outgrows its small eigenvalues, and after every one whose a exceeds 4, which is the plain
-form: noise in A grows by a^2 a step (LOG.md#nearly-rank-one). CUDA takes float16 whatever half precision G has, for with
-|X| <= 1.21 its range does.
+m:n = 1:4 that is 50 r^3 operations for 5 steps against 90. In half precision it starts again from X after every two
+steps (70 r^3), before rounding in A outgrows its small eigenvalues, and after every one whose a exceeds 4, which is
+the plain form: noise in A grows by a^2 a step (LOG.md#nearly-rank-one). CUDA takes float16 whatever half precision G
+has, for with |X| <= 1.21 its range does.
 
-All r x r products are symmetric, so on CUDA `syrk` computes half of each: 65 r^3 for the plain form at 1:4, 38 for the
-Gram form with one restart (not counted anew with two). It is not faster for every shape; the first call on a shape times both and keeps the faster.
+All r x r products are symmetric, so on CUDA `syrk` computes half of each: 65 r^3 for the plain form at 1:4. The Gram
+form is not faster for every shape; the first call on a shape times both and keeps the faster.
 On a CPU `_strips` leaves out a third of each.
 
 Source: Jordan et al., Muon (2024), coefficients (3.4445, -4.7750, 2.0315) for "muon"; Amsel et al., The Polar Express
