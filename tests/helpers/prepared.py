@@ -43,7 +43,7 @@ MODULES = (
 
 
 def serve(descriptor: int):
-    """Forks a process for each request, until nobody can ask any more; runs, in the forked process, what it asks for."""
+    """Forks a process for each request, until nobody can ask any more; runs what it asks for in that."""
     for name in MODULES:
         with contextlib.suppress(ImportError):  # the extras are optional
             importlib.import_module(name)
