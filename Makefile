@@ -30,7 +30,7 @@ bench: install  ## the headline table, and one benchmark a kernel
 docs: install  ## the site in build/site, without a warning; then links, commands and code blocks of all pages
 	$(PYTHON) -m pip install --quiet -c requirements.txt -r requirements-docs.txt
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
-	$(PYTHON) -m pytest -q tests/test_docs.py
+	$(PYTHON) -m pytest -q tests/test_docs.py tests/test_site.py
 
 # With the system's python and what it has: torch with CUDA, Triton and, better, CuPy. Nothing is downloaded.
 gpu:  ## what a GPU has to prove, in 8 minutes: native tests, then every benchmark; JSON under bench/results/<gpu name>/

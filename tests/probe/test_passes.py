@@ -30,7 +30,7 @@ def wrong_records(rounds, step, given=False, net=None):
 
 @pytest.mark.parametrize("zeroed", ["at the end", "at once", "in place"])
 @pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("alone", [1, 5, 10, 25])
+@pytest.mark.parametrize("alone", [1, 5, 25])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_an_optimizer_that_joins_late_and_steps_before_the_other(alone, given, frozen, zeroed, caplog):
     """As one that waits until a new head is trained."""
@@ -45,7 +45,7 @@ def test_an_optimizer_that_joins_late_and_steps_before_the_other(alone, given, f
         first.step()
         net.zero_grad(set_to_none=zeroed != "in place")
 
-    wrong, probe = wrong_records(40, step, given)
+    wrong, probe = wrong_records(alone + 6, step, given)
     assert wrong in ([], [(alone, "0.weight")])
     said = [m for m in caplog.messages if f"The records of step {alone} hold its change of step {alone + 1}" in m]
     assert len(said) == len(caplog.messages) == len(wrong)
@@ -63,12 +63,12 @@ def test_an_optimizer_that_joins_late_and_steps_after_the_other(alone, frozen, c
             late.step()
         net.zero_grad()
 
-    wrong, _ = wrong_records(40, step)
+    wrong, _ = wrong_records(alone + 6, step)
     assert wrong in ([], [(alone + 1, "0.weight")])
     assert len(caplog.messages) == len(wrong)
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("given", [False, True])
 def test_partners_that_miss_steps_in_any_order(seed, given):
     """Any of them, in batches without an order, as long as they all step in the first batches."""
