@@ -68,11 +68,17 @@ def test_bad_input(arguments, message):
 
 
 FORMS = [("plain", False), ("plain", True), ("gram", False), ("gram", True)]
+# The shape decides the form and the order of the products, the dtype their rounding: each with one of the other.
+CASES = [
+    *(((2, 37, 150), dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    ((1, 5), torch.float32),
+    ((40, 40), torch.bfloat16),
+    ((150, 37), torch.float16),
+]
 
 
 @pytest.mark.parametrize(("form", "symmetric"), FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 5), (40, 40), (2, 37, 150), (150, 37)], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_every_form_keeps_the_band(device, shape, dtype, form, symmetric):
     G = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     before = G.clone()
@@ -120,7 +126,7 @@ def test_the_scale_of_a_matrix_does_not_matter(device, shape, dtype, form, symme
     powers = [0, *EXTREMES[dtype]]
     batch = torch.stack([(G.double() * 2.0**power).to(dtype) for power in powers])
     assert batch.isfinite().all()
-    X = iterate(batch, COEFFICIENTS["muon"] * 5, 0.0, form, symmetric)
+    X = iterate(batch, COEFFICIENTS["muon"] * 2, 0.0, form, symmetric)  # the scale is gone before the first step
     assert X[0].abs().max() > 0.1
     for power, each in zip(powers, X, strict=True):
         assert torch.equal(each, X[0]), power
