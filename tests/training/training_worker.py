@@ -2,7 +2,8 @@
 
 "--next" separates the flags of runs that follow each other, in one process group, where ranks learn once how operations
 are spread; "--float64" before a run's flags trains it in that, "--half-of=from:to" copies a run as if it had been
-killed after its checkpoint of step 2. DIE=rank:step kills that rank in that step, HANG=rank:step lets it wait until another ended.
+killed after its checkpoint of step 2. DIE=rank:step kills that rank in that step, HANG=rank:step lets it wait until
+another has ended.
 """
 
 import atexit
