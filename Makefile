@@ -7,7 +7,7 @@ ROOT := $(if $(filter 0,$(shell id -u)),,sudo)  # for packages of the system
 demo: install  ## train a small GPT-2 on real text with the tracker on (about 4 minutes)
 	$(PYTHON) training/run.py --tracker=fast
 
-test: install  ## all tests but tests/integrations, then lint, format and types (about 8 minutes)
+test: install  ## all tests but tests/integrations, then lint, format and types (about 6 minutes)
 	$(PYTHON) -m pytest -n 2 --dist=worksteal
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .

@@ -68,6 +68,7 @@ def serve(descriptor: int):
             os.close(each)
         answer.sendall(array.array("i", [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])]).tobytes())
         os._exit(0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which the background jobs of a shell ignore
     os.setsid()  # before it is known, and may be killed, by the name of its session
     answer.sendall(array.array("i", [os.getpid()]).tobytes())
     answer.close()
