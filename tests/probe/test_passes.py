@@ -1,6 +1,8 @@
 """Gradients tell which steps of several optimizers make one training step, whoever joins late or misses some."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from arranged import backward, model, sgd, sigma_max
 from torch import nn
 
 import sosd_fast
+from sosd_fast.probe.passes import trains_alone
 
 NAMES = ("0.weight", "1.weight")
 
@@ -66,6 +69,19 @@ def test_an_optimizer_that_joins_late_and_steps_after_the_other(alone, frozen, c
     wrong, _ = wrong_records(alone + 6, step)
     assert wrong in ([], [(alone + 1, "0.weight")])
     assert len(caplog.messages) == len(wrong)
+
+
+def test_threads_of_a_pool_that_wait_for_work_are_no_training(caplog):
+    """As those that torch.compile leaves."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(int).result()
+        test_an_optimizer_that_joins_late_and_steps_after_the_other(5, False, caplog)
+        held, begun = Event(), Event()
+        work = pool.submit(lambda: begun.set() or held.wait())
+        assert begun.wait(60)
+        alone = trains_alone()
+        held.set()
+        assert work.result() and not alone
 
 
 @pytest.mark.parametrize("seed", range(5))
