@@ -137,8 +137,7 @@ void solve(const Stages<T>& stages, const GramTask& t, Arena& arena, const Paral
         for (int64_t i = j; i < t.r; ++i) {
             const T x = given[i * t.row_stride + j * t.col_stride];
             infinite += x - x;
-            G[tiles.at(i, j)] = x;
-            if (i / kTileRows == j / kTileRows) G[tiles.at(j, i)] = x;
+            tiles.put(G, i, j, x);
         }
     if (infinite != 0) {
         std::fill_n(t.values, t.r, std::numeric_limits<double>::quiet_NaN());
@@ -147,8 +146,6 @@ void solve(const Stages<T>& stages, const GramTask& t, Arena& arena, const Paral
     stages.tridiagonal(G, t.r, d, e, arena);
     stages.sturm(d, e, t.r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, t.values, arena, parallel);
 }
-
-double cost(const GramTask& t) { return double(t.r) * double(t.r) * (2.0 * double(t.r) + 100); }
 
 double cost(const SvdvalsTask& t) {
     const double r = double(std::min(t.m, t.n)), K = double(std::max(t.m, t.n));
@@ -187,7 +184,10 @@ void svdvals(SvdvalsTask* tasks, int64_t count, int n_threads) {
 
 void gram_eigenvalues(GramTask* tasks, int64_t count, int n_threads) {
     std::vector<double> costs(count);
-    std::transform(tasks, tasks + count, costs.begin(), [](const GramTask& t) { return cost(t); });
+    std::transform(tasks, tasks + count, costs.begin(), [](const GramTask& t) {
+        const double r = double(t.r);
+        return r * r * (2 * r + 100);
+    });
     const Kernels& k = kernels();
     for_each(costs, n_threads, [&](int64_t i, Arena& arena, const Parallel& parallel) {
         tasks[i].dtype == DType::f64 ? solve(k.f64, tasks[i], arena, parallel) : solve(k.f32, tasks[i], arena, parallel);
