@@ -232,7 +232,7 @@ def test_memory_of_whole_files(tmp_path):
     for make in (fp8, gptq, old_torch):
         paths[make.__name__].mkdir()
         make(paths[make.__name__], 120_000, 128)
-    found = limited(tmp_path, paths, dict.fromkeys(paths, 135))
+    found = limited(tmp_path, paths, dict.fromkeys(paths, 120))
     assert set(found.values()) == {"measured"}, found
 
 

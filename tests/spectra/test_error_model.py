@@ -25,7 +25,7 @@ from sosd_fast.spectra.svdvals import spectra
 from sosd_fast.testing import SPECTRA, matrix, sd_distance, spectrum
 
 NAMES = [*(name for name in SPECTRA if name != "zero"), "trained", "graded", "zero"]
-SIZES = [64, 256, 512, 768, 1024]
+SIZES = [64, 256, 512, 768, 1280]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
