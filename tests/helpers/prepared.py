@@ -2,8 +2,8 @@
 
 A forked process is as one that a shell starts, but for the modules that are loaded: it has its own arguments,
 environment, folder, session and output, and at its end its threads, what `atexit` was given and its own objects end as
-an interpreter's do. What the interpreter then takes down besides, all modules, is left: taking down torch costs nine
-tenths of a short process. CUDA is hidden from it, for a driver that was asked does not survive a fork.
+an interpreter's do. What the interpreter then takes down besides, all modules, is left: on a loaded machine a short
+process took 0.6 s for 4.2. CUDA is hidden from it, for a driver that was asked does not survive a fork.
 """
 
 import array
