@@ -256,7 +256,7 @@ static void fuzz(int calls, unsigned seed) {
         std::vector<double> eigenvalues(size_t(2 * r));
         std::vector<GramTask> grams;
         for (int64_t i = 0; i < 2; ++i)
-            grams.push_back({G.task.data, G.task.dtype, r, G.task.row_stride, G.task.col_stride, eigenvalues.data() + i * r});
+            grams.push_back({G.data.data(), G.task.dtype, r, G.task.row_stride, G.task.col_stride, eigenvalues.data() + i * r});
         gram_eigenvalues(grams.data(), 2, 1 + below(3));
         for (int64_t i = 0; i < r; ++i) CHECK(eigenvalues[i] == eigenvalues[r + i] && (i == 0 || eigenvalues[i] >= eigenvalues[i - 1]));
         const int64_t n = 2 + side(60), m = n + side(60), b = 1 + below(int(n) - 1), count = 1 + below(2);
