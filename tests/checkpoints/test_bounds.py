@@ -227,12 +227,16 @@ def old_torch(folder, m, n):
 
 
 def test_memory_of_whole_files(tmp_path):
-    """Twice a matrix of 60 MB, which is the largest: of three that are, one is there at a time."""
+    """A file holds three matrices of 59 MiB: two copies of one (117 MiB) are there at a time, never three (176).
+
+    What the allocator and pages of libraries add differs between machines: 4 MiB here, 5 there. The bound stands
+    half way.
+    """
     paths = {make.__name__: tmp_path / make.__name__ for make in (fp8, gptq, old_torch)}
     for make in (fp8, gptq, old_torch):
         paths[make.__name__].mkdir()
         make(paths[make.__name__], 120_000, 128)
-    found = limited(tmp_path, paths, dict.fromkeys(paths, 120))
+    found = limited(tmp_path, paths, dict.fromkeys(paths, 146))
     assert set(found.values()) == {"measured"}, found
 
 
