@@ -116,7 +116,7 @@ class Shards(Blocks):
                         mine += [some[o] for o in own]
                         parts.append((sums[0], sums[1]))
                     if mine:
-                        T, exact = (torch.cat(each) if len(each) > 1 else each[0] for each in zip(*parts, strict=True))
+                        T, exact = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
                         missing = exact[0, :n] * torch.nan, exact[0, :n] * torch.nan, exact[0, 0] * torch.nan
                         results = self._survivors(of_sums, missing, T, exact, scale[mine], finite[mine], name)
                         for j, values in zip(mine, results, strict=True):
