@@ -85,7 +85,7 @@ def cases() -> list[Case]:
                     blocks | {"COOPERATIVE": cooperative},
                     {k: v for k, v in config.items() if k not in blocks} | {"launch_cooperative_grid": cooperative},
                     wide=True,
-                    most_registers=65536 // (32 * config["num_warps"] * tridiagonal.PER_SM),
+                    most_registers=config["maxnreg"],
                 )
             )
     for t, rescale in (("fp32", 4), ("fp64", 8)):
