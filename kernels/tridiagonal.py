@@ -317,12 +317,12 @@ def _launch(A: Tensor, columns: int, programs: int | None) -> tuple[Tensor, Tens
         launch(**arguments, first_event=1, last_event=last, COOPERATIVE=False)
     elif A.is_cuda:
         # cooperative: the driver refuses what could not run all at once, instead of waiting for ever
-        try:
-            with _in_turn(A.device):
+        with _in_turn(A.device):
+            try:
                 launch(**arguments, first_event=1, last_event=last, COOPERATIVE=True, launch_cooperative_grid=True)
-        except RuntimeError as error:
-            _warn_alone(str(error))
-            return _launch(A, columns, 1)
+            except RuntimeError as error:
+                _warn_alone(str(error))
+                return _launch(A, columns, 1)
     else:  # the interpreter runs programs in turn: none could wait for another
         for event in range(1, last):
             launch(**arguments, first_event=event, last_event=event + 1, COOPERATIVE=False)
@@ -336,11 +336,11 @@ def _in_turn(device: torch.device) -> Iterator[None]:
     Two at once, each with a part of its programs on the device, could wait for ever for the rest.
     """
     with _lock:
-        event = _launched.setdefault(device, torch.cuda.Event())
         stream = torch.cuda.current_stream(device)
-        stream.wait_event(event)
+        if device in _launched:
+            stream.wait_event(_launched[device])
         yield
-        event.record(stream)
+        _launched[device] = stream.record_event()
 
 
 _lock = threading.Lock()
@@ -362,7 +362,7 @@ def _warn_alone(error: str):
 
 
 def _programs(B: int, r: int, dtype: torch.dtype, device: torch.device) -> int:
-    """As many programs a matrix as run at once, with work for each."""
+    """As many programs a matrix as are of use and certain to run at once."""
     if torch.cuda.is_current_stream_capturing():
         return 1  # a graph's launches cannot take their turn
     together = _multiprocessors(device)

@@ -1,10 +1,13 @@
 import contextlib
+import os
 import sys
+from collections import defaultdict
 
 import pytest
 import torch
 
-from sosd_fast.kernels import triton
+from sosd_fast import kernels
+from sosd_fast.kernels import Backend, triton
 from sosd_fast.kernels.tridiagonal import tridiagonal, tridiagonal_ref
 from sosd_fast.testing import matrix
 
@@ -29,16 +32,25 @@ def assert_same_eigenvalues(d, e, A):
     assert (units <= 4 + 2 * A.shape[-1] ** 0.5).all(), units
 
 
+# 16 is a panel, and what sides are padded to; 64 and 531 end with one, 45 and 200 within. The interpreter takes minutes
+# for the last ones: `make check` runs them.
+SIZES = [1, 2, 3, 16, 45, 64]
+if torch.cuda.is_available() or "SOSD_TARGETS" in os.environ:
+    SIZES += [200, 531]
+
+
 @pytest.mark.parametrize("dtype", list(EPS), ids=str)
-@pytest.mark.parametrize("r", [1, 2, 3, 16, 35])  # 16 is a panel; 35 ends in the third
-def test_eigenvalues_survive(device, r, dtype):
+@pytest.mark.parametrize("programs", [1, 3])
+@pytest.mark.parametrize("r", SIZES)
+def test_eigenvalues_survive(device, r, programs, dtype):
     A = gram("gaussian", r, dtype, device)
     before = A.clone()
-    d, e = tridiagonal(A)
+    d, e = tridiagonal(A, programs=programs)
     assert d.shape == (r,) and e.shape == (r - 1,) and d.dtype == e.dtype == dtype
     assert_same_eigenvalues(d, e, A)
     assert torch.equal(A, before)
-    assert_same_eigenvalues(*tridiagonal_ref(A), A)
+    if programs == 1:
+        assert_same_eigenvalues(*tridiagonal_ref(A), A)
 
 
 @pytest.mark.parametrize("name", ["zero", "rank_one", "half_zeros", "repeated", "log10", "spikes"])
@@ -67,6 +79,115 @@ def test_programs_of_an_event_do_not_depend_on_their_order(device, monkeypatch):
     )
     found = tridiagonal(A, programs=3)
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_programs_read_nothing_that_others_write_meanwhile(device, monkeypatch):
+    """Between two waits a program may read what it wrote itself, as others did alike, and what nobody writes."""
+    if device == "cuda":
+        pytest.skip("needs the interpreter")
+    module, builder = sys.modules["sosd_fast.kernels.tridiagonal"], triton.runtime.interpreter.interpreter_builder
+    read, written = defaultdict(set), defaultdict(set)  # of programs, addresses
+
+    def watched(name, found):
+        do = getattr(builder, name)
+
+        def access(ptrs, *rest):
+            mask = rest[0] if name == "create_masked_load" else rest[1]
+            found[builder.grid_idx[1]].update(ptrs.data[mask.data.astype(bool)].tolist())
+            return do(ptrs, *rest)
+
+        monkeypatch.setattr(builder, name, access)
+
+    class Watched:
+        events = 0
+
+        def __getitem__(self, grid, kernel=module._tridiagonal_kernel):
+            def launch(**arguments):
+                read.clear()
+                written.clear()
+                kernel[grid](**arguments)
+                Watched.events += 1
+                for program in range(grid[1]):
+                    others = set().union(*(written[other] for other in range(grid[1]) if other != program))
+                    assert not (read[program] & others) - written[program], arguments["first_event"]
+
+            return launch
+
+    watched("create_masked_load", read)
+    watched("create_masked_store", written)
+    monkeypatch.setattr(module, "_tridiagonal_kernel", Watched())
+    A = gram("gaussian", 40, torch.float32)
+    assert_same_eigenvalues(*tridiagonal(A, programs=3), A)
+    assert Watched.events == 42  # 40 columns, and 2 updates
+
+
+def test_sides_that_this_kernel_takes():
+    class Cuda:
+        is_cuda = True
+
+        def __init__(self, *shape):
+            self.shape = shape
+
+    for r, backend in ((2048, Backend.TRITON), (4096, Backend.TRITON), (8192, Backend.TRITON), (8193, Backend.TORCH)):
+        assert kernels.backend_of("tridiagonal", Cuda(3, r, r)) is backend
+
+
+def test_how_many_programs(monkeypatch):
+    module = sys.modules["sosd_fast.kernels.tridiagonal"]
+    monkeypatch.setattr(module, "_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def programs(B, r, dtype=torch.float32):
+        return module._programs(B, r, dtype, torch.device("cuda", 0))
+
+    assert module.PER_SM == {torch.float32: 4, torch.float64: 3}
+    assert programs(72, 768) == 7 and programs(72, 768, torch.float64) == 5 and programs(300, 64) == 1
+    assert programs(1, 1) == 1 and programs(1, 64) == 3 and programs(1, 4096) == 27
+    with monkeypatch.context() as several:
+        several.setattr(torch.distributed, "is_initialized", lambda: True)
+        several.setattr(torch.distributed, "get_world_size", lambda: 8)
+        assert programs(9, 768) == 7 and programs(72, 768) == 1  # on half of the multiprocessors at most
+        several.setattr(torch.distributed, "get_world_size", lambda: 1)
+        assert programs(72, 768) == 7
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert programs(9, 768) == 1
+
+
+def test_programs_that_wait_are_launched_in_turn(monkeypatch):
+    module = sys.modules["sosd_fast.kernels.tridiagonal"]
+    said = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_event(self, event):
+            said.append(f"{self.name} waits for {event}")
+
+        def record_event(self):
+            return f"the launch on {self.name}"
+
+    def launch(device, stream):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream(stream))
+        with module._in_turn(torch.device("cuda", device)):
+            assert module._lock.locked()
+            said.append(f"{stream} launches")
+
+    monkeypatch.setattr(module, "_launched", {})
+    for device, stream in ((0, "first"), (0, "second"), (1, "third"), (0, "first")):
+        launch(device, stream)
+    with pytest.raises(RuntimeError), module._in_turn(torch.device("cuda", 1)):
+        raise RuntimeError("refused")
+    assert not module._lock.locked() and module._launched[torch.device("cuda", 1)] == "the launch on third"
+    assert said == [
+        "first launches",
+        "second waits for the launch on first",
+        "second launches",
+        "third launches",
+        "first waits for the launch on second",
+        "first launches",
+        "first waits for the launch on third",
+    ]
 
 
 def test_a_refused_cooperative_launch_is_made_alone(device, monkeypatch, caplog):
