@@ -18,6 +18,7 @@ import functools
 import math
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -344,7 +345,7 @@ def _in_turn(device: torch.device) -> Iterator[None]:
 
 
 _lock = threading.Lock()
-_launched: dict[torch.device, torch.cuda.Event] = {}  # recorded behind the last launch whose programs wait
+_launched: dict[torch.device, Any] = {}  # events, recorded behind the last launch whose programs wait
 
 
 @functools.cache

@@ -60,5 +60,6 @@ def innermost_loop(cubin: bytes, line: int) -> Loop:
             if each[1].startswith("BRA") and target and target[1] in labels:
                 loops[target[1]] = Loop(tuple(code[labels[target[1]] :]))
     return min(
-        (loop for loop in loops.values() if any(each.line == line for each in loop.body)), key=lambda loop: len(loop.body)
+        (loop for loop in loops.values() if any(each.line == line for each in loop.body)),
+        key=lambda loop: len(loop.body),
     )

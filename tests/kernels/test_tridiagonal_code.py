@@ -1,4 +1,4 @@
-"""What the reduction to tridiagonal form compiles to, without a GPU: registers, spills, its waits, its dearest loops."""
+"""What the reduction to tridiagonal form compiles to, without a GPU: registers, spills, waits, its dearest loops."""
 
 import json
 import os
