@@ -5,10 +5,9 @@ v = (a - beta e_1) / (a_1 - beta), tau = (beta - a_1) / beta. Then, with y = A v
 p = y - V (W^T v) - W (V^T v) and w = tau (p - 1/2 tau (p^T v) v). After the panel A <- A - V W^T - W V^T.
 
 Reading A costs most: r^3 / 6 elements, of one triangle, with zeros left of the diagonal as far as tiles reach, so that
-no product selects (selecting took 127 of a tile's 253 instructions on sm_90, and three times as long by their stalls).
-Several programs share a matrix where there are few matrices.
-Everything but y, V^T v, W^T v and the trailing update is computed by each of them alike, bit for bit, so that they need
-to wait for one another once a column only.
+no product selects (selecting took 128 of a tile's 253 instructions on sm_90; 135 are left). Several programs share a
+matrix where there are few matrices. Everything but y, V^T v, W^T v and the trailing update is computed by each of them
+alike, bit for bit, so that they need to wait for one another once a column only.
 
 Source: Dongarra, Hammarling & Sorensen (1989); LAPACK sytrd and latrd.
 """
@@ -29,7 +28,7 @@ from sosd_fast.kernels import Backend, tl, triton
 PANEL = 16
 ALIGNED = 16  # elements: passes over rows begin at a multiple, and matrices are padded to one
 # Shipped configurations: tiles of ROWS x COLUMNS with four of a row (two in float64) to a thread, so that sums over
-# rows stay inside a thread. One more program to a multiprocessor, with fewer registers each, spills.
+# rows stay inside a thread. One more program to a multiprocessor, with fewer registers each, spills (sm_80).
 CONFIGS = {
     torch.float32: {"ROWS": 8, "COLUMNS": 512, "num_warps": 4, "maxnreg": 128},
     torch.float64: {"ROWS": 8, "COLUMNS": 256, "num_warps": 4, "maxnreg": 168},
