@@ -75,7 +75,7 @@ def cases() -> list[Case]:
         t = NAMES[dtype]
         types = {f"{name}_ptr": f"*{t}" for name in ("A", "out", "panel", "y", "t")} | {"counter_ptr": "*i32"}
         blocks = {"ROWS": config["ROWS"], "COLUMNS": config["COLUMNS"]}
-        blocks |= {"PANEL": tridiagonal.PANEL, "ALIGNED": tridiagonal.ALIGNED}
+        blocks |= {"PANEL": tridiagonal.PANEL, "ALIGNED": tridiagonal.ALIGNED, "first_event": 1}
         for cooperative in (False, True):
             found.append(
                 Case(
@@ -85,7 +85,7 @@ def cases() -> list[Case]:
                     blocks | {"COOPERATIVE": cooperative},
                     {k: v for k, v in config.items() if k not in blocks} | {"launch_cooperative_grid": cooperative},
                     wide=True,
-                    most_registers=65536 // (32 * config["num_warps"] * tridiagonal.PER_SM),
+                    most_registers=config["maxnreg"],
                 )
             )
     for t, rescale in (("fp32", 4), ("fp64", 8)):
@@ -118,7 +118,12 @@ def build(case: Case, target: int) -> dict:
     # as the launcher specializes them: aligned pointers, sizes and strides that are multiples of 16, unit strides
     unit = {n: 1 for n in names if n in UNIT_STRIDES}
     signature |= dict.fromkeys(unit, "constexpr")
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith(("*", "i32"))}
+    free = {parameter.name for parameter in case.kernel.params if parameter.do_not_specialize}
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if signature[n].startswith(("*", "i32")) and n not in free
+    }
     source = ASTSource(case.kernel, signature, case.constexprs | unit, attributes)
     began = time.perf_counter()
     binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=case.options)

@@ -42,6 +42,8 @@ class Backend(StrEnum):
 
 _IN_CPP = {"svdvals", "topk_svdvals", "singular_distribution"}
 _IN_TRITON = {"svdvals", "syrk", "tridiagonal", "sturm", "eigh", "singular_distribution", "newton_schulz"}
+# Sides of matrices up to which the Triton kernels are the faster ones.
+LARGEST = {"tridiagonal": 8192}
 
 
 def backend_of(op: str, tensor: Tensor) -> Backend:
@@ -51,6 +53,8 @@ def backend_of(op: str, tensor: Tensor) -> Backend:
         op: the name of a function of `sosd_fast` or `sosd_fast.kernels`.
         tensor: it is called with.
     """
+    if op in LARGEST and tensor.shape[-1] > LARGEST[op]:
+        return Backend.TORCH
     if tensor.is_cuda and op in _IN_TRITON:
         if triton is not None:
             return Backend.TRITON

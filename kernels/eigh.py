@@ -281,8 +281,11 @@ def _unconverged(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def library(name: str, A: Tensor) -> Any:
-    """`torch.linalg.eigh` or `eigvalsh` of a batch, by CuPy on CUDA where torch would loop over it (before 2.12)."""
-    if A.is_cuda and A.ndim > 2 and torch.__version__ < (2, 12):  # pyright: ignore[reportOperatorIssue]
+    """`torch.linalg.eigh` or `eigvalsh` of a batch, by CuPy on CUDA where torch would loop over it (before 2.12).
+
+    CuPy's batches are done by Jacobi's method, in minutes where n is some thousands: those torch takes one by one.
+    """
+    if A.is_cuda and A.ndim > 2 and A.shape[-1] <= LARGEST and torch.__version__ < (2, 12):  # pyright: ignore[reportOperatorIssue]
         cupy = _cupy()
         if cupy is not None:
             with (

@@ -4,14 +4,20 @@ Column j of a panel is updated by the panel's finished reflectors, a = A_j - V W
 v = (a - beta e_1) / (a_1 - beta), tau = (beta - a_1) / beta. Then, with y = A v and the unmodified trailing A,
 p = y - V (W^T v) - W (V^T v) and w = tau (p - 1/2 tau (p^T v) v). After the panel A <- A - V W^T - W V^T.
 
-Reading A costs most: r^3 / 6 elements, of one triangle. Several programs share a matrix where there are few matrices.
-Everything but y, V^T v, W^T v and the trailing update is computed by each of them alike, bit for bit, so that they need
-to wait for one another once a column only.
+Reading A costs most: r^3 / 6 elements, of one triangle, with zeros left of the diagonal as far as tiles reach, so that
+no product selects (selecting took 128 of a tile's 253 instructions on sm_90; 135 are left). Several programs share a
+matrix where there are few matrices. Everything but y, V^T v, W^T v and the trailing update is computed by each of them
+alike, bit for bit, so that they need to wait for one another once a column only.
 
 Source: Dongarra, Hammarling & Sorensen (1989); LAPACK sytrd and latrd.
 """
 
+import contextlib
 import functools
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +26,15 @@ from sosd_fast import kernels
 from sosd_fast.kernels import Backend, tl, triton
 
 PANEL = 16
-ALIGNED = 16  # elements: passes over rows begin at a multiple
+ALIGNED = 16  # elements: passes over rows begin at a multiple, and matrices are padded to one
 # Shipped configurations: tiles of ROWS x COLUMNS with four of a row (two in float64) to a thread, so that sums over
-# rows stay inside a thread. Fewer registers, for more programs on a multiprocessor, spill (128: 80 bytes on sm_90).
+# rows stay inside a thread. One more program to a multiprocessor, with fewer registers each, spills (sm_80).
 CONFIGS = {
-    torch.float32: {"ROWS": 8, "COLUMNS": 512, "num_warps": 4, "maxnreg": 255},
-    torch.float64: {"ROWS": 8, "COLUMNS": 256, "num_warps": 4, "maxnreg": 255},
+    torch.float32: {"ROWS": 8, "COLUMNS": 512, "num_warps": 4, "maxnreg": 128},
+    torch.float64: {"ROWS": 8, "COLUMNS": 256, "num_warps": 4, "maxnreg": 168},
 }
-PER_SM = 2  # programs that fit on a multiprocessor
-MOST_PROGRAMS = 16  # to a matrix
+# programs that fit on a multiprocessor, by its 65536 registers
+PER_SM = {dtype: 65536 // (32 * config["num_warps"] * config["maxnreg"]) for dtype, config in CONFIGS.items()}
 
 if triton is not None:
 
@@ -46,20 +52,24 @@ if triton is not None:
         """Waits for all threads of the matrix; the counter has then seen that many arrivals."""
         tl.debug_barrier()
         if COOPERATIVE:
-            tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
-            while tl.atomic_add(counter_ptr, 0, sem="acq_rel", scope="gpu") < arrivals:
+            tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+            while tl.atomic_add(counter_ptr, 0, sem="relaxed", scope="gpu") < arrivals:
+                pass
+            # Once: an acquire for each look would empty the multiprocessor's first cache, for other kernels too. Its
+            # result is compared because Triton 3.6 leaves out an acquire whose result nobody uses.
+            while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < arrivals:
                 pass
             tl.debug_barrier()
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["programs", "last_event"])
     def _tridiagonal_kernel(
-        A_ptr,  # (B, r, r) contiguous; the upper triangle is read and overwritten
+        A_ptr,  # (B, r, r) contiguous; the upper triangle is read, and all is overwritten
         out_ptr,  # (B, 3, r): d, e, tau
         panel_ptr,  # (B, 2 PANEL, pitch): V_0 W_0 V_1 W_1 ...
         y_ptr,  # (B, 2, programs + 1, pitch): parts of A v, of this event and the last
         t_ptr,  # (B, 2, 2 PANEL): V_0^T v, W_0^T v, V_1^T v ...
         counter_ptr,  # (B, 32) zeros
-        r,
+        r,  # a multiple of ALIGNED
         pitch,
         programs,
         first_event,
@@ -82,6 +92,14 @@ if triton is not None:
         lanes = tl.arange(0, COLUMNS)
         strip = tl.arange(0, ROWS)
         reflectors = tl.arange(0, PANEL)
+
+        if first_event == 1:
+            for s in range(program, r // ROWS, programs):
+                k = s * ROWS + strip
+                i = s * ROWS // ALIGNED * ALIGNED + tl.arange(0, ALIGNED)
+                left = i[None, :] < k[:, None]
+                tl.store(A_ptr + k[:, None] * r + i[None, :], tl.zeros([ROWS, ALIGNED], dtype), mask=left)
+            tl.debug_barrier()
 
         # Masks end at multiples of 16, so that accesses stay 16 bytes wide; what lies left of column j is selected
         # away. An event is a column, or the update before the first column of a panel.
@@ -118,22 +136,21 @@ if triton is not None:
                 earlier = reflectors < q
                 t_v = tl.load(t_last + 2 * reflectors, mask=earlier, other=0.0)
                 t_w = tl.load(t_last + 2 * reflectors + 1, mask=earlier, other=0.0)
-                row_v = tl.load(panel_ptr + 2 * reflectors * pitch + j, mask=earlier, other=0.0)
-                row_w = tl.load(panel_ptr + (2 * reflectors + 1) * pitch + j, mask=earlier, other=0.0)
+                row_v = tl.load(panel_ptr + (2 * reflectors * pitch + j), mask=earlier, other=0.0)
+                row_w = tl.load(panel_ptr + (2 * reflectors * pitch + pitch + j), mask=earlier, other=0.0)
                 half_dot = 0.5 * tau * (tl.sum(products, axis=0) - 2.0 * tl.sum(t_v * t_w, axis=0))
                 w_j = -tl.sum(row_v * t_w + row_w * t_v, axis=0) - half_dot
                 for part in range(programs + 1):
                     w_j += tl.load(y_last + part * pitch + j)
                 w_j *= tau
 
-            # one pass over the panel: w, and column j of the updated matrix into `own`
+            # one pass over the panel: w, and column j of the updated matrix into `own`, but not while others update it
             squares = tl.zeros([COLUMNS], dtype)
-            head = tl.zeros([COLUMNS], dtype)
             subhead = tl.zeros([COLUMNS], dtype)
             for i0 in range(start, r, COLUMNS):
                 i = i0 + lanes
                 inside = i < r
-                a = tl.load(A_ptr + j * r + i, mask=inside, other=0.0)
+                a = tl.load(A_ptr + j * r + i, mask=inside & (step > 0), other=0.0)
                 if finished > 0:
                     w = tl.zeros([COLUMNS], dtype)
                     for part in range(programs + 1):
@@ -142,7 +159,7 @@ if triton is not None:
                         m = m0 + strip
                         earlier = m < 2 * q
                         tile = tl.load(
-                            panel_ptr + m[:, None] * pitch + i[None, :],
+                            panel_ptr + (m[:, None] * pitch + i[None, :]),
                             mask=earlier[:, None] & inside[None, :],
                             other=0.0,
                         )
@@ -157,27 +174,26 @@ if triton is not None:
                     a -= v * w_j + w  # v_j is 1
                 tl.store(own + i, a, mask=inside)
                 squares += tl.where(i > j + 1, a * a, 0.0)
-                head += tl.where(i == j, a, 0.0)
                 subhead += tl.where(i == j + 1, a, 0.0)
 
             if updates:
                 tl.debug_barrier()
-                # the trailing matrix, each program its strips of rows
-                row_strip = j // ROWS
-                row_strip += (program + programs - row_strip % programs) % programs
-                for s in range(row_strip, (r + ROWS - 1) // ROWS, programs):
+                # the trailing matrix, each program its strips of rows: V goes with W, and W with V
+                for s in range(j // ROWS + program, r // ROWS, programs):
                     k = s * ROWS + strip
-                    rows_inside = (k >= j) & (k < r)
                     for i0 in range(s * ROWS // ALIGNED * ALIGNED, r, COLUMNS):
                         i = i0 + lanes
-                        inside = rows_inside[:, None] & (i[None, :] < r)
-                        tile_ptr = A_ptr + k[:, None] * r + i[None, :]
-                        tile = tl.load(tile_ptr, mask=inside, other=0.0)
-                        for m in range(2 * finished):
-                            left = tl.load(panel_ptr + m * pitch + k, mask=rows_inside, other=0.0)
-                            right = tl.load(panel_ptr + (m ^ 1) * pitch + i, mask=i < r, other=0.0)
-                            tile -= left[:, None] * right[None, :]
-                        tl.store(tile_ptr, tile, mask=inside)
+                        inside = i[None, :] < r
+                        tile_ptr = A_ptr + (k[:, None] * r + i[None, :])
+                        tile = -tl.load(tile_ptr, mask=inside)  # or each product would be negated
+                        for m in range(0, 2 * PANEL, 2):
+                            v_k = tl.load(panel_ptr + m * pitch + k)
+                            w_k = tl.load(panel_ptr + (m + 1) * pitch + k)
+                            v_i = tl.load(panel_ptr + m * pitch + i, mask=i < r)
+                            w_i = tl.load(panel_ptr + (m + 1) * pitch + i, mask=i < r)
+                            tile += v_k[:, None] * w_i[None, :]
+                            tile += w_k[:, None] * v_i[None, :]
+                        tl.store(tile_ptr, tl.where(i[None, :] >= k[:, None], -tile, 0.0), mask=inside)
             else:
                 alpha = tl.sum(subhead, axis=0)
                 square = tl.sum(squares, axis=0)
@@ -188,7 +204,6 @@ if triton is not None:
                 inverse = tl.where(live, _divide(1.0, divisor), 0.0)
                 tau = tl.where(live, _divide(-divisor, tl.where(live, beta, 1.0)), 0.0)
                 if program == 0:
-                    tl.store(out_ptr + j, tl.sum(head, axis=0))
                     tl.store(out_ptr + r + j, beta)
                     tl.store(out_ptr + 2 * r + j, tau)
                 v_ptr = panel_ptr + 2 * finished * pitch
@@ -196,6 +211,7 @@ if triton is not None:
                     i = i0 + lanes
                     inside = i < r
                     a = tl.load(own + i, mask=inside, other=0.0)  # this thread's own
+                    tl.store(out_ptr + i, a, mask=(i == j) & (program == 0))
                     v = tl.where(i > j + 1, a * inverse, tl.where(i == j + 1, 1.0, 0.0)).to(dtype)
                     tl.store(v_ptr + i, v, mask=inside)
                     tl.store(own + i, tl.zeros([COLUMNS], dtype), mask=inside)
@@ -210,35 +226,31 @@ if triton is not None:
                         inside = i < r
                         v = tl.load(v_ptr + i, mask=inside, other=0.0)
                         tile = tl.load(
-                            panel_ptr + m[:, None] * pitch + i[None, :],
+                            panel_ptr + (m[:, None] * pitch + i[None, :]),
                             mask=(m < 2 * finished)[:, None] & inside[None, :],
                             other=0.0,
                         )
-                        products += tl.where(i[None, :] > j, tile * v[None, :], 0.0)
+                        products += tile * v[None, :]
                     tl.store(t_now + m, tl.sum(products, axis=1), mask=m < 2 * finished)
 
                 # y = A v from the upper triangle, each program its strips of rows: part 0 of y gets what a row gives
                 # itself, part `program` + 1 what it gives the columns right of it
-                row_strip = (j + 1) // ROWS
-                row_strip += (program + programs - row_strip % programs) % programs
-                for s in range(row_strip, (r + ROWS - 1) // ROWS, programs):
+                for s in range((j + 1) // ROWS + program, r // ROWS, programs):
                     k = s * ROWS + strip
-                    rows_inside = (k > j) & (k < r)
-                    v_rows = tl.load(v_ptr + k, mask=rows_inside, other=0.0)
+                    v_rows = tl.load(v_ptr + k, mask=k > j, other=0.0)
                     sums = tl.zeros([ROWS, COLUMNS], dtype)
                     # from the same column, up to whole tiles, for all strips: a thread adds to what it stored itself
                     for i0 in range(start + (s * ROWS - start) // COLUMNS * COLUMNS, r, COLUMNS):
                         i = i0 + lanes
                         inside = (i < r) & (i >= s * ROWS // ALIGNED * ALIGNED)
-                        tile = tl.load(
-                            A_ptr + k[:, None] * r + i[None, :], mask=rows_inside[:, None] & inside[None, :], other=0.0
-                        )
-                        tile = tl.where(i[None, :] >= k[:, None], tile, 0.0)
+                        tile = tl.load(A_ptr + k[:, None] * r + i[None, :], mask=inside[None, :], other=0.0)
                         v = tl.load(v_ptr + i, mask=inside, other=0.0)
+                        old = tl.load(own + i, mask=inside, other=0.0)
                         sums += tile * v[None, :]
-                        given = tl.sum(tl.where(i[None, :] > k[:, None], tile, 0.0) * v_rows[:, None], axis=0)
-                        tl.store(own + i, tl.load(own + i, mask=inside, other=0.0) + given, mask=inside)
-                    tl.store(y_now + k, tl.sum(sums, axis=1), mask=rows_inside)
+                        tl.store(own + i, old + tl.sum(tile * v_rows[:, None], axis=0), mask=inside)
+                    # the diagonal is in both
+                    diagonal = tl.load(A_ptr + k * (r + 1))
+                    tl.store(y_now + k, tl.sum(sums, axis=1) - diagonal * v_rows, mask=k > j)
 
 
 def tridiagonal(A: Tensor, *, overwrite: bool = False, programs: int | None = None) -> tuple[Tensor, Tensor]:
@@ -268,16 +280,21 @@ def tridiagonal(A: Tensor, *, overwrite: bool = False, programs: int | None = No
     if not A.numel() or kernels.backend_of("tridiagonal", A) is not Backend.TRITON:
         return tridiagonal_ref(A)
     work = A.detach().reshape(-1, r, r)
-    work = work.contiguous() if overwrite else work.clone(memory_format=torch.contiguous_format)
+    if r % ALIGNED:  # zeros beyond change nothing, and rows that begin anywhere would be read an element at a time
+        more = -r % ALIGNED
+        work = torch.nn.functional.pad(work, (0, more, 0, more))
+    else:
+        work = work.contiguous() if overwrite else work.clone(memory_format=torch.contiguous_format)
     with torch.cuda.device_of(work):
-        d, e = _launch(work, programs)
-    return d.reshape(*batch, r), e[:, : r - 1].reshape(*batch, r - 1)
+        d, e = _launch(work, r, programs)
+    return d[:, :r].reshape(*batch, r), e[:, : r - 1].reshape(*batch, r - 1)
 
 
-def _launch(A: Tensor, programs: int | None) -> tuple[Tensor, Tensor]:
+def _launch(A: Tensor, columns: int, programs: int | None) -> tuple[Tensor, Tensor]:
+    """Reduces the first `columns` columns of A (B, r, r), which is overwritten; r is a multiple of ALIGNED."""
     B, r, _ = A.shape
     if programs is None:
-        programs = _programs(B, r, A.device) if A.is_cuda else 1
+        programs = _programs(B, r, A.dtype, A.device) if A.is_cuda else 1
     pitch = triton.cdiv(r, 32) * 32
     out = A.new_empty(B, 3, r)
     arguments = {
@@ -294,21 +311,40 @@ def _launch(A: Tensor, programs: int | None) -> tuple[Tensor, Tensor]:
         "ALIGNED": ALIGNED,
         **CONFIGS[A.dtype],
     }
-    last = (r - 1) // PANEL * (PANEL + 1) + (r - 1) % PANEL + 2
+    last = (columns - 1) // PANEL * (PANEL + 1) + (columns - 1) % PANEL + 2
     launch = _tridiagonal_kernel[(B, programs)]
     if programs == 1:
         launch(**arguments, first_event=1, last_event=last, COOPERATIVE=False)
     elif A.is_cuda:
         # cooperative: the driver refuses what could not run all at once, instead of waiting for ever
-        try:
-            launch(**arguments, first_event=1, last_event=last, COOPERATIVE=True, launch_cooperative_grid=True)
-        except RuntimeError as error:
-            _warn_alone(str(error))
-            return _launch(A, 1)
+        with _in_turn(A.device):
+            try:
+                launch(**arguments, first_event=1, last_event=last, COOPERATIVE=True, launch_cooperative_grid=True)
+            except RuntimeError as error:
+                _warn_alone(str(error))
+                return _launch(A, columns, 1)
     else:  # the interpreter runs programs in turn: none could wait for another
         for event in range(1, last):
             launch(**arguments, first_event=event, last_event=event + 1, COOPERATIVE=False)
     return out[:, 0], out[:, 1]
+
+
+@contextlib.contextmanager
+def _in_turn(device: torch.device) -> Iterator[None]:
+    """Lets a launch begin when the last one on the device has ended, whatever their streams; the host does not wait.
+
+    Two at once, each with a part of its programs on the device, could wait for ever for the rest.
+    """
+    with _lock:
+        stream = torch.cuda.current_stream(device)
+        if device in _launched:
+            stream.wait_event(_launched[device])
+        yield
+        _launched[device] = stream.record_event()
+
+
+_lock = threading.Lock()
+_launched: dict[torch.device, Any] = {}  # events, recorded behind the last launch whose programs wait
 
 
 @functools.cache
@@ -325,9 +361,21 @@ def _warn_alone(error: str):
     )
 
 
-def _programs(B: int, r: int, device: torch.device) -> int:
-    """As many programs a matrix as run at once, with work for each."""
-    return max(1, min(_multiprocessors(device) * PER_SM // B, MOST_PROGRAMS, r // 32))
+def _programs(B: int, r: int, dtype: torch.dtype, device: torch.device) -> int:
+    """As many programs a matrix as are of use and certain to run at once."""
+    if torch.cuda.is_current_stream_capturing():
+        return 1  # a graph's launches cannot take their turn
+    together = _multiprocessors(device)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        # Kernels of two groups of ranks that wait for the same kernels on other GPUs, of 32 programs at most each, find
+        # room beside: else they could wait for each other by way of the reductions that keep them from starting.
+        together //= 2
+    else:
+        together *= PER_SM[dtype]
+    # A column of n entries costs each of p programs 4.2 n^2 / 2 p instructions for its strips, and 8 p n to add up what
+    # all gave (by count, on sm_90), the least where p^2 is n / 4; n = 3/4 r stands for all columns.
+    return max(1, min(together // B, math.isqrt(3 * r // 16)))
 
 
 def tridiagonal_ref(A: Tensor) -> tuple[Tensor, Tensor]:

@@ -121,10 +121,10 @@ def set_diagonal(triangles: Tensor, squares: Tensor):
 
 
 def whole(triangles: Tensor, r: int) -> Tensor:
-    """The matrices (B, r, r) whose upper triangles (B, r (r + 1) / 2) lie row by row; the rest of them is zero."""
-    G = triangles.new_zeros(len(triangles), r, r)
+    """The symmetric matrices (B, r, r) whose upper triangles (B, r (r + 1) / 2) lie row by row."""
+    G = triangles.new_empty(len(triangles), r, r)
     rows, columns = _indices(r, triangles.device)
-    G[:, columns, rows] = triangles  # as lower ones, which is what eigenvalues are taken of
+    G[:, rows, columns] = G[:, columns, rows] = triangles
     return G
 
 

@@ -28,7 +28,6 @@ from sosd_fast.spectra.precision import MODELS, Method, choose, climb, lapack_er
 
 METHODS = ("auto", "gram32", "gram64", "exact")
 
-LARGEST_REDUCED = 2048  # sides of Gram matrices that the Triton kernels take; beyond, cuSOLVER is faster
 CHUNK_BYTES = 2**30  # of copies of weights and of Gram matrices at a time
 
 
@@ -241,7 +240,7 @@ def _launched_alike(matrices: Sequence[Tensor], at: list[int], method: Method) -
         parts.append((known, correct(G, known, max(m, n)), scale, finite))
         grams.append(G)
     values = gram_eigenvalues(torch.cat(grams) if len(grams) > 1 else grams.pop())
-    backend = Backend.TRITON if values.shape[-1] <= LARGEST_REDUCED else Backend.TORCH
+    backend = backend_of("tridiagonal", values)
     rows: dict[int, tuple[Tensor, ...]] = {}
     for (shape, some), part in zip(shapes.items(), parts, strict=True):
         known, drift, scale, finite = part
@@ -253,8 +252,8 @@ def _launched_alike(matrices: Sequence[Tensor], at: list[int], method: Method) -
 
 
 def gram_eigenvalues(G: Tensor) -> Tensor:
-    """Eigenvalues of Gram matrices (B, r, r), whose lower triangles are read, ascending. G is used up."""
-    if G.shape[-1] <= LARGEST_REDUCED and backend_of("tridiagonal", G) is Backend.TRITON:
+    """Eigenvalues of symmetric matrices (B, r, r), ascending. G is used up."""
+    if backend_of("tridiagonal", G) is Backend.TRITON:
         return sturm(*tridiagonal(G, overwrite=True))
     # LAPACK's float32 eigenvalues err more than a float32 Gram matrix does: the SD of a 611 x 790 matrix by 6e-7, 2.5
     # times its bound, against 1e-9 (LOG.md#one-planner). In float64 they take 1.5 times as long.

@@ -129,6 +129,23 @@ def test_a_loop_over_matrices_is_said_once(monkeypatch, caplog):
     assert kernels.interpreted is False
 
 
+def test_large_matrices_do_not_go_to_cupy(monkeypatch):
+    """Its batches of some thousands a side take minutes and more."""
+    module = sys.modules["sosd_fast.kernels.eigh"]
+
+    class Cuda(torch.Tensor):
+        is_cuda = True
+
+    asked = []
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.11.0"))
+    monkeypatch.setattr(module, "_cupy", lambda: asked.append(1))
+    for n in (module.LARGEST + 1, module.LARGEST):
+        A = torch.eye(n).expand(2, n, n).contiguous().as_subclass(Cuda)
+        assert torch.equal(library("eigvalsh", A).as_subclass(torch.Tensor), torch.ones(2, n))
+        assert len(asked) == (n == module.LARGEST)
+    module._warn_loop.cache_clear()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_the_reference_leaves_the_others_alone(value):
     A = torch.stack([symmetric(range(9), torch.float64, seed) for seed in range(3)])

@@ -11,7 +11,7 @@ from sosd_fast import kernels
 from sosd_fast.kernels.eigh import eigh, library
 from sosd_fast.kernels.newton_schulz import fastest_form, newton_schulz_ref
 from sosd_fast.spectra.precision import SD_TOLERANCE
-from sosd_fast.spectra.svdvals import spectra
+from sosd_fast.spectra.svdvals import gram_eigenvalues, spectra
 from sosd_fast.testing import assert_svdvals_close, matrix, sd_distance
 
 native = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -95,9 +95,22 @@ def test_chunks_agree_with_the_whole(device, monkeypatch):
     assert torch.equal(parts.S, whole.S) and torch.equal(parts.bound, whole.bound)
 
 
+def test_sides_up_to_8192_are_reduced_by_the_kernel(device, monkeypatch):
+    class Reached(Exception):
+        """The kernel would have been launched."""
+
+    def reduction(G, overwrite):
+        raise Reached(G.shape[-1])
+
+    monkeypatch.setattr(sys.modules["sosd_fast.spectra.svdvals"], "tridiagonal", reduction)
+    for r in (2049, 4096, 8192):
+        with pytest.raises(Reached, match=str(r)):
+            gram_eigenvalues(torch.empty(1, 1, 1, device=device).expand(1, r, r))
+
+
 def test_wider_than_the_kernels_goes_to_the_library(device, monkeypatch):
     W = matrix("gaussian", 24, 30).to(device)
-    monkeypatch.setattr(sys.modules["sosd_fast.spectra.svdvals"], "LARGEST_REDUCED", 16)
+    monkeypatch.setitem(kernels.LARGEST, "tridiagonal", 16)
     monkeypatch.setattr(sys.modules["sosd_fast.spectra.svdvals"], "tridiagonal", None)
     found = spectra([W], "gram64")
     assert sd_distance(found.S[0].cpu(), truth(W)) <= 1e-12
@@ -126,6 +139,35 @@ def test_full_sizes(shape, dtype, method):
     for S, (_, expected), bound, sd_error in zip(found.S, known, found.bound, found.sd_error, strict=True):
         assert ((S.cpu() - expected).abs() <= bound.cpu()).all()
         assert sd_distance(S.cpu(), expected) <= min(float(sd_error), SD_TOLERANCE)
+
+
+@native
+def test_one_large_matrix():
+    W = torch.randn(4096, 4096, device="cuda")
+    found = spectra([W], "gram32")
+    expected = torch.linalg.eigvalsh(W.double() @ W.double().mT).clamp(min=0).sqrt().flip(-1)
+    assert ((found.S[0] - expected).abs() <= found.bound[0]).all()
+
+
+@native
+def test_programs_that_wait_run_beside_products_and_beside_others():
+    """Reductions on two streams, and products on a third: what waits must not wait for ever, nor differ."""
+    G = torch.randn(12, 512, 520, device="cuda")
+    G, X = G @ G.mT, torch.randn(4096, 4096, device="cuda")
+    expected = kernels.tridiagonal.tridiagonal(G)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(10):
+        with torch.cuda.stream(streams[2]):
+            for _ in range(4):
+                torch.mm(X, X)
+        for stream in streams[:2]:
+            with torch.cuda.stream(stream):
+                found.append(kernels.tridiagonal.tridiagonal(G))
+    torch.cuda.synchronize()
+    for d, e in found:
+        assert torch.equal(d, expected[0]) and torch.equal(e, expected[1])
 
 
 @native
