@@ -323,6 +323,7 @@ def launches(target: GPUTarget, storage: str = "meta") -> Generator[list[Launch]
     hip = "6.0" if target.backend == "hip" else None
     with (
         put_on(torch.cuda, CUDA),
+        put_on(torch, {"Generator": _generator}),
         put_on(torch.version, {"hip": hip, "cuda": None if hip else "13.0"}),
         put_on(JITFunction, {"run": run, "_do_compile": compile}),
         _Mode(storage),
@@ -367,7 +368,7 @@ def installed(target: GPUTarget) -> Generator[list[Launch]]:
     """Puts a stub that gives right results in the place of a GPU, and yields its launches."""
     with contextlib.ExitStack() as stack:
         found = stack.enter_context(launches(target, "cpu"))
-        stack.enter_context(put_on(torch, {"compile": _as_it_is, "Generator": _generator}))
+        stack.enter_context(put_on(torch, {"compile": _as_it_is}))
         stack.enter_context(put_on(torch.nn.Module, {"compile": _nothing}))
         stack.enter_context(put_on(torch._C, {"_cuda_getCurrentRawStream": lambda _: 0}))
         torch.__future__.set_overwrite_module_params_on_conversion(True)  # a parameter's type is where it is

@@ -24,9 +24,18 @@ CONFIGS = {
     torch.float16: {"BLOCK": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
 }
 
+# Sizes, strides and factors: specialised for each, the tests of a GPU compiled 60 kernels. What matters to the code, in
+# which direction entries lie side by side and whether accesses may be 16 bytes wide, is said to it by flags instead.
+ALIKE = (
+    "m", "k", "stride_ab", "stride_am", "stride_ak", "stride_bb", "stride_bm", "stride_bk", "stride_cb", "stride_cm",
+    "stride_cn", "alpha", "beta", "shift",
+)  # fmt: skip
+PER_SM = 4  # programs that a multiprocessor takes: each holds 48 KiB of shared memory
+LEAST_PART = 1024  # columns of A, that a part of a product has at least
+
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=ALIKE)
     def _syrk_kernel(
         A_ptr,  # (B, m, k), by strides
         B_ptr,  # (B, m, k), by strides
@@ -51,9 +60,34 @@ if triton is not None:
         HAS_SCALE: tl.constexpr,
         PRECISION: tl.constexpr,
         ROUND: tl.constexpr,
+        A_UNIT: tl.constexpr,  # the dimension of A whose stride is 1, or 0
+        B_UNIT: tl.constexpr,
+        C_UNIT: tl.constexpr,
+        ALIGNED: tl.constexpr,  # m, k and the other strides are multiples of 16
         BLOCK: tl.constexpr,
         BLOCK_K: tl.constexpr,
     ):
+        if ALIGNED:
+            m = tl.multiple_of(m, 16)
+            k = tl.multiple_of(k, 16)
+            stride_ab = tl.multiple_of(stride_ab, 16)
+            stride_am = tl.multiple_of(stride_am, 16)
+            stride_ak = tl.multiple_of(stride_ak, 16)
+            stride_bb = tl.multiple_of(stride_bb, 16)
+            stride_bm = tl.multiple_of(stride_bm, 16)
+            stride_bk = tl.multiple_of(stride_bk, 16)
+            stride_cb = tl.multiple_of(stride_cb, 16)
+            stride_cm = tl.multiple_of(stride_cm, 16)
+        if A_UNIT == 1:
+            stride_am = 1
+        if A_UNIT == 2:
+            stride_ak = 1
+        if B_UNIT == 1:
+            stride_bm = 1
+        if B_UNIT == 2:
+            stride_bk = 1
+        if C_UNIT == 2:
+            stride_cn = 1
         # tile 0 is (0, 0), tiles 1 and 2 are (1, 0) and (1, 1), ...
         tile = tl.program_id(0)
         row = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)
@@ -158,35 +192,76 @@ def syrk(
     A, B = (t.detach().reshape(-1, m, k) for t in (A, A if B is None else B))
     C = None if C is None else C.detach().reshape(-1, m, m)
     out = torch.empty(*batch, m, m, dtype=out_dtype, device=A.device)
+    parts = 1 if C is not None or shift or out_dtype is not torch.float32 else _parts(*A.shape, A.dtype, A.device)
+    some = None if scale is None else scale.reshape(-1)
+    with torch.cuda.device_of(A):
+        if parts == 1:
+            _launch(A, B, C, some, out.view(-1, m, m), alpha, beta, shift, rounded)
+        else:
+            width = k // parts // 16 * 16  # of a part; what is left over is another, smaller one
+            sums = torch.empty(parts, m, m, dtype=out_dtype, device=A.device)
+            for i, total in enumerate(out.view(-1, m, m)):
+                left, right = (
+                    t[i, :, : parts * width].unflatten(1, (parts, width)).movedim(1, 0) for t in (A, B)
+                )  # (parts, m, width)
+                its = None if some is None else some[i : i + 1].repeat(parts)
+                _launch(left, right, None, its, sums, alpha, 0.0, 0.0, rounded)
+                torch.sum(sums, 0, out=total)
+                if parts * width < k:
+                    rest = slice(i, i + 1), slice(None), slice(parts * width, None)
+                    its = None if some is None else some[i : i + 1]
+                    _launch(A[rest], B[rest], None, its, sums[:1], alpha, 0.0, 0.0, rounded)
+                    total += sums[0]
+    return out
+
+
+def _parts(B: int, m: int, k: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Into how many products, of some columns each, a product of few rows is split; they take up the GPU together.
+
+    The Gram matrix of GPT-2's embedding has 78 tiles, for 132 multiprocessors, and each would take 1,572 steps. The
+    matrices of a batch come one after the other then, so that a large batch fills the GPU better as it is.
+    """
+    tiles = triton.cdiv(m, CONFIGS[dtype]["BLOCK"])
+    fit = PER_SM * kernels.multiprocessors(device) // (tiles * (tiles + 1) // 2)
+    parts = min(fit, k // LEAST_PART)
+    return parts if parts > 2 * B else 1
+
+
+def _launch(A: Tensor, B: Tensor, C: Tensor | None, scale: Tensor | None, out: Tensor, alpha, beta, shift, rounded):
+    """Launches the kernel on batches; all tensors have one."""
+    batch, m, k = A.shape
     config = CONFIGS[A.dtype]
     tiles = triton.cdiv(m, config["BLOCK"])
+    strides = {"a": A.stride(), "b": B.stride(), "c": (0, 0, 0) if C is None else C.stride()}
+    unit = {name: 2 if found[2] == 1 else 1 if found[1] == 1 else 0 for name, found in strides.items()}
+    others = [stride for name, found in strides.items() for i, stride in enumerate(found) if not i or i != unit[name]]
     # the batch is the second dimension of the grid, which ends at 65535
-    with torch.cuda.device_of(A):
-        for first in range(0, A.shape[0], 65535):
-            some = slice(first, first + 65535)
-            _syrk_kernel[(tiles * (tiles + 1) // 2, A[some].shape[0])](
-                A_ptr=A[some],
-                B_ptr=B[some],
-                C_ptr=A if C is None else C[some],
-                scale_ptr=A if scale is None else scale.reshape(-1)[some],
-                out_ptr=out.view(-1, m, m)[some],
-                m=m,
-                k=k,
-                **dict(zip(("stride_ab", "stride_am", "stride_ak"), A.stride(), strict=True)),
-                **dict(zip(("stride_bb", "stride_bm", "stride_bk"), B.stride(), strict=True)),
-                **dict(
-                    zip(("stride_cb", "stride_cm", "stride_cn"), (0, 0, 0) if C is None else C.stride(), strict=True)
-                ),
-                alpha=float(alpha),
-                beta=float(beta),
-                shift=float(shift),
-                HAS_C=C is not None,
-                HAS_SCALE=scale is not None,
-                PRECISION="tf32x3",
-                ROUND=rounded,
-                **config,
-            )
-    return out
+    for first in range(0, batch, 65535):
+        some = slice(first, first + 65535)
+        _syrk_kernel[(tiles * (tiles + 1) // 2, A[some].shape[0])](
+            A_ptr=A[some],
+            B_ptr=B[some],
+            C_ptr=A if C is None else C[some],
+            scale_ptr=A if scale is None else scale[some],
+            out_ptr=out[some],
+            m=m,
+            k=k,
+            **dict(zip(("stride_ab", "stride_am", "stride_ak"), strides["a"], strict=True)),
+            **dict(zip(("stride_bb", "stride_bm", "stride_bk"), strides["b"], strict=True)),
+            **dict(zip(("stride_cb", "stride_cm", "stride_cn"), strides["c"], strict=True)),
+            alpha=float(alpha),
+            beta=float(beta),
+            shift=float(shift),
+            HAS_C=C is not None,
+            HAS_SCALE=scale is not None,
+            PRECISION=kernels.precision_of_products(),
+            ROUND=rounded,
+            A_UNIT=unit["a"],
+            B_UNIT=unit["b"],
+            C_UNIT=unit["c"],
+            ALIGNED=not any(value % 16 for value in (m, k, *others)),
+            **config,
+        )
 
 
 def syrk_ref(A: Tensor, B=None, C=None, *, alpha=1.0, beta=0.0, shift=0.0, scale=None, out_dtype=None) -> Tensor:
