@@ -20,7 +20,7 @@ test-integrations: install  ## with the real Trainer, Lightning, TensorBoard, W&
 	$(PYTHON) -m pytest tests/integrations tests/runs tests/checkpoints tests/test_examples.py
 
 check: test  ## what a change must pass: the same, every kernel for every GPU, more drawn cases, a smoke test of the benchmarks
-	SOSD_TARGETS="80 90 100" SOSD_DRAWS=10 $(PYTHON) -m pytest -q tests/kernels/test_compile.py tests/spectra/test_topk_odd.py
+	SOSD_TARGETS="80 90 100 gfx942" SOSD_DRAWS=10 $(PYTHON) -m pytest -q tests/kernels/test_compile.py tests/spectra/test_topk_odd.py
 	$(PYTHON) -m pytest -q bench --benchmark-disable
 	$(PYTHON) -m bench.svd_overhead --steps 3
 

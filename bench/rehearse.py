@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-import torch._dynamo  # which compares torch.cuda's functions as it is imported, by the first optimizer
 import triton  # noqa: F401  before sosd_fast, which then defines its kernels
 from triton.backends.compiler import GPUTarget
 

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch._dynamo  # looks at all of torch as it is imported, which must not happen while the stub is in its place
 import triton
 from torch import Tensor
 from torch.overrides import TorchFunctionMode

@@ -111,6 +111,11 @@ def precision_of_products() -> str:
     return "tf32x3" if torch.version.hip is None else "ieee"
 
 
+def options_of(config: dict[str, int]) -> dict[str, int]:
+    """A kernel's configuration with what this GPU's compiler knows: ROCm's sets no limit of registers."""
+    return {k: v for k, v in config.items() if k != "maxnreg" or torch.version.hip is None}
+
+
 def largest_entry(X: Tensor) -> Tensor:
     """The largest |x| of each matrix, (..., 1, 1); NaN where the matrix holds NaN."""
     if X.is_cuda:

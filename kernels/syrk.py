@@ -24,6 +24,10 @@ CONFIGS = {
     torch.float16: {"BLOCK": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
 }
 
+ALIGNED = 16  # elements
+# Where rows do not begin at multiples of that, accesses are not 16 bytes wide, and 128 x 128 tiles spill 192 bytes.
+UNALIGNED = {"BLOCK": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+AXES = {"a": "bmk", "b": "bmk", "c": "bmn"}
 # Sizes, strides and factors: specialised for each, the tests of a GPU compiled 60 kernels. What matters to the code, in
 # which direction entries lie side by side and whether accesses may be 16 bytes wide, is said to it by flags instead.
 ALIKE = (
@@ -63,21 +67,20 @@ if triton is not None:
         A_UNIT: tl.constexpr,  # the dimension of A whose stride is 1, or 0
         B_UNIT: tl.constexpr,
         C_UNIT: tl.constexpr,
-        ALIGNED: tl.constexpr,  # m, k and the other strides are multiples of 16
+        GRAIN: tl.constexpr,  # of which m, k and the other strides are multiples, and in which they are given
         BLOCK: tl.constexpr,
         BLOCK_K: tl.constexpr,
     ):
-        if ALIGNED:
-            m = tl.multiple_of(m, 16)
-            k = tl.multiple_of(k, 16)
-            stride_ab = tl.multiple_of(stride_ab, 16)
-            stride_am = tl.multiple_of(stride_am, 16)
-            stride_ak = tl.multiple_of(stride_ak, 16)
-            stride_bb = tl.multiple_of(stride_bb, 16)
-            stride_bm = tl.multiple_of(stride_bm, 16)
-            stride_bk = tl.multiple_of(stride_bk, 16)
-            stride_cb = tl.multiple_of(stride_cb, 16)
-            stride_cm = tl.multiple_of(stride_cm, 16)
+        m *= GRAIN
+        k *= GRAIN
+        stride_ab *= GRAIN
+        stride_am *= GRAIN
+        stride_ak *= GRAIN
+        stride_bb *= GRAIN
+        stride_bm *= GRAIN
+        stride_bk *= GRAIN
+        stride_cb *= GRAIN
+        stride_cm *= GRAIN
         if A_UNIT == 1:
             stride_am = 1
         if A_UNIT == 2:
@@ -230,11 +233,12 @@ def _parts(B: int, m: int, k: int, dtype: torch.dtype, device: torch.device) -> 
 def _launch(A: Tensor, B: Tensor, C: Tensor | None, scale: Tensor | None, out: Tensor, alpha, beta, shift, rounded):
     """Launches the kernel on batches; all tensors have one."""
     batch, m, k = A.shape
-    config = CONFIGS[A.dtype]
-    tiles = triton.cdiv(m, config["BLOCK"])
     strides = {"a": A.stride(), "b": B.stride(), "c": (0, 0, 0) if C is None else C.stride()}
     unit = {name: 2 if found[2] == 1 else 1 if found[1] == 1 else 0 for name, found in strides.items()}
     others = [stride for name, found in strides.items() for i, stride in enumerate(found) if not i or i != unit[name]]
+    grain = ALIGNED if not any(value % ALIGNED for value in (m, k, *others)) else 1
+    config = CONFIGS[A.dtype] if grain > 1 else UNALIGNED
+    tiles = triton.cdiv(m, config["BLOCK"])
     # the batch is the second dimension of the grid, which ends at 65535
     for first in range(0, batch, 65535):
         some = slice(first, first + 65535)
@@ -244,11 +248,10 @@ def _launch(A: Tensor, B: Tensor, C: Tensor | None, scale: Tensor | None, out: T
             C_ptr=A if C is None else C[some],
             scale_ptr=A if scale is None else scale[some],
             out_ptr=out[some],
-            m=m,
-            k=k,
-            **dict(zip(("stride_ab", "stride_am", "stride_ak"), strides["a"], strict=True)),
-            **dict(zip(("stride_bb", "stride_bm", "stride_bk"), strides["b"], strict=True)),
-            **dict(zip(("stride_cb", "stride_cm", "stride_cn"), strides["c"], strict=True)),
+            m=m // grain,
+            k=k // grain,
+            # of those that are 1 the kernel knows it
+            **{f"stride_{name}{i}": value // grain for name in "abc" for i, value in zip(AXES[name], strides[name], strict=True)},
             alpha=float(alpha),
             beta=float(beta),
             shift=float(shift),
@@ -259,7 +262,7 @@ def _launch(A: Tensor, B: Tensor, C: Tensor | None, scale: Tensor | None, out: T
             A_UNIT=unit["a"],
             B_UNIT=unit["b"],
             C_UNIT=unit["c"],
-            ALIGNED=not any(value % 16 for value in (m, k, *others)),
+            GRAIN=grain,
             **config,
         )
 

@@ -292,7 +292,7 @@ def _launch(A: Tensor, programs: int | None) -> tuple[Tensor, Tensor]:
         "programs": programs,
         "PANEL": PANEL,
         "ALIGNED": ALIGNED,
-        **CONFIGS[A.dtype],
+        **kernels.options_of(CONFIGS[A.dtype]),
     }
     last = (r - 1) // PANEL * (PANEL + 1) + (r - 1) % PANEL + 2
     launch = _tridiagonal_kernel[(B, programs)]
