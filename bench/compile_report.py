@@ -178,7 +178,7 @@ def main():
         if not args.warm:
             triton.knobs.cache.dir = cache
         rows = compiled(args.targets, args.only)
-        model = timing_model.report(args.json) if args.model else None
+        model = timing_model.report() if args.model else None
     table = [
         [row["kernel"], row["target"], row["registers"], row["shared"], row["spill"], "+".join(row["mma"]),
          "yes" if row["async"] else "", row["wide"] or "", f"{row['seconds']:.1f}", ", ".join(row["faults"])]

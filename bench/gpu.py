@@ -28,7 +28,7 @@ SLOWER = 5  # times, a rehearsal
 PYTEST = ["-m", "pytest", "-q", "-W", "default", "-o", "faulthandler_timeout=40", "--maxfail=20"]
 # Of the first files those whose programs wait for one another, and what runs on streams.
 FIRST = ["tests/kernels/test_tridiagonal.py", "tests/spectra/test_cuda.py", "tests/probe/test_side.py"]
-WAITS = "tridiagonal or test_side or wait or stream"
+WAITS = "tridiagonal or (test_side and cuda) or wait or stream"
 KERNELS = ("syrk", "sturm", "eigh", "distribution", "newton_schulz")
 TESTS = [*(f"tests/kernels/test_{name}.py" for name in KERNELS), "tests/spectra/test_topk.py", "tests/test_muon.py"]
 # Compiling takes most of the tests' time: a process for each two cores compiles beside the others.
@@ -37,7 +37,7 @@ APART = APART if importlib.util.find_spec("xdist") else []
 PARTS = {  # name -> (seconds, arguments of python)
     "compile": (60, ["-m", "bench.compile_report", "--warm", "--json", "compile_report.json"]),
     "reduction": (110, [*PYTEST, *FIRST, "-k", WAITS]),
-    "tests": (110, [*PYTEST, *TESTS, *FIRST[1:], *APART, "-k", f"not cold_start and not ({WAITS})"]),
+    "tests": (110, [*PYTEST, *TESTS, FIRST[1], *APART, "-k", f"not cold_start and not ({WAITS})"]),
     "svdvals": (70, ["-m", "bench.svdvals", "--json", "svdvals.json"]),
     "topk": (45, ["-m", "bench.topk", "--json", "topk.json"]),
     "end_to_end": (170, ["-m", "bench.end_to_end", "--compile", "--trackers", "full", "fast", "--turns", "3",

@@ -27,9 +27,13 @@ SMALL = {  # module -> constants in the place of its own
 FLAGS = {  # module -> flags after its own
     "bench.end_to_end": ["--tokens", "128", "--micro-batch", "1", "--turns", "1", "--steps", "1"],
     "bench.topk": ["--k", "8"],
-    # of the tests the sizes that the references take minutes for
-    "pytest": ["-k", "not cold_start and not 2048 and not 1024 and not 3072 and not 300", "-p", "no:xdist"],
-}
+    "bench.compile_report": ["--only", "sturm fp32", "syrk fp32: GPT-2"],
+    # The tests of kernels alone run in the interpreter, and hold a kernel to more than its reference keeps.
+    "pytest": ["--deselect", "tests/kernels", "--deselect",
+               "tests/spectra/test_cuda.py::test_small_eigenproblems_at_full_size"],
+}  # fmt: skip
+# Tests whose names hold these have sizes that the references take minutes for.
+LARGE = ("2048", "1024", "3072", "768", "300", "72", "torch.float16", "muon_follows")
 
 
 def bar(what: str, value: float, limit: float, at_least: bool = False):  # noqa: ARG001
@@ -48,6 +52,10 @@ def main():
         raise SystemExit("bench.rehearse: expected `-m MODULE ARGUMENTS`, got no module. Name a part of bench.gpu.")
     name, *arguments = sys.argv[2:]
     sys.argv = [name, *arguments, *FLAGS.get(name, [])]
+    if name == "pytest":  # which takes the last -k
+        sys.argv += ["-n", "0"] if "-n" in sys.argv else []
+        given = sys.argv[sys.argv.index("-k") + 1]
+        sys.argv += ["-k", " and ".join([f"({given})", *(f"not {text}" for text in LARGE)])]
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     harness.ROOT = Path(tempfile.mkdtemp(prefix="rehearsal"))  # a stub's figures are no result
