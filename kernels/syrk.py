@@ -34,7 +34,8 @@ ALIKE = (
     "m", "k", "stride_ab", "stride_am", "stride_ak", "stride_bb", "stride_bm", "stride_bk", "stride_cb", "stride_cm",
     "stride_cn", "alpha", "beta", "shift",
 )  # fmt: skip
-PER_SM = 4  # programs that a multiprocessor takes: each holds 48 KiB of shared memory
+# Programs that a multiprocessor of an H100 takes: each holds 64 or 96 of its 227 KiB of shared memory.
+PER_SM = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
 LEAST_PART = 1024  # columns of A, that a part of a product has at least
 
 if triton is not None:
@@ -225,7 +226,7 @@ def _parts(B: int, m: int, k: int, dtype: torch.dtype, device: torch.device) -> 
     matrices of a batch come one after the other then, so that a large batch fills the GPU better as it is.
     """
     tiles = triton.cdiv(m, CONFIGS[dtype]["BLOCK"])
-    fit = PER_SM * kernels.multiprocessors(device) // (tiles * (tiles + 1) // 2)
+    fit = PER_SM[dtype] * kernels.multiprocessors(device) // (tiles * (tiles + 1) // 2)
     parts = min(fit, k // LEAST_PART)
     return parts if parts > 2 * B else 1
 
