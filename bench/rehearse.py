@@ -28,7 +28,7 @@ FLAGS = {  # module -> flags after its own
     "bench.end_to_end": ["--tokens", "128", "--micro-batch", "1", "--turns", "1", "--steps", "1"],
     "bench.topk": ["--k", "8"],
     "bench.compile_report": ["--only", "sturm fp32", "syrk fp32: GPT-2"],
-    # The tests of kernels alone run in the interpreter, and hold a kernel to more than its reference keeps.
+    # the tests of kernels alone, which run in the interpreter; and a bound that LAPACK does not keep
     "pytest": ["--deselect", "tests/kernels", "--deselect",
                "tests/spectra/test_cuda.py::test_small_eigenproblems_at_full_size"],
 }  # fmt: skip
