@@ -9,12 +9,10 @@ import functools
 import multiprocessing
 import os
 import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
 import triton

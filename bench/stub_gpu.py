@@ -125,7 +125,9 @@ class _Mode(TorchFunctionMode):
         elif here and func not in self.ANY_DEVICE and not getattr(func, "__name__", "").startswith("_"):
             elsewhere = [t for t in operands if not isinstance(t, Tensor_) and t.ndim]
             if elsewhere:
-                raise RuntimeError(f"{func}: expected all tensors on one device, got {DEVICE} and {elsewhere[0].device}")
+                raise RuntimeError(
+                    f"{func}: expected all tensors on one device, got {DEVICE} and {elsewhere[0].device}"
+                )
         with _Disabled():
             if self.storage == "meta":  # whose operations are written in Python, and ask for the device
                 args, kwargs = tree_map_only(Tensor_, lambda t: t.as_subclass(Tensor), (args, kwargs))
@@ -229,7 +231,7 @@ CUDA = {  # what is asked of torch.cuda
 
 
 class Driver:
-    """What Triton asks of a driver before it compiles. The device is the target, so that each has kernels of its own."""
+    """What Triton asks of a driver before it compiles. The device is the target: each has kernels of its own."""
 
     def __init__(self, target: GPUTarget):
         self.target = target

@@ -201,7 +201,7 @@ def gram(code: Code) -> tuple[float, float]:
     (batch, m, k), block, step = a["A_ptr"], a["BLOCK"], a["BLOCK_K"]
     half = "fp32" not in code.launch.signature["A_ptr"]
     flops = 2 * block * block * step * (1 if half else 3)
-    tensor = flops / (8192 if half else 4096) * 2  # dense, of an H100: 4096 multiply-adds a cycle in bfloat16, 2048 in TF32
+    tensor = flops / (4096 if half else 2048)  # cycles, at the dense rates of an H100: 990 and 495 TFLOP/s
     loop = code.most("HGMMA", "HMMA")
     turn = max(code.turn(loop, L1) + tensor, code.together * tensor)
     tall = code.root.cycles()

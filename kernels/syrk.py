@@ -193,10 +193,10 @@ def syrk(
     out_dtype = out_dtype or (torch.float64 if A.dtype == torch.float64 else torch.float32)
     if A.dtype == torch.float64 or not A.numel() or kernels.backend_of("syrk", A) is not Backend.TRITON:
         return syrk_ref(A, B, C, alpha=alpha, beta=beta, shift=shift, scale=scale, out_dtype=out_dtype)
-    A, B = (t.detach().reshape(-1, m, k) for t in (A, A if B is None else B))
+    A, B = A.detach().reshape(-1, m, k), (A if B is None else B).detach().reshape(-1, m, k)
     C = None if C is None else C.detach().reshape(-1, m, m)
     out = torch.empty(*batch, m, m, dtype=out_dtype, device=A.device)
-    parts = 1 if C is not None or shift or out_dtype is not torch.float32 else _parts(*A.shape, A.dtype, A.device)
+    parts = 1 if C is not None or shift or out_dtype is not torch.float32 else _parts(A)
     some = None if scale is None else scale.reshape(-1)
     with torch.cuda.device_of(A):
         if parts == 1:
@@ -219,14 +219,15 @@ def syrk(
     return out
 
 
-def _parts(B: int, m: int, k: int, dtype: torch.dtype, device: torch.device) -> int:
+def _parts(A: Tensor) -> int:
     """Into how many products, of some columns each, a product of few rows is split; they take up the GPU together.
 
     The Gram matrix of GPT-2's embedding has 78 tiles, for 132 multiprocessors, and each would take 1,572 steps. The
     matrices of a batch come one after the other then, so that a large batch fills the GPU better as it is.
     """
-    tiles = triton.cdiv(m, CONFIGS[dtype]["BLOCK"])
-    fit = PER_SM[dtype] * kernels.multiprocessors(device) // (tiles * (tiles + 1) // 2)
+    B, m, k = A.shape
+    tiles = triton.cdiv(m, CONFIGS[A.dtype]["BLOCK"])
+    fit = PER_SM[A.dtype] * kernels.multiprocessors(A.device) // (tiles * (tiles + 1) // 2)
     parts = min(fit, k // LEAST_PART)
     return parts if parts > 2 * B else 1
 
@@ -252,7 +253,7 @@ def _launch(A: Tensor, B: Tensor, C: Tensor | None, scale: Tensor | None, out: T
             m=m // grain,
             k=k // grain,
             # of those that are 1 the kernel knows it
-            **{f"stride_{name}{i}": value // grain for name in "abc" for i, value in zip(AXES[name], strides[name], strict=True)},
+            **{f"stride_{x}{i}": n // grain for x in "abc" for i, n in zip(AXES[x], strides[x], strict=True)},
             alpha=float(alpha),
             beta=float(beta),
             shift=float(shift),

@@ -91,7 +91,7 @@ def test_the_report_compiles_what_is_launched(keys):
     kernels = {row["name"].split()[0] for row in rows}
     assert kernels == {"syrk", "tridiagonal", "scale", "sturm", "eigh", "singular_distribution"}
     reductions = {row["name"]: row for row in rows if row["name"].startswith("tridiagonal fp32")}
-    whole, odd, many = (next(row for name, row in reductions.items() if what in name) for what in ("GPT", "531", "many"))
+    whole, odd, many = (next(row for name, row in reductions.items() if x in name) for x in ("GPT", "531", "many"))
     assert "r" in whole["divisible"] and "r" not in odd["divisible"]  # 768, 531
     assert whole["constants"]["COOPERATIVE"] == "True" and whole["options"]["launch_cooperative_grid"] == "True"
     assert many["constants"]["COOPERATIVE"] == "False" and many["constants"]["programs"] == "1"

@@ -107,7 +107,7 @@ def test_wider_than_the_kernels_goes_to_the_library(device, monkeypatch):
 
 
 def test_torch_may_say_that_its_watch_for_waits_is_a_prototype():
-    """What torch 2.11 and 2.13 say in `set_sync_debug_mode` once a process; it would end the test that forbids waits."""
+    """What torch 2.11 and 2.13 say in `set_sync_debug_mode`, once a process, would end the test that forbids waits."""
     warnings.warn(
         "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations",
         stacklevel=1,
