@@ -4,6 +4,7 @@ Every Python line runs that would run beside a GPU, at small sizes, and with the
 fails shows a fault of that part. No time means anything, so that no bar says whether it holds.
 """
 
+import argparse
 import importlib
 import os
 import runpy
@@ -48,10 +49,10 @@ def once(variants, repeats, warmup=2, run=harness.interleaved_cuda):  # noqa: AR
 
 def main():
     """Runs the module that `-m` names, with the arguments after it."""
-    if len(sys.argv) < 3 or sys.argv[1] != "-m":
-        raise SystemExit("bench.rehearse: expected `-m MODULE ARGUMENTS`, got no module. Name a part of bench.gpu.")
-    name, *arguments = sys.argv[2:]
-    sys.argv = [name, *arguments, *FLAGS.get(name, [])]
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("-m", dest="module", required=True, help="The module to run; all arguments after it are its own.")
+    name = p.parse_args(sys.argv[1:3]).module
+    sys.argv = [name, *sys.argv[3:], *FLAGS.get(name, [])]
     if name == "pytest":  # which takes the last -k
         sys.argv += ["-n", "0"] if "-n" in sys.argv else []
         given = sys.argv[sys.argv.index("-k") + 1]
