@@ -25,7 +25,7 @@ ALL = os.environ.get("SOSD_TARGETS", "").split()
 CASES = {  # names of kernels -> targets
     ("syrk fp32: GPT-2", "syrk fp16: Newton-Schulz (12"): list(MMA),
     ("syrk fp32: 531", "syrk bf16: 531", "syrk fp16: Newton-Schulz (3"): ["90"],
-    ("tridiagonal fp32: GPT-2", "tridiagonal fp64: GPT-2", "tridiagonal fp32: 531"): ["90", "gfx942"],
+    ("tridiagonal fp32: GPT-2", "tridiagonal fp64: GPT-2"): ["90", "gfx942"],
     ("singular_distribution", "scale fp32", "sturm", "eigh"): ["90"],
     ("eigh fp32: eigenproblems of 80", "sturm fp64: GPT-2"): ["gfx942"],
 }
@@ -90,11 +90,14 @@ def test_the_report_compiles_what_is_launched(keys):
     rows = [row for row in keys[0] if row["target"] == "90"]
     kernels = {row["name"].split()[0] for row in rows}
     assert kernels == {"syrk", "tridiagonal", "scale", "sturm", "eigh", "singular_distribution"}
-    reductions = {row["name"]: row for row in rows if row["name"].startswith("tridiagonal fp32")}
-    whole, odd, many = (next(row for name, row in reductions.items() if x in name) for x in ("GPT", "531", "many"))
-    assert "r" in whole["divisible"] and "r" not in odd["divisible"]  # 768, 531
-    assert whole["constants"]["COOPERATIVE"] == "True" and whole["options"]["launch_cooperative_grid"] == "True"
-    assert many["constants"]["COOPERATIVE"] == "False" and many["constants"]["programs"] == "1"
+    products = [row for row in rows if row["name"].startswith("syrk fp32")]
+    whole, odd = (next(row for row in products if x in row["name"]) for x in ("GPT", "531"))
+    assert whole["constants"]["GRAIN"] == "16" and odd["constants"]["GRAIN"] == "1"  # 768, 531
+    reductions = [row for row in rows if row["name"].startswith("tridiagonal fp32")]
+    assert "A_ptr" in reductions[0]["divisible"] and "r" in reductions[0]["divisible"]
+    shared, alone = (next(row for row in reductions if x in row["name"]) for x in ("GPT", "many"))
+    assert shared["constants"]["COOPERATIVE"] == "True" and shared["options"]["launch_cooperative_grid"] == "True"
+    assert alone["constants"]["COOPERATIVE"] == "False" and alone["constants"]["first_event"] == "1"
 
 
 def test_rocm_is_asked_for_nothing_it_does_not_know(keys):
