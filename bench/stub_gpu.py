@@ -8,6 +8,7 @@ right and no time means anything.
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import inspect
 import sys
@@ -349,21 +350,31 @@ def operations() -> dict[Callable, Callable]:
     return found
 
 
+def _content(t: Tensor) -> str:
+    flat = t.detach().as_subclass(Tensor).contiguous().reshape(-1).view(torch.uint8)
+    return f"{t.shape} {t.dtype} {hashlib.sha1(flat.numpy().tobytes()).hexdigest()}"
+
+
 def _by_reference(op: Callable, reference: Callable) -> Callable:
     taken = inspect.signature(reference).parameters
+    known: dict[str, Any] = {}
 
     @functools.wraps(op)
     def both(*args, **kwargs):
         if not any(isinstance(t, Tensor_) for t in _flat((*args, *kwargs.values()))):
             return op(*args, **kwargs)
         wide = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, (args, kwargs))
-        truth = reference(*wide[0], **{k: v for k, v in wide[1].items() if k in taken})
+        given = repr(tree_map_only(Tensor, _content, (args, kwargs)))
+        if given not in known:  # tests repeat an operation to see that nothing changes
+            known.clear()
+            known[given] = reference(*wide[0], **{k: v for k, v in wide[1].items() if k in taken})
+        truth = known[given]
         found, how = tree_flatten(op(*args, **kwargs))
         expected, _ = tree_flatten(truth)
         for a, b in zip(found, expected, strict=True):
             if (a is None) != (b is None) or (a is not None and a.shape != b.shape):
                 raise AssertionError(f"{op.__name__}: {a} is unlike the reference's {b}")
-        rounded = [b if a is None else b.to(a.dtype) for a, b in zip(found, expected, strict=True)]
+        rounded = [b if a is None else b.to(a.dtype, copy=True) for a, b in zip(found, expected, strict=True)]
         return tree_unflatten(rounded, how)
 
     return both
