@@ -351,7 +351,7 @@ def operations() -> dict[Callable, Callable]:
 
 
 def _content(t: Tensor) -> str:
-    flat = t.detach().as_subclass(Tensor).contiguous().reshape(-1).view(torch.uint8)
+    flat = t.detach().as_subclass(Tensor).flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8)
     return f"{t.shape} {t.dtype} {hashlib.sha1(flat.numpy().tobytes()).hexdigest()}"
 
 
