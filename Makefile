@@ -2,7 +2,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 ROOT := $(if $(filter 0,$(shell id -u)),,sudo)  # for packages of the system
 
-.PHONY: demo test test-integrations check bench docs gpu sanitize install clean
+.PHONY: demo test test-integrations check bench docs gpu rehearse sanitize install clean
 
 demo: install  ## train a small GPT-2 on real text with the tracker on (about 4 minutes)
 	$(PYTHON) training/run.py --tracker=fast
@@ -20,8 +20,8 @@ test-integrations: install  ## with the real Trainer, Lightning, TensorBoard, W&
 	$(PYTHON) -m pytest tests/integrations tests/runs tests/checkpoints tests/test_examples.py
 
 check: test  ## what a change must pass: the same, every kernel for every GPU, more drawn cases, a smoke test of the benchmarks
-	SOSD_TARGETS="80 90 100" SOSD_DRAWS=10 $(PYTHON) -m pytest -q tests/kernels/test_compile.py tests/kernels/test_tridiagonal.py \
-	  tests/kernels/test_tridiagonal_code.py tests/spectra/test_topk_odd.py
+	SOSD_TARGETS="80 90 100 gfx942" SOSD_DRAWS=10 $(PYTHON) -m pytest -q tests/kernels/test_compile.py \
+	  tests/kernels/test_tridiagonal.py tests/kernels/test_tridiagonal_code.py tests/spectra/test_topk_odd.py
 	$(PYTHON) -m pytest -q bench --benchmark-disable
 	$(PYTHON) -m bench.svd_overhead --steps 3
 
@@ -39,6 +39,9 @@ gpu:  ## what a GPU has to prove, in 8 minutes: native tests, then every benchma
 	PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --no-deps --no-build-isolation --no-index -e . \
 	  || echo "sosd_fast is used from this folder, as it stands; its C++ kernels may be missing."
 	python3 -m bench.gpu
+
+rehearse: install  ## every Python line of `make gpu`, at small sizes, on a stub of a GPU (about 6 minutes)
+	$(PYTHON) -m bench.gpu --rehearse
 
 # 20,000 calls for each instruction set under AddressSanitizer and UndefinedBehaviorSanitizer, 3,000 under ThreadSanitizer.
 sanitize: install  ## the C++ kernels under the sanitizers: checks, planted faults, a fuzz (about 10 minutes)

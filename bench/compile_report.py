@@ -1,213 +1,192 @@
-"""Compiles every Triton kernel in its shipped configurations and prints registers, shared memory and spills.
+"""Compiles every Triton kernel as the JIT would and prints registers, shared memory and spills; needs no GPU.
 
-Needs no GPU: Triton brings its own assembler. A spill, or a tensor-core instruction missing where one is meant, is an
-error.
+The library's own functions run on a stub of a GPU, and each kernel is compiled for the keys that they launch it with.
+A spill, or a tensor-core instruction missing where one is meant, is an error. --model adds the time that the compiled
+code lets expect on an H100 or H200, which is a model and no measurement.
 """
 
+import functools
+import multiprocessing
 import os
 import re
-import subprocess
 import tempfile
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from bench import timing_model
 from bench.harness import finish, parser, show
-from sosd_fast.kernels import distribution, eigh, sturm, syrk, tridiagonal
+from bench.stub_gpu import Launch, launches
+from sosd_fast.kernels.distribution import singular_distribution
+from sosd_fast.kernels.eigh import eigh
+from sosd_fast.kernels.newton_schulz import newton_schulz
+from sosd_fast.spectra.svdvals import spectra
 
-TARGETS = (80, 90, 100)
-UNIT_STRIDES = ("stride_ak", "stride_bk", "stride_cn", "step_S", "step_previous", "step_reference", "step_d", "step_e")
-NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
-MMA = re.compile(r"\b(wgmma|tcgen05|mma)\.")  # in PTX
-
-
-@dataclass
-class Case:
-    """A kernel in one configuration."""
-
-    name: str
-    kernel: object
-    types: dict[str, str]  # of the arguments; those not named are int32
-    constexprs: dict
-    options: dict = field(default_factory=dict)
-    mma: bool = False
-    wide: bool = False  # 16-byte loads are meant
-    most_registers: int = 255
+TARGETS = ("80", "90", "100", "gfx942")
+MMA = re.compile(r"\b(wgmma|tcgen05|mma|v_mfma)[._]")  # in PTX, and in the assembly of AMD's
+# kernel -> what is meant of it, where rows begin at multiples of 16
+MEANT = {"syrk": "mma", "tridiagonal": "wide", "eigh": "wide"}
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
-def cases() -> list[Case]:
-    """Every shipped configuration."""
-    found = []
-    for dtype in ("fp32", "fp64"):
-        types = {f"{name}_ptr": f"*{dtype}" for name in ("S", "previous", "reference", "sd")}
-        found.append(
-            Case(
-                f"distribution {dtype}",
-                distribution._singular_distribution_kernel,
-                types | {"statistics_ptr": "*fp64"},
-                {"HAS_PREVIOUS": True, "HAS_REFERENCE": True, "BLOCK": distribution.BLOCK},
-                {"num_warps": 4},
-            )
-        )
-    factors = {name: "fp32" for name in ("alpha", "beta", "shift")}
-    for dtype, config in syrk.CONFIGS.items():
-        t = NAMES[dtype]
-        options = {k: v for k, v in config.items() if k.startswith("num_")}
-        blocks = {k: v for k, v in config.items() if k not in options} | {"PRECISION": "tf32x3"}
-        pointers = {name: f"*{t}" for name in ("A_ptr", "B_ptr", "C_ptr")}
-        gram = pointers | {"scale_ptr": "*fp64", "out_ptr": "*fp32"}
-        found.append(
-            Case(f"gram {t}", syrk._syrk_kernel, gram | factors,
-                 blocks | {"HAS_C": False, "HAS_SCALE": True, "ROUND": True}, options, mma=True)
-        )  # fmt: skip
-        if t != "fp32":
-            update = pointers | {"scale_ptr": f"*{t}", "out_ptr": f"*{t}"}
-            found.append(
-                Case(f"symmetric update {t}", syrk._syrk_kernel, update | factors,
-                     blocks | {"HAS_C": True, "HAS_SCALE": False, "ROUND": False}, options, mma=True)
-            )  # fmt: skip
-    for dtype, config in tridiagonal.CONFIGS.items():
-        t = NAMES[dtype]
-        types = {f"{name}_ptr": f"*{t}" for name in ("A", "out", "panel", "y", "t")} | {"counter_ptr": "*i32"}
-        blocks = {"ROWS": config["ROWS"], "COLUMNS": config["COLUMNS"]}
-        blocks |= {"PANEL": tridiagonal.PANEL, "ALIGNED": tridiagonal.ALIGNED, "first_event": 1}
-        for cooperative in (False, True):
-            found.append(
-                Case(
-                    f"tridiagonal {t}{' cooperative' if cooperative else ''}",
-                    tridiagonal._tridiagonal_kernel,
-                    types,
-                    blocks | {"COOPERATIVE": cooperative},
-                    {k: v for k, v in config.items() if k not in blocks} | {"launch_cooperative_grid": cooperative},
-                    wide=True,
-                    most_registers=config["maxnreg"],
-                )
-            )
-    for t, rescale in (("fp32", 4), ("fp64", 8)):
-        types = {f"{name}_ptr": f"*{t}" for name in ("d", "e", "scaled", "limits", "values")}
-        found.append(Case(f"scale {t}", sturm._scale_kernel, types, {"BLOCK": sturm.SCALE_BLOCK}, {"num_warps": 4}))
-        blocks = {"RESCALE": rescale, "BLOCK": sturm.BLOCK}
-        found.append(Case(f"sturm {t}", sturm._sturm_kernel, types, blocks, {"num_warps": 1}))
-        pointers = ("A", "X", "unsorted", "values", "vectors")
-        types = {f"{name}_ptr": f"*{t}" for name in pointers} | {"tolerance": "fp32"}
-        blocks = {name: getattr(eigh, name) for name in ("BLOCK", "PAIRS", "ROWS", "SHIFT")}
-        for columns in (96, 192) if t == "fp32" else (96,):  # k = 32 makes 80 rows, k = 88 192
-            found.append(
-                Case(
-                    f"eigh {t} {columns}",
-                    eigh._eigh_kernel,
-                    types,
-                    blocks | {"COLUMNS": columns},
-                    {"num_warps": eigh.WARPS},
-                    wide=True,
-                    most_registers=65536 // (32 * eigh.WARPS),
-                )
-            )
+def empty(*shape: int, dtype=FLOAT32, count: int = 1) -> list[torch.Tensor]:
+    """Matrices on the stub."""
+    return [torch.empty(*shape, dtype=dtype, device="cuda") for _ in range(count)]
+
+
+def calls() -> dict[str, Callable[[], object]]:
+    """What is launched, by a name: bodies of models, sides that are no multiples of 16, and few and many matrices."""
+    found: dict[str, Callable[[], object]] = {}
+    for dtype, method in ((FLOAT32, "gram32"), (FLOAT32, "gram64"), (BFLOAT16, "gram32"), (FLOAT16, "gram32")):
+        for name, matrices in (
+            ("GPT-2 small", [((768, 768), 48), ((768, 3072), 12), ((3072, 768), 12)]),
+            ("embedding", [((50257, 768), 1)]),
+            ("531", [((531, 531), 3), ((531, 1062), 3), ((1062, 531), 3)]),
+            ("many", [((64, 64), 300)]),
+        ):
+            few = [W for shape, count in matrices for W in empty(*shape, dtype=dtype, count=count)]
+            found[f"{name}, {str(dtype)[6:]} {method}"] = functools.partial(spectra, few, method)
+    for dtype in (BFLOAT16, FLOAT16):
+        for shape in ((12, 768, 3072), (12, 768, 768), (3, 531, 531)):
+            G = empty(*shape, dtype=dtype)[0]
+            found[f"Newton-Schulz {shape}, {str(dtype)[6:]}"] = functools.partial(newton_schulz, G, steps=2)
+    for dtype in (FLOAT32, FLOAT64):
+        # leading values: k = 32 has problems of 80 rows, k = 88 of 192
+        for n in (80, 192) if dtype == FLOAT32 else (80,):
+            found[f"eigenproblems of {n}, {str(dtype)[6:]}"] = functools.partial(eigh, empty(72, n, n, dtype=dtype)[0])
+        S = empty(72, 768, dtype=dtype)[0]
+        found[f"spectra, {str(dtype)[6:]}"] = functools.partial(singular_distribution, S, S, S)
     return found
 
 
-def build(case: Case, target: int) -> dict:
-    """Compiles a case and reads the assembler's resource report."""
-    names = case.kernel.arg_names
-    signature = {n: "constexpr" if n in case.constexprs else case.types.get(n, "i32") for n in names}
-    # as the launcher specializes them: aligned pointers, sizes and strides that are multiples of 16, unit strides
-    unit = {n: 1 for n in names if n in UNIT_STRIDES}
-    signature |= dict.fromkeys(unit, "constexpr")
-    free = {parameter.name for parameter in case.kernel.params if parameter.do_not_specialize}
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, n in enumerate(names)
-        if signature[n].startswith(("*", "i32")) and n not in free
-    }
-    source = ASTSource(case.kernel, signature, case.constexprs | unit, attributes)
+def target_of(name: str) -> GPUTarget:
+    """A target by the name that --targets knows it by."""
+    return GPUTarget("cuda", int(name), 32) if name.isdigit() else GPUTarget("hip", name, 64)
+
+
+def recorded(target: GPUTarget, only: list[str]) -> list[tuple[str, Launch]]:
+    """Each kernel in each specialisation, once, by a name."""
+    found: dict[str, tuple[str, Launch]] = {}
+    with launches(target) as record:
+        for what, call in calls().items():
+            del record[:]
+            call()
+            for launch in record:
+                dtype = next(iter(launch.signature.values())).lstrip("*")
+                kernel = launch.kernel.__name__.removeprefix("_").removesuffix("_kernel")
+                found.setdefault(launch.key, (f"{kernel} {dtype}: {what}", launch))
+    return [(name, launch) for name, launch in found.values() if any(text in name for text in only)]
+
+
+_WAITING: list[tuple[str, Launch, GPUTarget]] = []  # a forked process finds them here: they cannot be sent
+
+
+def build(i: int) -> dict:
+    """Compiles one of `_WAITING` and reads the assembler's resource report."""
+    name, launch, target = _WAITING[i]
     began = time.perf_counter()
-    binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options=case.options)
+    binary = launch.compile(target)
     seconds = time.perf_counter() - began
-    return resources(binary.asm["cubin"]) | {
+    if target.backend == "hip":
+        code, found = binary.asm["amdgcn"], amd_resources(binary.asm["amdgcn"])
+        wide = len(re.findall(r"global_load_dwordx4|buffer_load_dwordx4", code))
+    else:
+        code, found = binary.asm["ptx"], resources(binary.asm["cubin"])
+        wide = len(re.findall(r"ld\.global\.(?:v4\.b32|v2\.b64)|cp\.async\.c[ga]\.shared\.global[^;]*, 0x10", code))
+    row = found | {
+        "kernel": name,
+        "target": str(target.arch),
         "shared": binary.metadata.shared,
-        "mma": sorted(set(MMA.findall(binary.asm["ptx"]))),
-        "async": "cp.async" in binary.asm["ptx"],
-        "wide": len(re.findall(r"ld\.global\.(?:v4\.b32|v2\.b64)", binary.asm["ptx"])),
+        "mma": sorted(set(MMA.findall(code))),
+        "async": "cp.async" in code,
+        "wide": wide,
         "seconds": seconds,
     }
+    return row | {"faults": faults(launch, row)}
 
 
 def resources(cubin: bytes) -> dict:
     """Registers, stack and local bytes, by cuobjdump."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    text = timing_model.disassembled(cubin, "-res-usage")
     values = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     return {"registers": int(values["REG"]), "spill": int(values["STACK"]) + int(values["LOCAL"])}
 
 
-def faults(case: Case, row: dict) -> list[str]:
+def amd_resources(assembly: str) -> dict:
+    """The same of AMD's assembler, which writes them beside the code."""
+    values = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", assembly))
+    spill = int(values["vgpr_spill_count"]) * 256 + int(values["private_segment_fixed_size"])
+    return {"registers": int(values["vgpr_count"]), "spill": spill}
+
+
+def most_registers(launch: Launch) -> int:
+    """How many registers a thread may have: all programs of a cooperative launch are on the GPU at once."""
+    threads = 32 * launch.options.num_warps
+    programs = 1
+    if getattr(launch.options, "launch_cooperative_grid", False):
+        programs = -(-launch.grid[0] * launch.grid[1] // 132)
+    return min(255, 65536 // (threads * programs) // 8 * 8) if launch.options.backend_name == "cuda" else 512
+
+
+def faults(launch: Launch, row: dict) -> list[str]:
     """What must not be."""
     found = []
+    kernel = row["kernel"].split()[0]
     if row["spill"]:
         found.append(f"{row['spill']} bytes of stack")
-    if case.mma and not row["mma"]:
+    if MEANT.get(kernel) == "mma" and not row["mma"]:
         found.append("no tensor-core instruction")
-    if case.wide and not row["wide"]:
+    cuda = launch.options.backend_name == "cuda"
+    if MEANT.get(kernel) == "wide" and not row["wide"] and cuda and launch.arguments.get("r", 16) % 16 == 0:
         found.append("no 16-byte loads")
-    if row["registers"] > case.most_registers:
-        found.append(f"more than {case.most_registers} registers")
+    if row["registers"] > most_registers(launch):
+        found.append(f"more than {most_registers(launch)} registers")
     return found
+
+
+def compiled(targets: list[str], only: list[str]) -> list[dict]:
+    """Compiles what is asked for, on every core; a row each."""
+    _WAITING[:] = [(*each, target_of(name)) for name in targets for each in recorded(target_of(name), only)]
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork")) as pool:
+        return list(pool.map(build, range(len(_WAITING))))
 
 
 def main():
     """Table, JSON; exit status 1 on a fault."""
     p = parser(__doc__.split("\n")[0])
-    p.add_argument(
-        "--only",
-        nargs="+",
-        default=[""],
-        help="Compiles only the cases whose name contains one of these texts; by default all.",
-    )
-    p.add_argument(
-        "--targets",
-        type=int,
-        nargs="+",
-        default=TARGETS,
-        help="The compute capabilities to compile for, times ten; by default 80, 90 and 100.",
-    )
+    add = p.add_argument
+    # fmt: off
+    add("--only", nargs="+", default=[""],
+        help="Compiles only the kernels whose name contains one of these texts; by default all.")
+    add("--targets", nargs="+", default=list(TARGETS),
+        help="What to compile for: compute capabilities, times ten, or gfx942; by default 80, 90, 100 and gfx942.")
+    add("--warm", action="store_true",
+        help="Compiles for the GPU at hand, into the cache where its programs then find their kernels; off by default.")
+    add("--model", action="store_true",
+        help="Prints the expected times of shapes on an H100 or H200, too, from the code for 90; off by default.")
+    # fmt: on
     args = p.parse_args()
-    rows, table, wrong = [], [], 0
+    if args.warm:
+        args.targets = ["{}{}".format(*torch.cuda.get_device_capability())]
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        for case in cases():
-            for target in args.targets if any(text in case.name for text in args.only) else ():
-                row = build(case, target)
-                row["faults"] = faults(case, row)
-                wrong += bool(row["faults"])
-                rows.append({"kernel": case.name, "target": target} | row)
-                table.append(
-                    [case.name, f"sm_{target}", row["registers"], row["shared"], row["spill"], "+".join(row["mma"]),
-                     "yes" if row["async"] else "", row["wide"] or "", f"{row['seconds']:.1f}",
-                     ", ".join(row["faults"])]
-                )  # fmt: skip
-    columns = [
-        "kernel",
-        "target",
-        "registers",
-        "shared",
-        "spill",
-        "tensor cores",
-        "async copies",
-        "16 B loads",
-        "s",
-        "faults",
-    ]
-    show(f"Triton {triton.__version__}", columns, table)
-    finish({"benchmark": "compile_report", "triton": triton.__version__, "rows": rows}, args.json)
-    raise SystemExit(1 if wrong else 0)
+        if not args.warm:
+            triton.knobs.cache.dir = cache
+        rows = compiled(args.targets, args.only)
+        model = timing_model.report() if args.model else None
+    table = [
+        [row["kernel"], row["target"], row["registers"], row["shared"], row["spill"], "+".join(row["mma"]),
+         "yes" if row["async"] else "", row["wide"] or "", f"{row['seconds']:.1f}", ", ".join(row["faults"])]
+        for row in rows
+    ]  # fmt: skip
+    columns = ["kernel", "target", "registers", "shared", "spill", "tensor cores", "async copies", "16 B loads", "s"]
+    show(f"Triton {triton.__version__}", [*columns, "faults"], table)
+    result = {"benchmark": "compile_report", "triton": triton.__version__, "rows": rows}
+    finish(result | ({"model": model} if model else {}), args.json)
+    raise SystemExit(any(row["faults"] for row in rows))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ except ImportError:  # not built: every op then runs its torch path
     _C = None
 
 triton = tl = None
-# Its import takes half a second, so a torch without CUDA leaves it out, unless someone has it already (the tests do).
-if torch.version.cuda is not None or "triton" in sys.modules:
+# Its import takes half a second, so a torch without CUDA and ROCm leaves it out, unless someone has it already (the
+# tests do).
+if torch.version.cuda is not None or torch.version.hip is not None or "triton" in sys.modules:
     with contextlib.suppress(ImportError):
         import triton
         import triton.language as tl  # noqa: F401
@@ -101,6 +102,22 @@ _MISSING = {
 def warn_missing(what: str):
     """Warns, once a process, that kernels are missing: "Triton" or "extension"."""
     log.warning(_MISSING[what])
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has; 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def precision_of_products() -> str:
+    """How Triton multiplies float32 on this GPU: by three TF32 products, or by what ROCm has."""
+    return "tf32x3" if torch.version.hip is None else "ieee"
+
+
+def options_of(config: dict[str, int]) -> dict[str, int]:
+    """A kernel's configuration with what this GPU's compiler knows: ROCm's sets no limit of registers."""
+    return {k: v for k, v in config.items() if k != "maxnreg" or torch.version.hip is None}
 
 
 def largest_entry(X: Tensor) -> Tensor:

@@ -24,9 +24,23 @@ CONFIGS = {
     torch.float16: {"BLOCK": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
 }
 
+ALIGNED = 16  # elements
+# Where rows do not begin at multiples of that, accesses are not 16 bytes wide, and 128 x 128 tiles spill 192 bytes.
+UNALIGNED = {"BLOCK": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+AXES = {"a": "bmk", "b": "bmk", "c": "bmn"}
+# Sizes, strides and factors: specialised for each, the tests of a GPU compiled 60 kernels. What matters to the code, in
+# which direction entries lie side by side and whether accesses may be 16 bytes wide, is said to it by flags instead.
+ALIKE = (
+    "m", "k", "stride_ab", "stride_am", "stride_ak", "stride_bb", "stride_bm", "stride_bk", "stride_cb", "stride_cm",
+    "stride_cn", "alpha", "beta", "shift",
+)  # fmt: skip
+# Programs that a multiprocessor of an H100 takes: each holds 64 or 96 of its 227 KiB of shared memory.
+PER_SM = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
+LEAST_PART = 1024  # columns of A, that a part of a product has at least
+
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=ALIKE)
     def _syrk_kernel(
         A_ptr,  # (B, m, k), by strides
         B_ptr,  # (B, m, k), by strides
@@ -51,22 +65,47 @@ if triton is not None:
         HAS_SCALE: tl.constexpr,
         PRECISION: tl.constexpr,
         ROUND: tl.constexpr,
+        A_UNIT: tl.constexpr,  # the dimension of A whose stride is 1, or 0
+        B_UNIT: tl.constexpr,
+        C_UNIT: tl.constexpr,
+        GRAIN: tl.constexpr,  # of which m, k and the other strides are multiples, and in which they are given
         BLOCK: tl.constexpr,
         BLOCK_K: tl.constexpr,
     ):
+        m *= GRAIN
+        k *= GRAIN
+        stride_am *= GRAIN
+        stride_ak *= GRAIN
+        stride_bm *= GRAIN
+        stride_bk *= GRAIN
+        stride_cm *= GRAIN
+        if A_UNIT == 1:
+            stride_am = 1
+        if A_UNIT == 2:
+            stride_ak = 1
+        if B_UNIT == 1:
+            stride_bm = 1
+        if B_UNIT == 2:
+            stride_bk = 1
+        if C_UNIT == 2:
+            stride_cn = 1
         # tile 0 is (0, 0), tiles 1 and 2 are (1, 0) and (1, 1), ...
         tile = tl.program_id(0)
         row = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)
         row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
         row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
         column = tile - row * (row + 1) // 2
-        batch = tl.program_id(1).to(tl.int64)
+        batch = tl.program_id(1).to(tl.int64)  # its products with strides do not fit 32 bits
 
         rows = row * BLOCK + tl.arange(0, BLOCK)
         columns = column * BLOCK + tl.arange(0, BLOCK)
         inner = tl.arange(0, BLOCK_K)
-        left_ptr = A_ptr + batch * stride_ab + rows.to(tl.int64)[:, None] * stride_am + inner[None, :] * stride_ak
-        right_ptr = B_ptr + batch * stride_bb + columns.to(tl.int64)[None, :] * stride_bm + inner[:, None] * stride_bk
+        left_ptr = (
+            A_ptr + batch * stride_ab * GRAIN + rows.to(tl.int64)[:, None] * stride_am + inner[None, :] * stride_ak
+        )
+        right_ptr = (
+            B_ptr + batch * stride_bb * GRAIN + columns.to(tl.int64)[None, :] * stride_bm + inner[:, None] * stride_bk
+        )
         total = tl.zeros([BLOCK, BLOCK], tl.float32)
         if HAS_SCALE:
             scale = tl.load(scale_ptr + batch).to(tl.float32)
@@ -88,7 +127,7 @@ if triton is not None:
         lower = rows[:, None] >= columns[None, :]  # on the diagonal tile the other half may differ in the last bit
         inside = (rows[:, None] < m) & (columns[None, :] < m) & lower
         if HAS_C:
-            C_ptr += batch * stride_cb
+            C_ptr += batch * stride_cb * GRAIN
             C = tl.load(
                 C_ptr + rows.to(tl.int64)[:, None] * stride_cm + columns[None, :] * stride_cn, mask=inside, other=0.0
             )
@@ -155,38 +194,80 @@ def syrk(
     out_dtype = out_dtype or (torch.float64 if A.dtype == torch.float64 else torch.float32)
     if A.dtype == torch.float64 or not A.numel() or kernels.backend_of("syrk", A) is not Backend.TRITON:
         return syrk_ref(A, B, C, alpha=alpha, beta=beta, shift=shift, scale=scale, out_dtype=out_dtype)
-    A, B = (t.detach().reshape(-1, m, k) for t in (A, A if B is None else B))
+    A, B = A.detach().reshape(-1, m, k), (A if B is None else B).detach().reshape(-1, m, k)
     C = None if C is None else C.detach().reshape(-1, m, m)
     out = torch.empty(*batch, m, m, dtype=out_dtype, device=A.device)
-    config = CONFIGS[A.dtype]
+    parts = 1 if C is not None or shift or out_dtype is not torch.float32 else _parts(A)
+    some = None if scale is None else scale.reshape(-1)
+    with torch.cuda.device_of(A):
+        if parts == 1:
+            _launch(A, B, C, some, out.view(-1, m, m), alpha, beta, shift, rounded)
+        else:
+            width = k // parts // 16 * 16  # of a part; what is left over is another, smaller one
+            sums = torch.empty(parts, m, m, dtype=out_dtype, device=A.device)
+            for i, total in enumerate(out.view(-1, m, m)):
+                left, right = (
+                    t[i, :, : parts * width].unflatten(1, (parts, width)).movedim(1, 0) for t in (A, B)
+                )  # (parts, m, width)
+                its = None if some is None else some[i : i + 1].repeat(parts)
+                _launch(left, right, None, its, sums, alpha, 0.0, 0.0, rounded)
+                torch.sum(sums, 0, out=total)
+                if parts * width < k:
+                    rest = slice(i, i + 1), slice(None), slice(parts * width, None)
+                    its = None if some is None else some[i : i + 1]
+                    _launch(A[rest], B[rest], None, its, sums[:1], alpha, 0.0, 0.0, rounded)
+                    total += sums[0]
+    return out
+
+
+def _parts(A: Tensor) -> int:
+    """Into how many products, of some columns each, a product of few rows is split; they take up the GPU together.
+
+    The Gram matrix of GPT-2's embedding has 78 tiles, for 132 multiprocessors, and each would take 1,572 steps. The
+    matrices of a batch come one after the other then, so that a large batch fills the GPU better as it is.
+    """
+    B, m, k = A.shape
+    tiles = triton.cdiv(m, CONFIGS[A.dtype]["BLOCK"])
+    fit = PER_SM[A.dtype] * kernels.multiprocessors(A.device) // (tiles * (tiles + 1) // 2)
+    parts = min(fit, k // LEAST_PART)
+    return parts if parts > 2 * B else 1
+
+
+def _launch(A: Tensor, B: Tensor, C: Tensor | None, scale: Tensor | None, out: Tensor, alpha, beta, shift, rounded):
+    """Launches the kernel on batches; all tensors have one."""
+    batch, m, k = A.shape
+    strides = {"a": A.stride(), "b": B.stride(), "c": (0, 0, 0) if C is None else C.stride()}
+    unit = {name: 2 if found[2] == 1 else 1 if found[1] == 1 else 0 for name, found in strides.items()}
+    others = [stride for name, found in strides.items() for i, stride in enumerate(found) if not i or i != unit[name]]
+    grain = ALIGNED if not any(value % ALIGNED for value in (m, k, *others)) else 1
+    config = CONFIGS[A.dtype] if grain > 1 else UNALIGNED
     tiles = triton.cdiv(m, config["BLOCK"])
     # the batch is the second dimension of the grid, which ends at 65535
-    with torch.cuda.device_of(A):
-        for first in range(0, A.shape[0], 65535):
-            some = slice(first, first + 65535)
-            _syrk_kernel[(tiles * (tiles + 1) // 2, A[some].shape[0])](
-                A_ptr=A[some],
-                B_ptr=B[some],
-                C_ptr=A if C is None else C[some],
-                scale_ptr=A if scale is None else scale.reshape(-1)[some],
-                out_ptr=out.view(-1, m, m)[some],
-                m=m,
-                k=k,
-                **dict(zip(("stride_ab", "stride_am", "stride_ak"), A.stride(), strict=True)),
-                **dict(zip(("stride_bb", "stride_bm", "stride_bk"), B.stride(), strict=True)),
-                **dict(
-                    zip(("stride_cb", "stride_cm", "stride_cn"), (0, 0, 0) if C is None else C.stride(), strict=True)
-                ),
-                alpha=float(alpha),
-                beta=float(beta),
-                shift=float(shift),
-                HAS_C=C is not None,
-                HAS_SCALE=scale is not None,
-                PRECISION="tf32x3",
-                ROUND=rounded,
-                **config,
-            )
-    return out
+    for first in range(0, batch, 65535):
+        some = slice(first, first + 65535)
+        _syrk_kernel[(tiles * (tiles + 1) // 2, A[some].shape[0])](
+            A_ptr=A[some],
+            B_ptr=B[some],
+            C_ptr=A if C is None else C[some],
+            scale_ptr=A if scale is None else scale[some],
+            out_ptr=out[some],
+            m=m // grain,
+            k=k // grain,
+            # of those that are 1 the kernel knows it
+            **{f"stride_{x}{i}": n // grain for x in "abc" for i, n in zip(AXES[x], strides[x], strict=True)},
+            alpha=float(alpha),
+            beta=float(beta),
+            shift=float(shift),
+            HAS_C=C is not None,
+            HAS_SCALE=scale is not None,
+            PRECISION=kernels.precision_of_products(),
+            ROUND=rounded,
+            A_UNIT=unit["a"],
+            B_UNIT=unit["b"],
+            C_UNIT=unit["c"],
+            GRAIN=grain,
+            **config,
+        )
 
 
 def syrk_ref(A: Tensor, B=None, C=None, *, alpha=1.0, beta=0.0, shift=0.0, scale=None, out_dtype=None) -> Tensor:

@@ -309,7 +309,7 @@ def _launch(A: Tensor, columns: int, programs: int | None) -> tuple[Tensor, Tens
         "programs": programs,
         "PANEL": PANEL,
         "ALIGNED": ALIGNED,
-        **CONFIGS[A.dtype],
+        **kernels.options_of(CONFIGS[A.dtype]),
     }
     last = (columns - 1) // PANEL * (PANEL + 1) + (columns - 1) % PANEL + 2
     launch = _tridiagonal_kernel[(B, programs)]
@@ -348,11 +348,6 @@ _launched: dict[torch.device, Any] = {}  # events, recorded behind the last laun
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
 def _warn_alone(error: str):
     kernels.log.warning(
         "sosd_fast: the GPU did not take several programs to a matrix (%s), so one has to do, more slowly. "
@@ -365,7 +360,7 @@ def _programs(B: int, r: int, dtype: torch.dtype, device: torch.device) -> int:
     """As many programs a matrix as are of use and certain to run at once."""
     if torch.cuda.is_current_stream_capturing():
         return 1  # a graph's launches cannot take their turn
-    together = _multiprocessors(device)
+    together = kernels.multiprocessors(device)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and torch.distributed.get_world_size() > 1:
         # Kernels of two groups of ranks that wait for the same kernels on other GPUs, of 32 programs at most each, find

@@ -67,7 +67,7 @@ COMMANDS = list(commands())
 
 @pytest.mark.parametrize("module", COMMANDS)
 def test_every_flag_has_a_sentence_with_its_default(module, monkeypatch):
-    if module == "bench.compile_report" and not importlib.util.find_spec("triton"):
+    if module in ("bench.compile_report", "bench.rehearse") and not importlib.util.find_spec("triton"):
         pytest.skip("Triton is not installed")
     assert not faults(parser_of(module, monkeypatch))
 

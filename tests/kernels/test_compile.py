@@ -2,58 +2,140 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
-from prepared import run
+import torch
+from prepared import ROOT, run
 
 pytest.importorskip("triton")
 
 
-MAIN = """
+FRESH = """
 import runpy, sys, triton
-for name in [name for name in sys.modules if name.split(".")[0] in ("sosd_fast", "kernels", "training")]:
+for name in [name for name in sys.modules if name.split(".")[0] in ("sosd_fast", "kernels", "training", "bench")]:
     del sys.modules[name]  # those were imported without Triton, and have no kernels
-runpy.run_module("bench.compile_report", run_name="__main__", alter_sys=True)
 """
-MMA = {80: "mma", 90: "wgmma", 100: "tcgen05"}
+REPORT = FRESH + 'runpy.run_module("bench.compile_report", run_name="__main__", alter_sys=True)'
+MMA = {"80": "mma", "90": "wgmma", "100": "tcgen05", "gfx942": "v_mfma"}
 # Products are other code on each generation. The others differ by the assembler's choice of registers alone, and are
-# compiled for one; SOSD_TARGETS="80 90 100", as `make check` sets it, names more.
-TARGETS = [int(target) for target in os.environ.get("SOSD_TARGETS", "90").split()]
-KERNELS = {
-    ("gram", "symmetric"): tuple(MMA),
-    ("tridiagonal",): TARGETS,
-    ("distribution", "scale", "sturm", "eigh"): TARGETS,
+# compiled for one; SOSD_TARGETS="80 90 100 gfx942", as `make check` sets it, compiles everything for those it names.
+ALL = os.environ.get("SOSD_TARGETS", "").split()
+CASES = {  # names of kernels -> targets
+    ("syrk fp32: GPT-2", "syrk fp16: Newton-Schulz (12"): list(MMA),
+    ("syrk fp32: 531", "syrk bf16: 531", "syrk fp16: Newton-Schulz (3"): ["90"],
+    ("tridiagonal fp32: GPT-2", "tridiagonal fp64: GPT-2"): ["90", "gfx942"],
+    ("singular_distribution", "scale fp32", "sturm", "eigh"): ["90"],
+    ("eigh fp32: eigenproblems of 80", "sturm fp64: GPT-2"): ["gfx942"],
 }
+CASES = {("",): ALL} if ALL else CASES
+
+
+def rows_of(*flags):
+    done = run(REPORT, *flags, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])["rows"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernels", KERNELS, ids=" ".join)
-def test_resources(kernels):
-    # a process of its own: in this one the kernels are the interpreter's
-    done = run(MAIN, "--only", *kernels, "--targets", *KERNELS[kernels], timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
-    found = {(row["kernel"].split()[0], row["target"]) for row in rows}
-    assert found == {(kernel, target) for kernel in kernels for target in KERNELS[kernels]}
+@pytest.mark.parametrize("names", CASES, ids=", ".join)
+def test_compiles_without_spills(names):
+    rows = rows_of("--only", *names, "--targets", *CASES[names])
+    assert {row["target"] for row in rows} == set(CASES[names])
+    for name in names:
+        assert any(name in row["kernel"] for row in rows)
     for row in rows:
-        assert row["spill"] == 0 and 0 < row["registers"] <= 255
-        if "gram" in kernels:
+        assert row["spill"] == 0 and 0 < row["registers"] <= 255 and not row["faults"]
+        if row["kernel"].startswith("syrk"):
             assert MMA[row["target"]] in row["mma"]
 
 
-def test_no_kernel_is_left_out():
-    from bench.compile_report import cases
+KEYS = (
+    FRESH
+    + """
+import json, torch
+from bench.compile_report import recorded, target_of
+from bench.stub_gpu import launches
+from sosd_fast.kernels.syrk import syrk
+rows = []
+for target in ("90", "gfx942"):
+    for name, launch in recorded(target_of(target), [""]):
+        names = launch.kernel.arg_names
+        rows.append({
+            "name": name, "target": target, "options": {k: str(v) for k, v in launch.options.__dict__.items()},
+            "constants": {names[at[0]]: str(value) for at, value in launch.constexprs.items()},
+            "divisible": [names[at[0]] for at, value in launch.attributes.items() if value],
+        })
+with launches(target_of("90")) as record:
+    for m in (1, 5, 16, 40, 64, 531, 768):
+        for k in (1, 7, 16, 160, 1000):
+            A = torch.empty(3, m, k, device="cuda")
+            for view in (A, torch.empty(3, k, m, device="cuda").mT, A[:1], A[:, :, ::2]):
+                for alpha in (1.0, 0.5):
+                    syrk(view, alpha=alpha, shift=alpha - 1)
+print(json.dumps([rows, len(record), len({launch.key for launch in record})]))
+"""
+)
 
-    names = {case.name.split()[0]: case.mma for case in cases()}
-    assert set(names) == {name for kernels in KERNELS for name in kernels}
-    assert {name for name, mma in names.items() if mma} == {"gram", "symmetric"}
+
+@pytest.fixture(scope="module")
+def keys():
+    done = run(KEYS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_report_compiles_what_is_launched(keys):
+    rows = [row for row in keys[0] if row["target"] == "90"]
+    kernels = {row["name"].split()[0] for row in rows}
+    assert kernels == {"syrk", "tridiagonal", "scale", "sturm", "eigh", "singular_distribution"}
+    products = [row for row in rows if row["name"].startswith("syrk fp32")]
+    whole, odd = (next(row for row in products if x in row["name"]) for x in ("GPT", "531"))
+    assert whole["constants"]["GRAIN"] == "16" and odd["constants"]["GRAIN"] == "1"  # 768, 531
+    reductions = [row for row in rows if row["name"].startswith("tridiagonal fp32")]
+    assert "A_ptr" in reductions[0]["divisible"] and "r" in reductions[0]["divisible"]
+    shared, alone = (next(row for row in reductions if x in row["name"]) for x in ("GPT", "many"))
+    assert shared["constants"]["COOPERATIVE"] == "True" and shared["options"]["launch_cooperative_grid"] == "True"
+    assert alone["constants"]["COOPERATIVE"] == "False" and alone["constants"]["first_event"] == "1"
+
+
+def test_rocm_is_asked_for_nothing_it_does_not_know(keys):
+    rows = [row for row in keys[0] if row["target"] == "gfx942"]
+    products = [row for row in rows if row["name"].startswith("syrk")]
+    assert {row["constants"]["PRECISION"] for row in products} == {"ieee"}
+    assert {row["constants"]["PRECISION"] for row in keys[0] if "syrk" in row["name"]} == {"ieee", "tf32x3"}
+    assert not [row for row in rows if "maxnreg" in row["options"]]
+
+
+def test_sizes_and_factors_do_not_make_kernels_of_their_own(keys):
+    """What a GPU's JIT compiles takes a minute of the tests; 60 were of this kernel."""
+    _, launched, compiled = keys
+    assert launched >= 280 and compiled <= 6  # rows or columns side by side or neither, at multiples of 16 or not
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_rocm_imports_triton():
+    """In a new interpreter: the one that others are forked from has imported Triton."""
+    code = """
+import sys, torch
+assert "triton" not in sys.modules and torch.version.cuda is None
+torch.version.hip = "6.2"
+from sosd_fast import kernels
+assert kernels.triton is not None
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_spill_is_a_fault():
-    from bench.compile_report import Case, faults
+    from types import SimpleNamespace
 
-    case = Case("name", None, {}, {}, mma=True, wide=True, most_registers=128)
-    row = {"registers": 128, "spill": 0, "mma": ["mma"], "wide": 8}
-    assert not faults(case, row)
-    for change in ({"registers": 129}, {"spill": 8}, {"mma": []}, {"wide": 0}):
-        assert len(faults(case, row | change)) == 1
+    from bench.compile_report import faults
+
+    options = SimpleNamespace(num_warps=4, launch_cooperative_grid=True, backend_name="cuda")
+    launch = SimpleNamespace(options=options, grid=(66, 8), arguments={"r": 768})  # 4 to a multiprocessor
+    row = {"registers": 128, "spill": 0, "mma": [], "wide": 8, "kernel": "tridiagonal fp32"}
+    assert not faults(launch, row)
+    for change in ({"registers": 129}, {"spill": 8}, {"wide": 0}, {"kernel": "syrk fp32"}):
+        assert len(faults(launch, row | change)) == 1

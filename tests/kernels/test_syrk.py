@@ -1,6 +1,9 @@
+import sys
+
 import pytest
 import torch
 
+from sosd_fast import kernels
 from sosd_fast.kernels.syrk import CONFIGS, syrk, syrk_ref
 
 SHAPES = [
@@ -106,3 +109,35 @@ def test_the_reference_agrees(device):
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match="syrk: .*" + message):
         syrk(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k", [5 * 1024, 5 * 1040 + 7])  # in whole parts, and with a rest
+def test_few_rows_are_multiplied_in_parts(device, monkeypatch, dtype, k):
+    """A tall matrix's Gram matrix has too few tiles for a GPU; its parts are added up."""
+    module = sys.modules["sosd_fast.kernels.syrk"]
+    launched = []
+    launch = module._launch
+    monkeypatch.setattr(module, "_launch", lambda A, *rest: (launched.append(tuple(A.shape)), launch(A, *rest)))
+    monkeypatch.setitem(module.PER_SM, dtype, 5)
+    W = normal(2, k, 5, dtype=dtype, device=device)
+    before = W.clone()
+    scale = torch.tensor([2.0**-3, 4.0], dtype=torch.float64, device=device)
+    found = syrk(W.mT, scale=scale, alpha=0.5)
+    scaled = W.mT.double() * scale[:, None, None]
+    assert_close(2 * found, scaled, scaled)
+    assert torch.equal(W, before)
+    width = k // 5 // 16 * 16
+    assert launched == 2 * [(5, 5, width), *([(1, 5, k - 5 * width)] if k > 5 * width else [])]
+
+
+def test_parts_take_up_a_gpu_and_no_more(monkeypatch):
+    module = sys.modules["sosd_fast.kernels.syrk"]
+    monkeypatch.setattr(kernels, "multiprocessors", lambda _: 132)
+
+    def parts(*shape):
+        return module._parts(torch.empty(*shape, device="meta"))
+
+    assert parts(1, 768, 50304) == 5  # the embedding of GPT-2
+    assert parts(1, 5, 900) == 1 and parts(1, 5, 3 * 1024) == 3 and parts(2, 5, 3 * 1024) == 1  # short, and two
+    assert parts(1, 4096, 50304) == 1  # enough tiles

@@ -164,7 +164,7 @@ def test_sides_that_this_kernel_takes():
 
 def test_how_many_programs(monkeypatch):
     module = sys.modules["sosd_fast.kernels.tridiagonal"]
-    monkeypatch.setattr(module, "_multiprocessors", lambda _: 132)
+    monkeypatch.setattr(kernels, "multiprocessors", lambda _: 132)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
     def programs(B, r, dtype=torch.float32):

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import warnings
 
 import pytest
 import torch
@@ -82,7 +83,9 @@ def test_scale_and_nan(device, size):
         found = spectra(matrices, method)
         torch.testing.assert_close(found.S[0].cpu(), expected, rtol=1e-4, atol=0)
         assert found.S[1].isnan().all() and found.bound[1].isnan().all() and found.sd_error[1].isnan()
-        assert torch.equal(found.S[2], spectra(matrices[2:], method).S[0])
+        alone = spectra(matrices[2:], method).S[0]
+        # cuBLAS may sum in another order for one matrix than for three
+        torch.testing.assert_close(found.S[2], alone, rtol=0.0 if method == "gram32" else 1e-12, atol=0.0)
 
 
 def test_chunks_agree_with_the_whole(device, monkeypatch):
@@ -114,6 +117,14 @@ def test_wider_than_the_kernels_goes_to_the_library(device, monkeypatch):
     monkeypatch.setattr(sys.modules["sosd_fast.spectra.svdvals"], "tridiagonal", None)
     found = spectra([W], "gram64")
     assert sd_distance(found.S[0].cpu(), truth(W)) <= 1e-12
+
+
+def test_torch_may_say_that_its_watch_for_waits_is_a_prototype():
+    """What torch 2.11 and 2.13 say in `set_sync_debug_mode`, once a process, would end the test that forbids waits."""
+    warnings.warn(
+        "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations",
+        stacklevel=1,
+    )
 
 
 def test_a_missing_triton_is_said_once(monkeypatch, caplog):

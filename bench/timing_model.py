@@ -1,0 +1,293 @@
+"""What compiled code lets expect of its time: its loops, run by one warp in a model of a multiprocessor."""
+
+import math
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from bench.harness import bar, interleaved_cuda, show
+from bench.stub_gpu import MULTIPROCESSORS, Launch, launches
+from sosd_fast.kernels.sturm import sturm
+from sosd_fast.kernels.syrk import syrk
+from sosd_fast.kernels.tridiagonal import tridiagonal
+
+LATENCY = {  # cycles until a result is there
+    "ATOM": 600, "ATOMG": 600, "LDS": 30, "LDSM": 33, "SHFL": 26, "MUFU": 40, "LDC": 30, "DFMA": 16, "DADD": 16,
+    "DMUL": 16, "DMMA": 40,
+}  # fmt: skip
+OTHER = 20  # of another operation that says by a scoreboard when it is done, or that it has read its operands
+L1, L2, HBM = 38, 280, 800  # of a load
+
+
+@dataclass
+class Instruction:
+    """One instruction and what its control bits say."""
+
+    address: int
+    text: str
+    stall: int  # cycles until the next may be issued
+    writes: int  # the scoreboard that says that its result is there; 7 is none
+    reads: int  # that its operands have been read
+    waits: int  # a mask of scoreboards
+
+    @property
+    def name(self) -> str:
+        """The operation, without its modifiers."""
+        return re.sub(r"^@!?U?P\w+\s+", "", self.text).split()[0].split(".")[0].rstrip(";")
+
+
+@dataclass
+class Loop:
+    """Code between the target of a backward branch and the branch, without the loops inside."""
+
+    first: int
+    last: int
+    own: list[Instruction] = field(default_factory=list)
+    inside: list["Loop"] = field(default_factory=list)
+
+    def count(self, *names: str) -> int:
+        """How many of its own instructions are such operations."""
+        return sum(i.name in names for i in self.own)
+
+    def cycles(self, load: int = L2) -> float:
+        """Cycles that one warp takes for a turn, once it goes round and round, given the latency of a load."""
+        return timed(self.own * 3, load) - timed(self.own * 2, load)
+
+    def all(self) -> list["Loop"]:
+        """This loop and all inside."""
+        return [self, *(each for loop in self.inside for each in loop.all())]
+
+
+def disassembled(cubin: bytes, *options: str, tool: str = "cuobjdump") -> str:
+    """What NVIDIA's tools say of a compiled kernel."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def instructions(cubin: bytes) -> list[Instruction]:
+    """The code of the first function in a cubin."""
+    pattern = r"/\*([0-9a-f]{4,})\*/\s+(.*?);?\s+/\* 0x[0-9a-f]{16} \*/\s+/\* 0x([0-9a-f]{16}) \*/"
+    found = []
+    for address, text, control in re.findall(pattern, disassembled(cubin, "-sass")):
+        bits = int(control, 16) >> 41
+        stall, write, read, waits = bits & 15, bits >> 5 & 7, bits >> 8 & 7, bits >> 11 & 63
+        found.append(Instruction(int(address, 16), text, stall, write, read, waits))
+    return found
+
+
+def timed(code: list[Instruction], load: int) -> float:
+    """Cycles until one warp has issued instructions, one after the other, as their control bits say."""
+    now, ready = 0.0, [0.0] * 8
+    for i in code:
+        for board in range(6):
+            if i.waits >> board & 1:
+                now = max(now, ready[board])
+        latency = load if i.name == "LDG" else LATENCY.get(i.name, OTHER)
+        ready[i.writes] = max(ready[i.writes], now + latency)
+        ready[i.reads] = max(ready[i.reads], now + OTHER)
+        now += max(i.stall, 1)
+    return now
+
+
+def loops(code: list[Instruction]) -> Loop:
+    """The whole code as a loop that is run once, with the loops inside it."""
+    ends = {}
+    for i in code:
+        if i.name == "BRA" and (to := re.search(r"0x([0-9a-f]+)", i.text)) and int(to[1], 16) < i.address:
+            first = int(to[1], 16)
+            ends[first] = max(ends.get(first, 0), i.address)
+    root = Loop(-1, code[-1].address + 1)
+    found = [root]
+    for first, last in sorted(ends.items(), key=lambda e: (e[0], -e[1])):
+        parent = min((x for x in found if x.first <= first and last <= x.last), key=lambda x: x.last - x.first)
+        if any(x is not parent and first <= x.last and x.first <= first for x in parent.inside):
+            continue  # overlaps another: a continued loop
+        found.append(Loop(first, last))
+        parent.inside.append(found[-1])
+    for i in code:
+        inner = min((x for x in found if x.first <= i.address <= x.last), key=lambda x: x.last - x.first)
+        inner.own.append(i)
+    return root
+
+
+@dataclass
+class Code:
+    """A launch, its compiled loops, and how many of its programs are on a multiprocessor at once."""
+
+    launch: Launch
+    root: Loop
+    together: int
+    known: dict[tuple[int, int], float] = field(default_factory=dict)
+
+    @property
+    def warps(self) -> float:
+        """Of each of the four schedulers of a multiprocessor."""
+        return self.together * self.launch.options.num_warps / 4
+
+    @property
+    def waves(self) -> int:
+        """How often a multiprocessor is filled with programs."""
+        return math.ceil(math.prod(self.launch.grid) / (MULTIPROCESSORS * self.together))
+
+    def turn(self, loop: Loop, load: int = L2) -> float:
+        """Cycles of a turn of a loop in all programs of a multiprocessor: of a warp's latencies, or of issuing."""
+        key = loop.first, load
+        if key not in self.known:
+            self.known[key] = max(loop.cycles(load), self.warps * len(loop.own))
+        return self.known[key]
+
+    def most(self, *names: str) -> Loop:
+        """The innermost loop with the most instructions of some names."""
+        return max((x for x in self.root.all() if not x.inside), key=lambda x: x.count(*names))
+
+
+def code_of(launch: Launch) -> Code:
+    """Compiles a launch for an H100 and reads its code."""
+    binary = launch.compile(GPUTarget("cuda", 90, 32))
+    cubin = binary.asm["cubin"]
+    registers = int(re.search(r"REG:(\d+)", disassembled(cubin, "-res-usage"))[1])  # pyright: ignore
+    threads = 32 * launch.options.num_warps
+    fit = min(65536 // (math.ceil(registers / 8) * 8 * threads), 2048 // threads, 32)
+    fit = min(fit, 232448 // max(binary.metadata.shared + 1024, 1))
+    together = max(1, min(fit, math.ceil(math.prod(launch.grid) / MULTIPROCESSORS)))
+    return Code(launch, loops(instructions(cubin)), together)
+
+
+def reduction(code: Code, cache: float = 50e6) -> tuple[float, float]:
+    """Cycles and bytes from memory of `_tridiagonal_kernel`; only the program with the most strips counts.
+
+    Its y = A v is the innermost loop that stores and multiplies most, once a tile, inside the loop over strips; the
+    update of the trailing matrix is the loop with the most stores, once a panel. Each other loop of a column turns once
+    a block of its columns.
+    """
+    a = code.launch.arguments
+    batch, r, _ = a["A_ptr"]
+    rows, columns, panel, programs = a["ROWS"], a["COLUMNS"], a["PANEL"], a["programs"]
+    size = 8 if "fp64" in code.launch.signature["A_ptr"] else 4
+    event = max((x for x in code.root.inside), key=lambda x: len(x.all()))
+    inner = [x for x in event.all() if not x.inside and x.count("STG") and x.count("LDG")]
+    tile = max(inner, key=lambda x: x.count("FFMA", "DFMA", "FMUL", "DMUL"))
+    strip = next(x for x in event.all() if tile in x.inside)
+    update = max((x for x in event.all() if x not in (tile, strip, event)), key=lambda x: x.count("STG"))
+    blocks = [x for x in event.inside if not {id(strip), id(update)} & {id(y) for y in x.all()}]
+    around = sum(code.turn(x) for block in blocks for x in block.all())
+    cycles = read = 0.0
+    for j in range(r - 1):
+        load = HBM if batch * (r - j) ** 2 * size / 2 > cache else L2
+        strips = range((j + 1) // rows, math.ceil(r / rows), programs)
+        tiles = sum(-(-(r - s * rows) // columns) for s in strips)
+        cycles += code.turn(event) + math.ceil((r - j) / columns) * around
+        cycles += len(strips) * code.turn(strip) + tiles * code.turn(tile, load)
+        if j % panel == 0:
+            inside = 2 * panel if update.inside else 1  # a loop over reflectors, or a product
+            cycles += tiles * (code.turn(update, load) + sum(inside * code.turn(x) for x in update.inside))
+        read += batch * (r - j) ** 2 * size / 2 * (load == HBM)
+    return cycles * code.waves, read
+
+
+def gram(code: Code) -> tuple[float, float]:
+    """Cycles and bytes of `_syrk_kernel`: the loop over columns, and tensor cores at their full rate beside it."""
+    a = code.launch.arguments
+    (batch, m, k), block, step = a["A_ptr"], a["BLOCK"], a["BLOCK_K"]
+    half = "fp32" not in code.launch.signature["A_ptr"]
+    flops = 2 * block * block * step * (1 if half else 3)
+    tensor = flops / (4096 if half else 2048)  # cycles, at the dense rates of an H100: 990 and 495 TFLOP/s
+    loop = code.most("HGMMA", "HMMA")
+    turn = max(code.turn(loop, L1) + tensor, code.together * tensor)
+    tall = code.root.cycles()
+    return code.waves * (math.ceil(k / step) * turn + tall), batch * m * k * (2 if half else 4)
+
+
+def counting(code: Code) -> tuple[float, float]:
+    """Cycles of `_sturm_kernel`: its loop takes RESCALE rows a turn, from the L1."""
+    a = code.launch.arguments
+    loop = code.most("FFMA", "DFMA", "MUFU")
+    rows = max(loop.count("LDG") // 2, 1)
+    return code.waves * a["iterations"] * math.ceil(a["r"] / rows) * code.turn(loop, L1), 0.0
+
+
+MODELS: dict[str, Callable[[Code], tuple[float, float]]] = {
+    "_tridiagonal_kernel": reduction, "_syrk_kernel": gram, "_sturm_kernel": counting,
+}  # fmt: skip
+GPUS = {"H100": (1.755e9, 3.35e12), "H200": (1.755e9, 4.8e12)}  # cycles a second, bytes a second
+ASSUMPTIONS = f"""A model and no measurement, perhaps 40 % off: one warp issues the compiled code as its control bits
+say, with {L1}, {L2} and {HBM} cycles until a load from the L1, the L2 and memory is there, 600 of an atomic operation;
+warps beside it cost its place only where they fill the schedulers; tensor cores run at their full rate; 132
+multiprocessors at 1.755 GHz, 3.35 TB/s (H100) or 4.8 TB/s (H200). Launches, and kernels not named, count nothing."""
+
+
+def shapes() -> list[tuple[str, float | None, Callable[[], object]]]:
+    """(what, the bar in ms, the call), each with what it needs on the GPU."""
+
+    def normal(*shape, dtype=torch.float32):
+        return torch.randn(*shape, dtype=dtype, device="cuda")
+
+    def reduces(*shape, dtype=torch.float32):
+        A = normal(*shape, dtype=dtype)
+        return lambda: tridiagonal(A, overwrite=True)
+
+    def multiplies(*shape):
+        A = normal(*shape)
+        return lambda: syrk(A if A.shape[-2] <= A.shape[-1] else A.mT)
+
+    def counts(B, r, dtype=torch.float32):
+        d, e = normal(B, r, dtype=dtype), normal(B, r - 1, dtype=dtype)
+        return lambda: sturm(d, e)
+
+    return [
+        ("tridiagonal, 72 of 768", 13, reduces(72, 768, 768)),
+        ("tridiagonal, 72 of 768, float64", None, reduces(72, 768, 768, dtype=torch.float64)),
+        ("tridiagonal, 105 of 1280", None, reduces(105, 1280, 1280)),
+        ("tridiagonal, 16 of 4096", 200, reduces(16, 4096, 4096)),
+        ("tridiagonal, 264 of 128", None, reduces(264, 128, 128)),
+        ("Gram, 48 of 768 x 768", None, multiplies(48, 768, 768)),
+        ("Gram, 24 of 768 x 3072", None, multiplies(24, 768, 3072)),
+        ("Gram, embedding 50257 x 768", 0.4, multiplies(50257, 768)),
+        ("Sturm, 72 of 768", None, counts(72, 768)),
+        ("Sturm, 72 of 768, float64", None, counts(72, 768, torch.float64)),
+    ]
+
+
+def expected() -> dict[str, dict]:
+    """Milliseconds of each shape on each GPU, by the model."""
+    found = {}
+    with launches(GPUTarget("cuda", 90, 32)) as record:
+        recorded = []
+        for what, limit, call in shapes():
+            del record[:]
+            call()
+            recorded.append((what, limit, list(record)))
+    for what, limit, kernels in recorded:
+        parts = [MODELS[x.kernel.__name__](code_of(x)) for x in kernels if x.kernel.__name__ in MODELS]
+        row = {gpu: 1e3 * sum(max(c / clock, b / rate) for c, b in parts) for gpu, (clock, rate) in GPUS.items()}
+        found[what] = row | {"bar": limit}
+    return found
+
+
+def report() -> dict:
+    """Prints the model's table, with what was measured where there is a GPU; returns its rows."""
+    rows = expected()
+    if torch.cuda.is_available():
+        for what, _, call in shapes():
+            rows[what]["measured"] = interleaved_cuda({what: call}, 5)[what]["ms"]
+    table = [
+        [what, *(f"{row[gpu]:.2f}" for gpu in GPUS), row["bar"] or "",
+         f"{row['measured']:.2f}" if "measured" in row else "not measured"]
+        for what, row in rows.items()
+    ]  # fmt: skip
+    show("expected ms", ["shape", *GPUS, "bar", "measured"], table)
+    print(ASSUMPTIONS)
+    for what, row in rows.items():
+        if row["bar"] and "measured" in row:
+            bar(f"{what}, ms", row["measured"], row["bar"])
+    return {"assumptions": " ".join(ASSUMPTIONS.split()), "rows": rows}
