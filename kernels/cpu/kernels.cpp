@@ -12,7 +12,7 @@ namespace sosd_fast {
 namespace SOSD_ISA {
 
 template <class T> constexpr Stages<T> stages() {
-    return {gram<T>, tridiagonal<T>, sturm<T>};
+    return {gram<T>, tridiagonal<T>, sturm<T>, eigenvalues_lanes<T>, kLanes<T>};
 }
 
 extern const Kernels table;

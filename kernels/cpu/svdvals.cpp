@@ -6,6 +6,8 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "team.hpp"
@@ -50,6 +52,13 @@ Method next(Method method) { return method == Method::gram32 ? Method::gram64 : 
 
 constexpr double kDriftLeft = 0.5;  // of what `correct_gram` takes out; less was seen
 
+// Takes the drift out of eigenvalues; returns how far rounding moved them together, relative to their mean.
+double settle(double* ascending, int64_t r, const GramSums& sums) {
+    for (int64_t i = 0; i < r; ++i) ascending[i] /= 1 + sums.drift;
+    const double shift = std::accumulate(ascending, ascending + r, -sums.trace) / sums.trace;
+    return std::hypot(shift, kDriftLeft * sums.drift);
+}
+
 // Eigenvalues of W W^T; returns how far rounding moved them together, relative to their mean.
 template <class T>
 double gram_values(const Stages<T>& stages, const Source& w, double* ascending, Arena& arena, const Parallel& parallel) {
@@ -59,57 +68,68 @@ double gram_values(const Stages<T>& stages, const Source& w, double* ascending, 
     const GramSums sums = stages.gram(w, G, arena, parallel);
     stages.tridiagonal(G, r, d, e, arena);
     stages.sturm(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, ascending, arena, parallel);
-    for (int64_t i = 0; i < r; ++i) ascending[i] /= 1 + sums.drift;
-    const double shift = std::accumulate(ascending, ascending + r, -sums.trace) / sums.trace;
-    return std::hypot(shift, kDriftLeft * sums.drift);
+    return settle(ascending, r, sums);
 }
 
-void solve(SvdvalsTask& t, Arena& arena, const Parallel& parallel) {
+// W as the stages see it: scaled by a power of two, its short side first.
+struct Scaled {
+    Source w;
+    int exponent;
+};
+
+// The method that a task starts with.
+Method first_method(const SvdvalsTask& t) {
+    if (!t.automatic) return t.method;
+    Method method = t.dtype == DType::f64 ? Method::gram64 : Method::gram32;  // what comes in double is expected in double
+    if (!t.previous || !(t.previous[0] > 0)) return method;
+    const int64_t r = std::min(t.m, t.n);
+    const double unit = std::ldexp(1.0, -std::ilogb(t.previous[0]));  // whose squares stay in range
+    std::vector<double> previous(t.previous, t.previous + r);
+    for (double& value : previous) value *= unit;
+    while (method != Method::bidiag64 && sd_error(previous.data(), r, std::max(t.m, t.n), method, 0, *t.model) > t.model->tolerance)
+        method = next(method);
+    return method;
+}
+
+// False: W holds no values, only zeros, NaN or infinity; the results are there.
+bool prepare(SvdvalsTask& t, Scaled& to) {
     const bool wide = t.m <= t.n;
     const int64_t r = wide ? t.m : t.n, K = wide ? t.n : t.m;
-    if (r <= 0) return;
-    Source w{t.data, t.dtype, r, K, wide ? t.row_stride : t.col_stride, wide ? t.col_stride : t.row_stride, 1};
-    const Kernels& k = kernels();
-    const double largest = k.max_abs(w);
+    if (r <= 0) return false;
+    to.w = {t.data, t.dtype, r, K, wide ? t.row_stride : t.col_stride, wide ? t.col_stride : t.row_stride, 1};
+    const double largest = kernels().max_abs(to.w);
     t.finite = std::isfinite(largest);
-    if (t.automatic)  // what comes in double is expected in double
-        t.method = t.dtype == DType::f64 ? Method::gram64 : Method::gram32;
     if (!t.finite || largest == 0) {
         const double value = t.finite ? 0 : std::numeric_limits<double>::quiet_NaN();
+        if (t.automatic) t.method = t.dtype == DType::f64 ? Method::gram64 : Method::gram32;
         std::fill_n(t.S, r, value);
         if (t.bound) std::fill_n(t.bound, r, value);
         t.sd_error = std::numeric_limits<double>::quiet_NaN();
-        return;
+        return false;
     }
     const int limit = t.dtype == DType::f64 ? 1000 : 120;
-    const int exponent = std::clamp(-std::ilogb(largest), -limit, limit);
-    w.scale = std::ldexp(1.0, exponent);
+    to.exponent = std::clamp(-std::ilogb(largest), -limit, limit);
+    to.w.scale = std::ldexp(1.0, to.exponent);
+    return true;
+}
 
-    std::vector<double> ascending(r);
+// S and sd_error of the scaled matrix. Returns whether the method stands.
+bool accept(SvdvalsTask& t, const Scaled& from, const double* ascending, double drift) {
+    const int64_t r = from.w.r;
+    for (int64_t i = 0; i < r; ++i) {
+        const double value = ascending[r - 1 - i];
+        t.S[i] = t.method == Method::bidiag64 ? value : std::sqrt(value);
+    }
+    t.sd_error = sd_error(t.S, r, from.w.K, t.method, drift, *t.model);
+    return !t.automatic || t.method == Method::bidiag64 || !(t.sd_error > t.model->tolerance);
+}
+
+// The bounds, and both of the matrix as it came.
+void finish(SvdvalsTask& t, const Scaled& from) {
     const ErrorModel& model = *t.model;
-    if (t.automatic && t.previous && t.previous[0] > 0) {
-        const double unit = std::ldexp(1.0, -std::ilogb(t.previous[0]));  // whose squares stay in range
-        std::vector<double> previous(t.previous, t.previous + r);
-        for (double& value : previous) value *= unit;
-        while (t.method != Method::bidiag64 && sd_error(previous.data(), r, K, t.method, 0, model) > model.tolerance)
-            t.method = next(t.method);
-    }
-    for (;; t.method = next(t.method)) {
-        double drift = 0;
-        if (t.method == Method::bidiag64)
-            k.svdvals_bidiagonal(w, ascending.data(), arena, parallel);
-        else
-            drift = t.method == Method::gram32 ? gram_values(k.f32, w, ascending.data(), arena, parallel)
-                                               : gram_values(k.f64, w, ascending.data(), arena, parallel);
-        for (int64_t i = 0; i < r; ++i) {
-            const double value = ascending[r - 1 - i];
-            t.S[i] = t.method == Method::bidiag64 ? value : std::sqrt(value);
-        }
-        t.sd_error = sd_error(t.S, r, K, t.method, drift, model);
-        if (!t.automatic || t.method == Method::bidiag64 || !(t.sd_error > model.tolerance)) break;
-    }
+    const int64_t r = from.w.r;
     if (t.bound) {
-        const double s1 = t.S[0], eps = eps_of(t.method), rd = double(r), inner = std::sqrt(double(K));
+        const double s1 = t.S[0], eps = eps_of(t.method), rd = double(r), inner = std::sqrt(double(from.w.K));
         if (t.method == Method::bidiag64) {
             // sqrt(K): one rounding per merged row block; 22 eps measured at 16 x 20000, entries in [0, 1]
             std::fill_n(t.bound, r, (model.value_base + 8 * std::sqrt(rd) + inner) * eps * s1);
@@ -120,14 +140,141 @@ void solve(SvdvalsTask& t, Arena& arena, const Parallel& parallel) {
             for (int64_t i = 0; i < r; ++i) t.bound[i] = root_error(t.S[i], units * eps * s1 * s1);
         }
         constexpr double least = std::numeric_limits<double>::denorm_min();  // the rounding of values that small
-        for (int64_t i = 0; i < r; ++i) t.bound[i] = std::ldexp(t.bound[i], -exponent) + least;
+        const double back = std::ldexp(1.0, -from.exponent);
+        for (int64_t i = 0; i < r; ++i) t.bound[i] = t.bound[i] * back + least;
     }
-    for (int64_t i = 0; i < r; ++i) t.S[i] = std::ldexp(t.S[i], -exponent);
+    const double back = std::ldexp(1.0, -from.exponent);
+    for (int64_t i = 0; i < r; ++i) t.S[i] *= back;
+}
+
+// The rest of the ladder, from t.method.
+void climb(SvdvalsTask& t, const Scaled& from, Arena& arena, const Parallel& parallel) {
+    const Kernels& k = kernels();
+    std::vector<double> ascending(from.w.r);
+    for (;; t.method = next(t.method)) {
+        double drift = 0;
+        if (t.method == Method::bidiag64)
+            k.svdvals_bidiagonal(from.w, ascending.data(), arena, parallel);
+        else
+            drift = t.method == Method::gram32 ? gram_values(k.f32, from.w, ascending.data(), arena, parallel)
+                                               : gram_values(k.f64, from.w, ascending.data(), arena, parallel);
+        if (accept(t, from, ascending.data(), drift)) break;
+    }
+    finish(t, from);
+}
+
+constexpr int64_t kLanesTogether = 4;  // vectors: matrices that need float64 fill vectors of their own
+
+// One matrix, or some whose lanes go through the stages together.
+using Work = std::vector<SvdvalsTask*>;
+
+struct Ready {
+    SvdvalsTask* task;
+    Scaled from;
+};
+
+// Solves matrices of one r by one Gram method, and returns those whose method did not stand, each with its next one.
+template <class T> std::vector<Ready> solve_lanes(const Stages<T>& stages, std::vector<Ready>& ready, Arena& arena) {
+    std::vector<Ready> left;
+    if (ready.empty()) return left;
+    const int64_t r = ready[0].from.w.r;
+    std::vector<Lane> lanes(stages.lanes);
+    std::vector<double> ascending(r * stages.lanes);
+    for (size_t at = 0; at < ready.size();) {
+        int64_t count = 0;
+        for (; count < stages.lanes && at + count < ready.size(); ++count)
+            lanes[count] = {ready[at + count].from.w, ascending.data() + count * r, {}};
+        stages.eigenvalues_lanes(lanes.data(), count, arena);
+        for (int64_t i = 0; i < count; ++i) {
+            Ready& one = ready[at + i];
+            if (accept(*one.task, one.from, lanes[i].ascending, settle(lanes[i].ascending, r, lanes[i].sums)))
+                finish(*one.task, one.from);
+            else
+                one.task->method = next(one.task->method), left.push_back(one);
+        }
+        at += count;
+    }
+    return left;
+}
+
+bool fits_lanes(const SvdvalsTask& t, Method start) {
+    const int64_t r = std::min(t.m, t.n);
+    return r > 0 && r <= kLanesLargest && start != Method::bidiag64;
+}
+
+void solve(const Work& work, Arena& arena, const Parallel& parallel) {
+    std::vector<Ready> ready;
+    for (SvdvalsTask* t : work) {
+        const Method start = first_method(*t);
+        Scaled from;
+        if (!prepare(*t, from)) continue;
+        t->method = start;
+        ready.push_back({t, from});
+    }
+    if (ready.empty()) return;
+    if (fits_lanes(*ready[0].task, ready[0].task->method)) {
+        const Kernels& k = kernels();
+        if (ready[0].task->method == Method::gram32) ready = solve_lanes(k.f32, ready, arena);
+        if (!ready.empty() && ready[0].task->method == Method::gram64) ready = solve_lanes(k.f64, ready, arena);
+    }
+    for (Ready& one : ready) climb(*one.task, one.from, arena, parallel);
 }
 
 double cost(const SvdvalsTask& t) {
     const double r = double(std::min(t.m, t.n)), K = double(std::max(t.m, t.n));
     return r * r * (K + 2 * r + 100);
+}
+
+// Matrices whose lanes may go together: in one arithmetic, of one short side, of sums of one kind; and best together: read
+// along the same side, as long.
+struct Kind {
+    bool lanes;
+    Method method;
+    int64_t r;
+    bool compensated, rows_inner;
+    int64_t K;
+    bool operator<(const Kind& other) const { return tie() < other.tie(); }
+    bool together(const Kind& o) const {
+        return lanes && o.lanes && method == o.method && r == o.r && compensated == o.compensated && rows_inner == o.rows_inner;
+    }
+
+private:
+    std::tuple<bool, Method, int64_t, bool, bool, int64_t> tie() const { return {lanes, method, r, compensated, rows_inner, K}; }
+};
+
+Kind kind_of(const SvdvalsTask& t) {
+    const bool wide = t.m <= t.n;
+    const int64_t r = wide ? t.m : t.n, K = wide ? t.n : t.m, si = wide ? t.row_stride : t.col_stride;
+    const Method start = first_method(t);
+    return {fits_lanes(t, start), start, r, compensated(r, K), si == 1, K};
+}
+
+// The units of work: matrices that go alone, and groups of at most a few vectors of lanes, for each thread some.
+std::vector<Work> share_out(SvdvalsTask* tasks, int64_t count, int n_threads) {
+    std::vector<Work> works;
+    std::vector<std::pair<Kind, int64_t>> small;
+    for (int64_t i = 0; i < count; ++i) {
+        const Kind kind = kind_of(tasks[i]);
+        if (kind.lanes)
+            small.emplace_back(kind, i);
+        else
+            works.push_back({tasks + i});
+    }
+    std::stable_sort(small.begin(), small.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+    for (size_t at = 0; at < small.size();) {
+        size_t end = at;
+        while (end < small.size() && small[end].first.together(small[at].first)) ++end;
+        const Method method = small[at].first.method;
+        const int64_t lanes = method == Method::gram32 ? kernels().f32.lanes : kernels().f64.lanes;
+        const int64_t share = round_up(int64_t(end - at) / (2 * std::max(n_threads, 1)) + 1, lanes);
+        const size_t most = size_t(std::min(share, kLanesTogether * lanes));
+        while (at < end) {
+            Work work;
+            for (; at < end && work.size() < most; ++at) work.push_back(tasks + small[at].second);
+            works.push_back(std::move(work));
+        }
+    }
+    return works;
 }
 
 }  // namespace
@@ -153,10 +300,15 @@ double sd_error(const double* S, int64_t r, int64_t K, Method method, double dri
 }
 
 void svdvals(SvdvalsTask* tasks, int64_t count, int n_threads) {
-    std::vector<double> costs(count);
-    std::transform(tasks, tasks + count, costs.begin(), cost);
+    const std::vector<Work> works = share_out(tasks, count, n_threads);
+    std::vector<double> costs;
+    for (const Work& work : works) {
+        double sum = 0;
+        for (const SvdvalsTask* t : work) sum += cost(*t);
+        costs.push_back(sum);
+    }
     for_each(costs, n_threads, [&](int64_t i, Arena& arena, const Parallel& parallel) {
-        solve(tasks[i], arena, parallel);
+        solve(works[i], arena, parallel);
     });
 }
 

@@ -1,0 +1,532 @@
+// Eigenvalues of W W^T of many matrices with one short side r <= kLanesLargest: a lane of a vector holds a matrix.
+//
+// Stages as of gram.hpp, tridiagonal.hpp and sturm.hpp, with their precision. No operation crosses lanes and no step depends
+// on another lane's values, so that a matrix gets the same bits whatever its neighbours are.
+#pragma once
+
+#include "gram.hpp"
+#include "sturm.hpp"
+
+namespace sosd_fast {
+
+constexpr int64_t kLanesLargest = 64;
+
+// One lane: W, finite and scaled to entries of at most 2, r >= 1.
+struct Lane {
+    Source w;
+    double* ascending;  // out: r eigenvalues
+    GramSums sums;      // out
+};
+
+// Columns of W summed in registers, at most kChain: the interleaved rows have to stay in L2.
+constexpr int64_t depth_of(int64_t r) { return r <= 32 ? kChain : kChain / 2; }
+constexpr int64_t kPlainAdds = 16;  // chains added to G without keeping what rounding loses
+constexpr bool compensated(int64_t r, int64_t K) { return K > kPlainAdds * depth_of(r); }
+
+namespace SOSD_ISA {
+
+// Symmetric matrices are kept as their lower triangle in blocks of kRows rows, each block one column after the other, so
+// that they are read in one forward stream; diagonal blocks hold both halves.
+constexpr int kRows = 4;
+constexpr int64_t block_of(int64_t I) { return kRows * kRows * I * (I + 1) / 2; }
+constexpr int64_t at_lanes(int64_t i, int64_t j) { return block_of(i / kRows) + j * kRows + i % kRows; }
+
+template <class T> constexpr DType kNative = sizeof(T) == 4 ? DType::f32 : DType::f64;
+
+inline bool rows_inner(const Source& w) { return w.stride_i == 1 && (w.stride_k != 1 || w.K == 1); }
+
+// A lane's W as the interleaving reads it: in T, with a stride of 1 along the inner side.
+template <class T> struct Columns {
+    const T* data;
+    int64_t outer;
+};
+
+template <class T, class From>
+inline void convert(const From* w, int64_t s_outer, int64_t s_inner, int64_t outer, int64_t inner, double scale, T* out,
+                    int64_t ld) {
+    using Wide = decltype(widen(From{}));
+    const Wide s = Wide(scale);
+    for (int64_t o = 0; o < outer; ++o)
+        for (int64_t i = 0; i < inner; ++i) out[o * ld + i] = T(widen(w[o * s_outer + i * s_inner]) * s);
+}
+
+template <class T>
+inline void convert(const Source& w, int64_t k0, int64_t h, bool i_inner, T* out, int64_t ld) {
+    const int64_t so = i_inner ? w.stride_k : w.stride_i, si = i_inner ? w.stride_i : w.stride_k;
+    const int64_t outer = i_inner ? h : w.r, inner = i_inner ? w.r : h, at = k0 * w.stride_k;
+    switch (w.dtype) {
+        case DType::f32: return convert(static_cast<const float*>(w.data) + at, so, si, outer, inner, w.scale, out, ld);
+        case DType::f64: return convert(static_cast<const double*>(w.data) + at, so, si, outer, inner, w.scale, out, ld);
+        case DType::bf16: return convert(static_cast<const bf16*>(w.data) + at, so, si, outer, inner, w.scale, out, ld);
+        case DType::f16: return convert(static_cast<const f16*>(w.data) + at, so, si, outer, inner, w.scale, out, ld);
+    }
+}
+
+// x[l] <- up to L elements of lane l, zero beyond `count[l]`; then transposed: x[q] holds element q of every lane.
+template <class T>
+inline void gather(const Columns<T>* from, int64_t o, int64_t at, const int64_t* outer, const int64_t* inner,
+                   typename Simd<T>::V* x) {
+    using S = Simd<T>;
+    for (int l = 0; l < S::L; ++l) {
+        const int64_t count = o < outer[l] ? inner[l] - at : 0;
+        const T* p = from[l].data + o * from[l].outer + at;
+        if (count >= S::L) {
+            __builtin_memcpy(&x[l], p, sizeof(x[l]));
+        } else {
+            alignas(kVectorBytes) T few[S::L] = {};
+            for (int64_t q = 0; q < count; ++q) few[q] = p[q];
+            x[l] = S::at(few);
+        }
+    }
+    transpose<T>(x);
+}
+
+// X[I][k][kRows] <- W(kRows I + u, k0 + k) of every lane, k < h; zero beyond a matrix.
+template <class T>
+inline void interleave(const Lane* const* lanes, int64_t k0, int64_t h, int64_t depth, T* X, T* staged) {
+    using S = Simd<T>;
+    using V = typename S::V;
+    const int64_t r = lanes[0]->w.r, rows = round_up(r, kRows);
+    const bool i_inner = rows_inner(lanes[0]->w);
+    Columns<T> from[S::L];
+    int64_t outer[S::L], inner[S::L];
+    alignas(kVectorBytes) T scales[S::L];
+    for (int l = 0; l < S::L; ++l) {
+        const Source& w = lanes[l]->w;
+        const int64_t here = max_of<int64_t>(0, min_of(h, w.K - k0));
+        outer[l] = i_inner ? here : r, inner[l] = i_inner ? r : here;
+        const int64_t so = i_inner ? w.stride_k : w.stride_i, si = i_inner ? w.stride_i : w.stride_k;
+        if (w.dtype == kNative<T> && (si == 1 || inner[l] == 1)) {
+            from[l] = {static_cast<const T*>(w.data) + k0 * w.stride_k, so};
+            scales[l] = T(w.scale);
+        } else {
+            const int64_t ld = i_inner ? rows : depth;
+            T* own = staged + l * rows * depth;
+            convert(w, k0, here, i_inner, own, ld);
+            from[l] = {own, ld};
+            scales[l] = 1;
+        }
+    }
+    const V scale = S::at(scales);
+    V x[S::L];
+    if (i_inner) {
+        for (int64_t k = 0; k < h; ++k)
+            for (int64_t i = 0; i < rows; i += S::L) {
+                gather(from, k, i, outer, inner, x);
+                for (int64_t q = 0; q < min_of<int64_t>(S::L, rows - i); ++q)
+                    S::at(X + (((i + q) / kRows * depth + k) * kRows + (i + q) % kRows) * S::L) = x[q] * scale;
+            }
+        return;
+    }
+    for (int64_t i = 0; i < r; ++i)
+        for (int64_t k = 0; k < h; k += S::L) {
+            gather(from, i, k, outer, inner, x);
+            for (int64_t q = 0; q < min_of<int64_t>(S::L, h - k); ++q)
+                S::at(X + ((i / kRows * depth + k + q) * kRows + i % kRows) * S::L) = x[q] * scale;
+        }
+    for (int64_t i = r; i < rows; ++i)
+        for (int64_t k = 0; k < h; ++k) S::at(X + ((i / kRows * depth + k) * kRows + i % kRows) * S::L) = V{};
+}
+
+// G (=, +=) X X^T of one chunk.
+template <class T, Store How> inline void add_chunk(const T* X, int64_t panels, int64_t h, int64_t depth, T* G, T* lost) {
+    using S = Simd<T>;
+    using V = typename S::V;
+    constexpr int C = kRegisters == 32 ? kRows : kRows / 2;  // columns at once
+    for (int64_t I = 0; I < panels; ++I)
+        for (int64_t j = 0; j < (I + 1) * kRows; j += C) {
+            const T *a = X + I * depth * kRows * S::L, *b = X + (j / kRows * depth * kRows + j % kRows) * S::L;
+            V acc[C][kRows];
+            for (int c = 0; c < C; ++c)
+                for (int u = 0; u < kRows; ++u) acc[c][u] = V{};
+            for (int64_t k = 0; k < h; ++k, a += kRows * S::L, b += kRows * S::L) {
+#pragma GCC unroll 4
+                for (int c = 0; c < C; ++c)
+#pragma GCC unroll 4
+                    for (int u = 0; u < kRows; ++u) acc[c][u] += S::at(a + u * S::L) * S::at(b + c * S::L);
+            }
+            const int64_t at = (block_of(I) + j * kRows) * S::L;
+#pragma GCC unroll 4
+            for (int c = 0; c < C; ++c)
+#pragma GCC unroll 4
+                for (int u = 0; u < kRows; ++u) {
+                    V& out = S::at(G + at + (c * kRows + u) * S::L);
+                    const V x = acc[c][u];
+                    if constexpr (How == Store::set) {
+                        out = x;
+                    } else if constexpr (How == Store::add) {
+                        out += x;
+                    } else {
+                        const V before = out;
+                        out = before + x;
+                        const V added = out - before;
+                        S::at(lost + at + (c * kRows + u) * S::L) += (before - (out - added)) + (x - added);
+                    }
+                }
+        }
+}
+
+// squares += X_i X_i, cross += X_i X_(i + apart) of panel I and of the panel `other`, more precisely than in T.
+template <class T>
+inline void add_exact(const T* X, const T* other, int64_t h, double* squares, double* cross) {
+    using D = Simd<double>;
+    constexpr int L = Simd<T>::L, Q = L / D::L;
+    using Sum = std::conditional_t<sizeof(T) == 4, PlainSum, CompensatedSum>;
+    for (int q = 0; q < Q; ++q) {
+        Sum s[kRows], c[kRows];
+        for (int64_t k = 0; k < h; ++k) {
+#pragma GCC unroll 4
+            for (int u = 0; u < kRows; ++u) {
+                const D::V x = widened(X + (k * kRows + u) * L + q * D::L);
+                s[u].add(x * x);
+                if (other) c[u].add(x * widened(other + (k * kRows + u) * L + q * D::L));
+            }
+        }
+#pragma GCC unroll 4
+        for (int u = 0; u < kRows; ++u) {
+            D::at(squares + u * L + q * D::L) += s[u].total();
+            if (other) D::at(cross + u * L + q * D::L) += c[u].total();
+        }
+    }
+}
+
+// `correct_gram` of every lane.
+template <class T>
+inline void correct_lanes(Lane* const* lanes, int64_t apart, T* G, const double* squares, const double* cross) {
+    constexpr int L = Simd<T>::L;
+    const int64_t r = lanes[0]->w.r, count = max_of<int64_t>(0, r - apart);
+    double trace[L] = {}, products[L] = {}, sum[L] = {};
+    for (int64_t i = 0; i < r; ++i)
+        for (int l = 0; l < L; ++l) trace[l] += squares[i * L + l];
+    for (int64_t i = 0; i < count; ++i) {
+        const T* element = G + at_lanes(i + apart, i) * L;
+        for (int l = 0; l < L; ++l) {
+            const double g = cross[i * L + l];
+            products[l] += (double(element[l]) - g) * g;
+            sum[l] += g * g;
+        }
+    }
+    double grown[L];
+    for (int l = 0; l < L; ++l) {
+        const double mean = trace[l] / double(r);
+        const double least = double(count) * mean * mean / (16 * double(lanes[l]->w.K));
+        double drift = sum[l] + least > 0 ? products[l] / (sum[l] + least) : 0;
+        drift = max_of(-kMostDrift, min_of(kMostDrift, drift));
+        lanes[l]->sums = {trace[l], drift};
+        grown[l] = 1 + drift;
+    }
+    for (int64_t i = 0; i < r; ++i)
+        for (int l = 0; l < L; ++l) G[at_lanes(i, i) * L + l] = T(squares[i * L + l] * grown[l]);
+}
+
+// G <- (1 + drift) W W^T of every lane. All are compensated, or none.
+template <class T> void gram_lanes(Lane* const* lanes, T* G, Arena& arena) {
+    const ArenaScope scope(arena);
+    constexpr int L = Simd<T>::L;
+    const int64_t r = lanes[0]->w.r, rows = round_up(r, kRows), panels = rows / kRows;
+    int64_t K = 0;
+    bool odd = false;
+    const bool i_inner = rows_inner(lanes[0]->w);
+    for (int l = 0; l < L; ++l) {
+        const Source& w = lanes[l]->w;
+        K = max_of(K, w.K);
+        odd |= w.dtype != kNative<T> || (i_inner ? w.stride_i : w.stride_k) != 1;
+    }
+    const int64_t depth = depth_of(r), apart = max_of<int64_t>(1, panels / 2) * kRows;
+    const bool keep = compensated(r, lanes[0]->w.K);
+    T* X = take<T>(arena, rows * depth * L);
+    T* staged = odd ? take<T>(arena, rows * depth * L) : nullptr;
+    const int64_t size = block_of(panels) * L;
+    T* lost = keep ? take<T>(arena, size) : nullptr;
+    if (lost)
+        for (int64_t i = 0; i < size; ++i) lost[i] = 0;
+    double *squares = take<double>(arena, rows * L), *cross = take<double>(arena, rows * L);
+    for (int64_t i = 0; i < rows * L; ++i) squares[i] = cross[i] = 0;
+    for (int64_t k0 = 0; k0 < K; k0 += depth) {
+        const int64_t h = min_of(depth, K - k0);
+        interleave(lanes, k0, h, depth, X, staged);
+        for (int64_t I = 0; I < panels; ++I) {
+            const int64_t other = I + apart / kRows;
+            add_exact(X + I * depth * kRows * L, other < panels ? X + other * depth * kRows * L : nullptr, h,
+                      squares + I * kRows * L, cross + I * kRows * L);
+        }
+        if (k0 == 0)
+            add_chunk<T, Store::set>(X, panels, h, depth, G, lost);
+        else if (keep)
+            add_chunk<T, Store::compensate>(X, panels, h, depth, G, lost);
+        else
+            add_chunk<T, Store::add>(X, panels, h, depth, G, lost);
+    }
+    if (lost)
+        for (int64_t i = 0; i < size; ++i) G[i] += lost[i];
+    correct_lanes(lanes, apart, G, squares, cross);
+}
+
+template <class T> inline typename Simd<T>::V root(typename Simd<T>::V x) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) return typename Simd<T>::V(_mm512_sqrt_ps(__m512(x)));
+    else return typename Simd<T>::V(_mm512_sqrt_pd(__m512d(x)));
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) return typename Simd<T>::V(_mm256_sqrt_ps(__m256(x)));
+    else return typename Simd<T>::V(_mm256_sqrt_pd(__m256d(x)));
+#else
+    for (int l = 0; l < Simd<T>::L; ++l) x[l] = __builtin_sqrt(x[l]);
+    return x;
+#endif
+}
+
+// Whether any lane of a comparison is true.
+template <class VI> inline bool any(VI x) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask(__m512i(x)) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_epi8(__m256i(x)) != 0;
+#else
+    bool out = false;
+    for (size_t l = 0; l < sizeof(x) / sizeof(x[0]); ++l) out |= x[l] != 0;
+    return out;
+#endif
+}
+
+// A <- A - v w^T - w v^T and y <- A u over rows and columns >= first; u is zero below first.
+template <class T>
+inline void update_multiply(T* A, int64_t rows, int64_t first, const T* v, const T* w, const T* u, T* y) {
+    using S = Simd<T>;
+    using V = typename S::V;
+    constexpr int R = kRegisters == 32 ? kRows : kRows / 2;  // rows at once
+    for (int64_t i = first / kRows * kRows; i < rows; ++i) S::at(y + i * S::L) = V{};
+    for (int64_t I = first / kRows; I < rows / kRows; ++I) {
+        T* block = A + block_of(I) * S::L;
+        for (int half = 0; half < kRows / R; ++half) {
+            const int64_t i = I * kRows + half * R;
+            V vi[R], wi[R], ui[R], sum[R];
+#pragma GCC unroll 4
+            for (int q = 0; q < R; ++q) {
+                vi[q] = S::at(v + (i + q) * S::L), wi[q] = S::at(w + (i + q) * S::L);
+                ui[q] = S::at(u + (i + q) * S::L), sum[q] = V{};
+            }
+            for (int64_t j = first; j < I * kRows; ++j) {
+                T* a = block + (j * kRows + half * R) * S::L;
+                const V vj = S::at(v + j * S::L), wj = S::at(w + j * S::L), uj = S::at(u + j * S::L);
+                V yj = S::at(y + j * S::L);
+#pragma GCC unroll 4
+                for (int q = 0; q < R; ++q) {
+                    const V x = S::at(a + q * S::L) - vi[q] * wj - wi[q] * vj;
+                    S::at(a + q * S::L) = x;
+                    sum[q] += x * uj;
+                    yj += x * ui[q];
+                }
+                S::at(y + j * S::L) = yj;
+            }
+            for (int64_t j = max_of(first, I * kRows); j < (I + 1) * kRows; ++j) {
+                T* a = block + (j * kRows + half * R) * S::L;
+                const V vj = S::at(v + j * S::L), wj = S::at(w + j * S::L), uj = S::at(u + j * S::L);
+#pragma GCC unroll 4
+                for (int q = 0; q < R; ++q) {
+                    const V x = S::at(a + q * S::L) - vi[q] * wj - wi[q] * vj;
+                    S::at(a + q * S::L) = x;
+                    sum[q] += x * uj;
+                }
+            }
+#pragma GCC unroll 4
+            for (int q = 0; q < R; ++q) S::at(y + (i + q) * S::L) += sum[q];
+        }
+    }
+}
+
+// d[0 .. r), e[0 .. r - 1) <- the tridiagonal matrices similar to A (destroyed), as `tridiagonal` does one.
+template <class T> void tridiagonal_lanes(T* A, int64_t r, T* d, T* e, Arena& arena) {
+    const ArenaScope scope(arena);
+    using S = Simd<T>;
+    using V = typename S::V;
+    const int64_t rows = round_up(r, kRows);
+    T *v = take<T>(arena, rows * S::L), *w = take<T>(arena, rows * S::L), *u = take<T>(arena, rows * S::L);
+    T* y = take<T>(arena, rows * S::L);
+    constexpr T tiny = (sizeof(T) == 4 ? T(0x1p-24) : T(0x1p-53)) * T(1e-3);
+    V largest = V{};
+    for (int64_t i = 0; i < r; ++i) {
+        const V x = S::at(A + at_lanes(i, i) * S::L);
+        largest = x > largest ? x : largest;
+    }
+    const V negligible = (largest * tiny) * (largest * tiny);
+    for (int64_t i = 0; i < rows; ++i) S::at(v + i * S::L) = S::at(w + i * S::L) = S::at(u + i * S::L) = V{};
+    for (int64_t c = 0; c < r; ++c) {
+        const V vc = S::at(v + c * S::L), wc = S::at(w + c * S::L);
+        S::at(d + c * S::L) = S::at(A + at_lanes(c, c) * S::L) - vc * wc - wc * vc;
+        if (c + 1 == r) break;
+        V squares[kRows] = {};
+        S::at(u + c * S::L) = V{};
+        for (int64_t i = c + 1; i < rows; ++i) {
+            const V x = S::at(A + at_lanes(i, c) * S::L) - S::at(v + i * S::L) * wc - S::at(w + i * S::L) * vc;
+            S::at(u + i * S::L) = x;
+            squares[i % kRows] += x * x;
+        }
+        const V alpha = S::at(u + (c + 1) * S::L);
+        if (c + 2 == r) {
+            S::at(e + c * S::L) = alpha;
+            // d of the last column is still to be updated by v and w
+            continue;
+        }
+        const V total = (squares[0] + squares[1]) + (squares[2] + squares[3]), norm = root<T>(total);
+        const V beta = alpha > 0 ? -norm : norm;
+        const auto ordinary = total > negligible;
+        S::at(e + c * S::L) = ordinary ? beta : V{};
+        const V tau = ordinary ? (beta - alpha) / beta : V{}, scale = ordinary ? 1 / (alpha - beta) : V{};
+        for (int64_t i = c + 2; i < rows; ++i) S::at(u + i * S::L) *= scale;
+        S::at(u + (c + 1) * S::L) = ordinary ? S::splat(1) : V{};
+        update_multiply(A, rows, c + 1, v, w, u, y);
+        V dots[kRows] = {};
+        for (int64_t i = c + 1; i < rows; ++i) dots[i % kRows] += S::at(u + i * S::L) * S::at(y + i * S::L);
+        const V gamma = tau * ((dots[0] + dots[1]) + (dots[2] + dots[3])) / 2;
+        for (int64_t i = c + 1; i < rows; ++i) {
+            const V ui = S::at(u + i * S::L);
+            S::at(v + i * S::L) = ui;
+            S::at(w + i * S::L) = (S::at(y + i * S::L) - ui * gamma) * tau;
+        }
+        S::at(v + c * S::L) = S::at(w + c * S::L) = V{};
+    }
+}
+
+// `sturm_count` where each lane has a matrix of its own.
+template <class T, int N> inline void count_lanes(const T* d, const T* e2, int64_t n, const T* x, typename Simd<T>::VI* counts) {
+    using S = Simd<T>;
+    using V = typename S::V;
+    using VU = typename S::VU;
+    using Lim = SturmLimits<T>;
+    using U = typename S::U;
+    constexpr int sign = sizeof(T) * 8 - 1;
+    V at[N], before[N], now[N];
+    VU count[N];
+#pragma GCC unroll 4
+    for (int u = 0; u < N; ++u) {
+        at[u] = S::at(x + u * S::L);
+        before[u] = V{};
+        now[u] = V(S::splat_word(U(Lim::kTarget) << Lim::kMantissa));
+        count[u] = VU{};
+    }
+    for (int64_t i = 0; i < n; i += Lim::kRescale) {
+#pragma GCC unroll 8
+        for (int k = 0; k < Lim::kRescale; ++k) {
+            const V di = S::at(d + (i + k) * S::L), ei = S::at(e2 + (i + k) * S::L);
+#pragma GCC unroll 4
+            for (int u = 0; u < N; ++u) {
+                const V next = (di - at[u]) * now[u] - before[u] * ei;
+                count[u] += (VU(next) ^ VU(now[u])) >> sign;
+                before[u] = now[u];
+                now[u] = next;
+            }
+        }
+#pragma GCC unroll 4
+        for (int u = 0; u < N; ++u) {
+            const VU magnitude = S::splat_word(~(U(1) << sign));
+            const V p = V(VU(now[u]) & magnitude), q = V(VU(before[u]) & magnitude);
+            const VU exponent = VU(p > q ? p : q) >> Lim::kMantissa;
+            VU factor = (Lim::kTarget + Lim::kBias) - exponent;
+            if constexpr (Lim::kClamp) factor = factor < 2 * Lim::kBias ? factor : S::splat_word(2 * Lim::kBias);
+            const V scale = V(factor << Lim::kMantissa);
+            now[u] *= scale;
+            before[u] *= scale;
+        }
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < N; ++u) counts[u] = typename S::VI(count[u]);
+}
+
+// The eigenvalues of every lane's tridiag(d, e), as `sturm` finds those of one. d and e are overwritten.
+template <class T> void sturm_lanes(T* d, const T* e, int64_t n, double tolerance, Lane* const* lanes, Arena& arena) {
+    const ArenaScope scope(arena);
+    using S = Simd<T>;
+    using V = typename S::V;
+    using VI = typename S::VI;
+    using Lim = SturmLimits<T>;
+    constexpr int L = S::L;
+    const int64_t padded = round_up(n, Lim::kRescale), values = round_up(n, kChains), probes = round_up(2 * n, kChains);
+    T *ds = take<T>(arena, padded * L), *es = take<T>(arena, padded * L);
+    T* x = take<T>(arena, probes * L);
+    VI* counts = take<VI>(arena, probes);
+    T *lo = take<T>(arena, values * L), *hi = take<T>(arena, values * L);
+    V norm = V{};
+    const auto absolute = [](V a) { return a < 0 ? -a : a; };
+    for (int64_t i = 0; i < n; ++i) {
+        const V left = i > 0 ? S::at(e + (i - 1) * L) : V{}, right = i + 1 < n ? S::at(e + i * L) : V{};
+        const V sum = absolute(S::at(d + i * L)) + absolute(left) + absolute(right);
+        norm = sum > norm ? sum : norm;
+    }
+    alignas(kVectorBytes) T to_unit[L];
+    for (int l = 0; l < L; ++l) {
+        int exponent;
+        __builtin_frexp(double(norm[l]), &exponent);
+        to_unit[l] = T(__builtin_ldexp(1.0, -exponent));
+    }
+    const V unit = S::at(to_unit), top = norm * unit * T(1 + 1e-6);
+    for (int64_t i = 0; i < padded; ++i) {
+        S::at(ds + i * L) = i < n ? S::at(d + i * L) * unit : S::splat(2);
+        const V off = i > 0 && i < n ? S::at(e + (i - 1) * L) * unit : V{}, squared = off * off;
+        S::at(es + i * L) = i > 0 ? (squared > Lim::kFloor ? squared : S::splat(Lim::kFloor)) : V{};
+    }
+    // The square roots of eigenvalues of a Gram matrix lie more evenly than these do.
+    for (int64_t i = 0; i < probes; ++i) {
+        const T part = T(i) / T(probes - 1);
+        S::at(x + i * L) = top * (part * part);
+    }
+    for (int64_t i = 0; i < probes; i += kChains) count_lanes<T, kChains>(ds, es, padded, x + i * L, counts + i);
+    for (int l = 0; l < L; ++l) {
+        int64_t k = 0, seen = 0;
+        for (int64_t i = 0; i < values; ++i) {
+            while (k < probes && max_of(seen, int64_t(counts[k][l])) <= i) seen = max_of(seen, int64_t(counts[k++][l]));
+            lo[i * L + l] = i < n && k > 0 ? x[(k - 1) * L + l] : 0;
+            hi[i * L + l] = i < n ? (k < probes ? x[k * L + l] : top[l]) : 0;
+        }
+    }
+    const T wide = T(2 * tolerance);
+    for (int64_t i = 0; i < values; i += kChains) {
+        alignas(kVectorBytes) T mid[kChains * L];
+        VI below[kChains], open[kChains];
+        for (int step = 0; step < 64; ++step) {
+            VI more = {};
+#pragma GCC unroll 4
+            for (int u = 0; u < kChains; ++u) {
+                const V low = S::at(lo + (i + u) * L), high = S::at(hi + (i + u) * L), m = (low + high) / 2;
+                S::at(mid + u * L) = m;
+                open[u] = (m > low) & (m < high) & (high - low > wide);  // false: stays, whatever its neighbours need
+                more |= open[u];
+            }
+            if (!any(more)) break;
+            count_lanes<T, kChains>(ds, es, padded, mid, below);
+#pragma GCC unroll 4
+            for (int u = 0; u < kChains; ++u) {
+                V &low = S::at(lo + (i + u) * L), &high = S::at(hi + (i + u) * L);
+                const V m = S::at(mid + u * L);
+                const VI left = below[u] <= VI(S::splat_word(typename S::U(i + u)));
+                low = open[u] & left ? m : low;
+                high = open[u] & ~left ? m : high;
+            }
+        }
+    }
+    for (int l = 0; l < L; ++l) {
+        double last = 0;
+        for (int64_t i = 0; i < n; ++i) {
+            last = max_of(last, (double(lo[i * L + l]) + double(hi[i * L + l])) / (2 * double(to_unit[l])));
+            lanes[l]->ascending[i] = last;
+        }
+    }
+}
+
+template <class T> constexpr int64_t kLanes = Simd<T>::L;
+
+// Fills ascending and sums of 1 <= count <= kLanes<T> lanes of one r, all `compensated` or none.
+template <class T> void eigenvalues_lanes(Lane* lanes, int64_t count, Arena& arena) {
+    const ArenaScope scope(arena);
+    constexpr int L = Simd<T>::L;
+    const int64_t r = lanes[0].w.r, panels = round_up(r, kRows) / kRows;
+    Lane* of[L];  // those without a matrix repeat the first one
+    for (int l = 0; l < L; ++l) of[l] = lanes + (l < count ? l : 0);
+    T* G = take<T>(arena, block_of(panels) * L);
+    T *d = take<T>(arena, r * L), *e = take<T>(arena, r * L);
+    gram_lanes(of, G, arena);
+    tridiagonal_lanes(G, r, d, e, arena);
+    sturm_lanes(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, of, arena);
+}
+
+}  // namespace SOSD_ISA
+}  // namespace sosd_fast
