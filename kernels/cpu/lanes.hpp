@@ -100,8 +100,8 @@ inline void interleave(const Lane* const* lanes, int64_t k0, int64_t h, int64_t 
             from[l] = {static_cast<const T*>(w.data) + k0 * w.stride_k, so};
             scales[l] = T(w.scale);
         } else {
-            const int64_t ld = i_inner ? rows : depth;
-            T* own = staged + l * rows * depth;
+            const int64_t ld = i_inner ? r : depth;
+            T* own = staged + l * r * depth;
             convert(w, k0, here, i_inner, own, ld);
             from[l] = {own, ld};
             scales[l] = 1;
@@ -235,7 +235,7 @@ template <class T> void gram_lanes(Lane* const* lanes, T* G, Arena& arena) {
     const int64_t depth = depth_of(r), apart = max_of<int64_t>(1, panels / 2) * kRows;
     const bool keep = compensated(r, lanes[0]->w.K);
     T* X = take<T>(arena, rows * depth * L);
-    T* staged = odd ? take<T>(arena, rows * depth * L) : nullptr;
+    T* staged = odd ? take<T>(arena, r * depth * L) : nullptr;
     const int64_t size = block_of(panels) * L;
     T* lost = keep ? take<T>(arena, size) : nullptr;
     if (lost)
@@ -387,22 +387,31 @@ template <class T> void tridiagonal_lanes(T* A, int64_t r, T* d, T* e, Arena& ar
     }
 }
 
-// `sturm_count` where each lane has a matrix of its own.
-template <class T, int N> inline void count_lanes(const T* d, const T* e2, int64_t n, const T* x, typename Simd<T>::VI* counts) {
+// The characteristic polynomial at x up to a factor that is the same for all x: value * 2^exponent.
+template <class T> struct Value {
+    typename Simd<T>::V value;
+    typename Simd<T>::VI exponent;
+};
+
+// `sturm_count` at N points, where each lane has a matrix of its own; and the polynomial there.
+template <class T, int N>
+inline void count_lanes(const T* d, const T* e2, int64_t n, const typename Simd<T>::V* x, typename Simd<T>::VI* counts,
+                        Value<T>* values) {
     using S = Simd<T>;
     using V = typename S::V;
+    using VI = typename S::VI;
     using VU = typename S::VU;
     using Lim = SturmLimits<T>;
     using U = typename S::U;
     constexpr int sign = sizeof(T) * 8 - 1;
     V at[N], before[N], now[N];
-    VU count[N];
+    VU count[N], factors[N];
 #pragma GCC unroll 4
     for (int u = 0; u < N; ++u) {
-        at[u] = S::at(x + u * S::L);
+        at[u] = x[u];
         before[u] = V{};
         now[u] = V(S::splat_word(U(Lim::kTarget) << Lim::kMantissa));
-        count[u] = VU{};
+        count[u] = factors[u] = VU{};
     }
     for (int64_t i = 0; i < n; i += Lim::kRescale) {
 #pragma GCC unroll 8
@@ -426,37 +435,98 @@ template <class T, int N> inline void count_lanes(const T* d, const T* e2, int64
             const V scale = V(factor << Lim::kMantissa);
             now[u] *= scale;
             before[u] *= scale;
+            factors[u] += factor;
         }
     }
 #pragma GCC unroll 4
-    for (int u = 0; u < N; ++u) counts[u] = typename S::VI(count[u]);
+    for (int u = 0; u < N; ++u) counts[u] = VI(count[u]), values[u] = {now[u], -VI(factors[u])};
 }
 
-// The eigenvalues of every lane's tridiag(d, e), as `sturm` finds those of one. d and e are overwritten.
-template <class T> void sturm_lanes(T* d, const T* e, int64_t n, double tolerance, Lane* const* lanes, Arena& arena) {
+// An eigenvalue's bracket: as many eigenvalues as its index are below low, more are below high.
+template <class T> struct Bracket {
+    typename Simd<T>::V low, high;
+    Value<T> at_low, at_high;
+    typename Simd<T>::VI index, kept;  // kept: 1 where the last step kept low, -1 where high, else 0
+};
+
+constexpr int kBisected = 5;  // every so many steps halve the bracket, whatever the polynomial looks like
+
+// The next point to count at: where the polynomial's secant is zero (regula falsi), if one of its zeros is known to lie
+// between; else the middle. Returns which lanes are not yet narrow enough; the others stay as they are, however many steps
+// their neighbours need.
+template <class T>
+inline typename Simd<T>::VI next_point(const Bracket<T>& b, T wide, bool bisect, typename Simd<T>::V& x) {
+    using S = Simd<T>;
+    using V = typename S::V;
+    using VI = typename S::VI;
+    using Lim = SturmLimits<T>;
+    using I = typename S::I;
+    constexpr I most = sizeof(T) == 4 ? 26 : 60;  // of exponents, so that products stay in range
+    const V width = b.high - b.low, middle = b.low + width / 2;
+    VI apart = b.at_high.exponent - b.at_low.exponent;
+    apart = apart > most ? VI{} + most : apart < -most ? VI{} - most : apart;
+    const V high = b.at_high.value * V((apart + Lim::kBias) << Lim::kMantissa);
+    const V step = width * (b.at_low.value / (b.at_low.value - high));
+    // A step of half the tolerance at least: the other end then comes near, too.
+    const V least = V{} + wide * T(0.75), limit = width - least;
+    V secant = b.low + (step < least ? least : step > limit ? limit : step);
+    const VI crosses = (VI(b.at_low.value) ^ VI(b.at_high.value)) < 0;
+    const VI usable = crosses & (secant > b.low) & (secant < b.high);
+    x = usable & (bisect ? VI{} : ~VI{}) ? secant : middle;
+    return (middle > b.low) & (middle < b.high) & (width > wide);
+}
+
+template <class T>
+inline void narrow(Bracket<T>& b, typename Simd<T>::VI open, typename Simd<T>::V x, typename Simd<T>::VI count,
+                   const Value<T>& at_x) {
+    using VI = typename Simd<T>::VI;
+    const VI raise = open & (count <= b.index), lower = open & (count > b.index);
+    // Illinois: an end kept twice counts half
+    b.at_high.exponent -= raise & (b.kept < 0) & 1;
+    b.at_low.exponent -= lower & (b.kept > 0) & 1;
+    b.kept = raise ? VI{} - 1 : lower ? VI{} + 1 : b.kept;
+    b.low = raise ? x : b.low;
+    b.at_low.value = raise ? at_x.value : b.at_low.value;
+    b.at_low.exponent = raise ? at_x.exponent : b.at_low.exponent;
+    b.high = lower ? x : b.high;
+    b.at_high.value = lower ? at_x.value : b.at_high.value;
+    b.at_high.exponent = lower ? at_x.exponent : b.at_high.exponent;
+}
+
+// The eigenvalues of every lane's tridiag(d, e), as `sturm` finds those of one. Lane l has matrix l % matrices, and shares
+// its eigenvalues with the other lanes of this matrix. d and e are not modified.
+template <class T>
+void sturm_lanes(const T* d, const T* e, int64_t n, double tolerance, Lane* const* lanes, int64_t matrices, Arena& arena) {
     const ArenaScope scope(arena);
     using S = Simd<T>;
     using V = typename S::V;
     using VI = typename S::VI;
     using Lim = SturmLimits<T>;
-    constexpr int L = S::L;
-    const int64_t padded = round_up(n, Lim::kRescale), values = round_up(n, kChains), probes = round_up(2 * n, kChains);
+    using I = typename S::I;
+    constexpr int L = S::L, N = kChains;
+    const int64_t copies = L / matrices, padded = round_up(n, Lim::kRescale);
+    // Probes and brackets p of a matrix: slot p / copies, in the lane of its copy p % copies.
+    const int64_t probes = 2 * n, probe_slots = round_up((probes + copies - 1) / copies, N);
+    const int64_t slots = round_up((n + copies - 1) / copies, N);
     T *ds = take<T>(arena, padded * L), *es = take<T>(arena, padded * L);
-    T* x = take<T>(arena, probes * L);
-    VI* counts = take<VI>(arena, probes);
-    T *lo = take<T>(arena, values * L), *hi = take<T>(arena, values * L);
-    V norm = V{};
+    V* x = take<V>(arena, probe_slots);
+    VI* counts = take<VI>(arena, probe_slots);
+    Value<T>* values = take<Value<T>>(arena, probe_slots);
+    Bracket<T>* brackets = take<Bracket<T>>(arena, slots);
     const auto absolute = [](V a) { return a < 0 ? -a : a; };
+    V norm = V{};
     for (int64_t i = 0; i < n; ++i) {
         const V left = i > 0 ? S::at(e + (i - 1) * L) : V{}, right = i + 1 < n ? S::at(e + i * L) : V{};
         const V sum = absolute(S::at(d + i * L)) + absolute(left) + absolute(right);
         norm = sum > norm ? sum : norm;
     }
     alignas(kVectorBytes) T to_unit[L];
+    VI copy;
     for (int l = 0; l < L; ++l) {
         int exponent;
         __builtin_frexp(double(norm[l]), &exponent);
         to_unit[l] = T(__builtin_ldexp(1.0, -exponent));
+        copy[l] = I(l / matrices);
     }
     const V unit = S::at(to_unit), top = norm * unit * T(1 + 1e-6);
     for (int64_t i = 0; i < padded; ++i) {
@@ -465,48 +535,49 @@ template <class T> void sturm_lanes(T* d, const T* e, int64_t n, double toleranc
         S::at(es + i * L) = i > 0 ? (squared > Lim::kFloor ? squared : S::splat(Lim::kFloor)) : V{};
     }
     // The square roots of eigenvalues of a Gram matrix lie more evenly than these do.
-    for (int64_t i = 0; i < probes; ++i) {
-        const T part = T(i) / T(probes - 1);
-        S::at(x + i * L) = top * (part * part);
+    for (int64_t s = 0; s < probe_slots; ++s) {
+        const V part = __builtin_convertvector(copy + I(s * copies), V) / T(probes - 1);
+        x[s] = part < 1 ? top * (part * part) : top;
     }
-    for (int64_t i = 0; i < probes; i += kChains) count_lanes<T, kChains>(ds, es, padded, x + i * L, counts + i);
-    for (int l = 0; l < L; ++l) {
+    for (int64_t s = 0; s < probe_slots; s += N) count_lanes<T, N>(ds, es, padded, x + s, counts + s, values + s);
+    for (int64_t l = 0; l < matrices; ++l) {
         int64_t k = 0, seen = 0;
-        for (int64_t i = 0; i < values; ++i) {
-            while (k < probes && max_of(seen, int64_t(counts[k][l])) <= i) seen = max_of(seen, int64_t(counts[k++][l]));
-            lo[i * L + l] = i < n && k > 0 ? x[(k - 1) * L + l] : 0;
-            hi[i * L + l] = i < n ? (k < probes ? x[k * L + l] : top[l]) : 0;
+        for (int64_t i = 0; i < slots * copies; ++i) {
+            const auto lane = [&](int64_t p) { return l + p % copies * matrices; };
+            const auto next = [&] { return max_of(seen, int64_t(counts[k / copies][lane(k)])); };
+            while (k < probes && next() <= i) seen = next(), ++k;
+            Bracket<T>& b = brackets[i / copies];
+            const int64_t to = lane(i), below = max_of<int64_t>(k - 1, 0), above = min_of(k, probes - 1);
+            const int64_t lo = lane(below), hi = lane(above);
+            b.low[to] = x[below / copies][lo], b.high[to] = i < n ? x[above / copies][hi] : b.low[to];
+            b.at_low.value[to] = values[below / copies].value[lo];
+            b.at_low.exponent[to] = values[below / copies].exponent[lo];
+            b.at_high.value[to] = values[above / copies].value[hi];
+            b.at_high.exponent[to] = values[above / copies].exponent[hi];
+            b.index[to] = I(i), b.kept[to] = 0;
         }
     }
     const T wide = T(2 * tolerance);
-    for (int64_t i = 0; i < values; i += kChains) {
-        alignas(kVectorBytes) T mid[kChains * L];
-        VI below[kChains], open[kChains];
-        for (int step = 0; step < 64; ++step) {
-            VI more = {};
+    for (int64_t s = 0; s < slots; s += N) {
+        Bracket<T>* b = brackets + s;
+        for (int step = 1; step < 64 * kBisected; ++step) {
+            V at[N];
+            VI open[N], below[N], more = {};
+            Value<T> found[N];
 #pragma GCC unroll 4
-            for (int u = 0; u < kChains; ++u) {
-                const V low = S::at(lo + (i + u) * L), high = S::at(hi + (i + u) * L), m = (low + high) / 2;
-                S::at(mid + u * L) = m;
-                open[u] = (m > low) & (m < high) & (high - low > wide);  // false: stays, whatever its neighbours need
-                more |= open[u];
-            }
+            for (int u = 0; u < N; ++u) more |= open[u] = next_point(b[u], wide, step % kBisected == 0, at[u]);
             if (!any(more)) break;
-            count_lanes<T, kChains>(ds, es, padded, mid, below);
+            count_lanes<T, N>(ds, es, padded, at, below, found);
 #pragma GCC unroll 4
-            for (int u = 0; u < kChains; ++u) {
-                V &low = S::at(lo + (i + u) * L), &high = S::at(hi + (i + u) * L);
-                const V m = S::at(mid + u * L);
-                const VI left = below[u] <= VI(S::splat_word(typename S::U(i + u)));
-                low = open[u] & left ? m : low;
-                high = open[u] & ~left ? m : high;
-            }
+            for (int u = 0; u < N; ++u) narrow(b[u], open[u], at[u], below[u], found[u]);
         }
     }
-    for (int l = 0; l < L; ++l) {
+    for (int64_t l = 0; l < matrices; ++l) {
         double last = 0;
         for (int64_t i = 0; i < n; ++i) {
-            last = max_of(last, (double(lo[i * L + l]) + double(hi[i * L + l])) / (2 * double(to_unit[l])));
+            const Bracket<T>& b = brackets[i / copies];
+            const int64_t at = l + i % copies * matrices;
+            last = max_of(last, (double(b.low[at]) + double(b.high[at])) / (2 * double(to_unit[l])));
             lanes[l]->ascending[i] = last;
         }
     }
@@ -519,13 +590,15 @@ template <class T> void eigenvalues_lanes(Lane* lanes, int64_t count, Arena& are
     const ArenaScope scope(arena);
     constexpr int L = Simd<T>::L;
     const int64_t r = lanes[0].w.r, panels = round_up(r, kRows) / kRows;
-    Lane* of[L];  // those without a matrix repeat the first one
-    for (int l = 0; l < L; ++l) of[l] = lanes + (l < count ? l : 0);
+    int64_t matrices = 1;  // a power of two, so that the lanes divide among them; those beyond `count` repeat the first
+    while (matrices < count) matrices *= 2;
+    Lane* of[L];
+    for (int64_t l = 0; l < L; ++l) of[l] = lanes + (l % matrices < count ? l % matrices : 0);
     T* G = take<T>(arena, block_of(panels) * L);
-    T *d = take<T>(arena, r * L), *e = take<T>(arena, r * L);
+    T *d = take<T>(arena, r * L), *e = take<T>(arena, (r - 1) * L);
     gram_lanes(of, G, arena);
     tridiagonal_lanes(G, r, d, e, arena);
-    sturm_lanes(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, of, arena);
+    sturm_lanes(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, of, matrices, arena);
 }
 
 }  // namespace SOSD_ISA
