@@ -141,6 +141,29 @@ static void check() {
         for (int k = 0; k < 90; ++k)
             CHECK(std::fabs(cold[0].S[k] - absurd[0].S[k]) <= cold[0].bound[k] + absurd[0].bound[k]);
     }
+    {   // special matrices among ordinary ones of one short side: each result is that of the matrix alone
+        std::vector<Case> all;
+        for (unsigned s = 0; s < 45; ++s) {
+            const int64_t K = 11 + s % 3 * 900;
+            all.push_back(make(s % 2 ? 11 : K, s % 2 ? K : 11, DType(s / 3 % 2 ? s % 4 : 0), s % 5 == 0, 1, s));
+            Case& c = all.back();
+            if (c.task.dtype != DType::f32 || s % 4) continue;
+            float* w = reinterpret_cast<float*>(c.data.data());
+            for (size_t i = 0; i < c.data.size() / 4; ++i)
+                w[i] *= s % 16 == 0 ? 0 : s % 16 == 4 ? 1e30f : s % 16 == 8 ? 1e-36f : i == 5 ? NAN : 1;
+        }
+        std::vector<Case> together = all;
+        solve(together, automatic, 2);
+        for (size_t i = 0; i < all.size(); ++i) {
+            std::vector<Case> alone{all[i]};
+            solve(alone, automatic, 1);
+            CHECK(alone[0].task.method == together[i].task.method && alone[0].task.finite == together[i].task.finite);
+            for (size_t k = 0; k < 11; ++k) {
+                CHECK(std::memcmp(&alone[0].S[k], &together[i].S[k], sizeof(double)) == 0);
+                CHECK(std::memcmp(&alone[0].bound[k], &together[i].bound[k], sizeof(double)) == 0);
+            }
+        }
+    }
     {   // NaN in one of three
         std::vector<Case> three;
         for (unsigned s = 0; s < 3; ++s) three.push_back(make(40, 50, DType::f32, false, 1, s));
@@ -247,7 +270,19 @@ static void fuzz(int calls, unsigned seed) {
             degrade(cases.back(), unsigned(below(8)), random());
         }
         const int method = below(4);
-        solve(cases, method == 3 ? automatic : std::optional(Method(method)), 1 + below(3));
+        const std::optional<Method> asked = method == 3 ? automatic : std::optional(Method(method));
+        const int64_t r = 1 + below(int(kLanesLargest));
+        for (int i = 0, count = below(4) ? 0 : below(r > 32 ? 10 : 40); i < count; ++i) {  // that share vectors
+            const int64_t K = below(30) ? r + side(64) : r + side(3000);
+            const bool wide = below(2);
+            cases.push_back(make(wide ? r : K, wide ? K : r, DType(below(4)), below(2), below(8) ? 1 : 2, random()));
+            degrade(cases.back(), unsigned(below(8)), random());
+        }
+        solve(cases, asked, 1 + below(3));
+        std::vector<Case> alone{cases[size_t(below(int(cases.size())))]};
+        const std::vector<double> S = alone[0].S, bound = alone[0].bound;
+        solve(alone, asked, 1);
+        CHECK(alone[0].S == S && alone[0].bound == bound);
         for (const Case& c : cases)
             for (size_t k = 0; k < c.S.size(); ++k) CHECK(c.S[k] >= 0 && c.bound[k] >= 0 && (k == 0 || c.S[k] <= c.S[k - 1]));
         if (below(4)) continue;
