@@ -1,8 +1,7 @@
 """Training: our models against the same ones of stock torch.nn modules, and what each rank's tracker costs.
 
---ranks N measures the tracker's share of each of N ranks: under DDP one after the other on the whole machine, under
-FSDP2 + TP in N processes by their CPU time. It says what 8 ranks send in each layout, as computed from the layout.
---presets starts each run of the paper for a few steps.
+With ranks, the tracker's share of each under DDP and under FSDP2 + TP, in as many processes by their CPU time; and what
+8 ranks send in each layout, as computed from the layout.
 """
 
 import json
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,17 +22,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import sosd_fast
 from bench.harness import ROOT, finish, interleaved, parser, show
-from sosd_fast.distributed.layout import assign, boxes_on, cost, mesh_of, shape_of, spread
-from sosd_fast.distributed.share import RankAssignment
+from sosd_fast.distributed.layout import boxes_on, mesh_of, shape_of, spread
 from sosd_fast.distributed.ways import full_bytes
 from sosd_fast.matrices import find_matrices
-from sosd_fast.probe.followed import Found
-from sosd_fast.probe.probe import Probe
-from sosd_fast.probe.settings import Settings
 from training.model import PRESETS, Transformer, flops_per_token
 from training.optimizers import build_optimizers
 from training.parallel import Parallel
 from training.presets import RUNS
+
+LAYOUTS = {"ddp": "DDP", "fsdp+tp": "FSDP2 + TP"}  # whose ranks share the tracker's work
 
 
 class StockAttention(nn.Module):
@@ -128,32 +124,15 @@ def throughput(name: str, batch: int, context: int, repeats: int, device: str) -
 
 
 def tracker_shares(name: str, ranks: int, repeats: int) -> dict:
-    """The seconds of measuring everything in full, alone and as each of the ranks of DDP would."""
-    model = Transformer(PRESETS[name])
-    matrices = find_matrices(model)
-    owner = assign([cost(shape_of(m)) for m in matrices], ranks)
+    """The CPU seconds of measuring everything in full as each of the ranks of each layout, over those alone.
 
-    def measured(wanted):
-        own = [m for m, at in zip(matrices, owner, strict=True) if at in wanted]
-        parameters = [m.parameter for m in matrices]
-        own = RankAssignment(own, parameters, None, 0, 1)
-        return Probe(weakref.ref(model), lambda: Found(own), [], Settings(method="full", audit=False)).step
-
-    variants = {"alone": measured(range(ranks))} | {f"rank {r}": measured([r]) for r in range(ranks)}
-    times = interleaved(variants, repeats, warmup=1)
-    alone = times["alone"]["ms"]
-    return {"model": name, "ranks": ranks, "shares": {v: t["ms"] / alone for v, t in times.items()}, **times}
-
-
-def spread_shares(name: str, ranks: int, repeats: int) -> dict:
-    """The CPU seconds of measuring everything in full as each of the ranks of FSDP2 + TP, of those alone.
-
-    Alone each of the processes measures a model of its own, all at the same time, so that both have the same machine.
+    Alone each of the processes measures a model of its own, all at the same time, so that all have the same machine.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_as_rank, (ranks, name, repeats, folder), nprocs=ranks)
         times = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
-    shares = {f"rank {r}": statistics.median(t["spread"]) / statistics.median(t["alone"]) for r, t in enumerate(times)}
+    middle = [{what: statistics.median(seconds) for what, seconds in t.items()} for t in times]
+    shares = {kind: [t[kind] / t["none"] for t in middle] for kind in LAYOUTS}
     return {"model": name, "ranks": ranks, "shares": shares, "cpu_s": times}
 
 
@@ -162,19 +141,18 @@ def _as_rank(rank: int, ranks: int, name: str, repeats: int, folder: str):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("shard", "tp"))
     seconds: dict[str, list[float]] = {}
-    for what in ("alone", "spread"):
+    for kind in ("none", *LAYOUTS):
         torch.manual_seed(0)
-        model = Transformer(PRESETS[name])
-        if what == "spread":
-            Parallel("fsdp+tp", torch.device("cpu"), rank, ranks, mesh, tp=2).wrap(model, "float32")
+        parallel = Parallel(kind, torch.device("cpu"), rank, ranks, mesh, tp=2 if "tp" in kind else 1)
+        model = parallel.wrap(Transformer(PRESETS[name]), "float32")
         probe = sosd_fast.track(model, optimizers=[], method="full", audit=False)
-        seconds[what] = []
-        for _ in range(repeats + 1):
+        probe.step()  # the first one has no spectra to start from
+        seconds[kind] = []
+        for _ in range(repeats):
             dist.barrier()
             began = time.process_time()
             probe.step()
-            seconds[what].append(time.process_time() - began)
-        del seconds[what][0]  # the first step has no spectra to start from
+            seconds[kind].append(time.process_time() - began)
         probe.close()
     (Path(folder) / f"{rank}.json").write_text(json.dumps(seconds))
     dist.destroy_process_group()
@@ -203,7 +181,7 @@ def bytes_moved(name: str, ranks: int) -> list[dict]:
         for product in (p for block in model.h for p in block.mlp.children() if layout == "EP"):
             product.weight = nn.Parameter(product.weight.expand(ranks, -1, -1).contiguous())
         Parallel(kinds[layout], torch.device("cpu"), 0, ranks, mesh, mesh_sizes.get("tp", 1)).wrap(model, "float32")
-        model.to_empty(device="cpu")  # what is on the meta device is no matrix; nothing is written, so it takes no memory
+        model.to_empty(device="cpu")  # the meta device has no matrices; nothing is written, so it takes no memory
         matrices = find_matrices(model)
         meshes = [mesh_of(m.parameter) for m in matrices]
         boxes = [
@@ -218,7 +196,7 @@ def bytes_moved(name: str, ranks: int) -> list[dict]:
 
 
 def start_presets(steps: int) -> dict:
-    """Starts each of the paper's runs at 64 tokens a step; the 2 B model is built on the meta device."""
+    """Starts each of the paper's runs at 64 tokens a step; of the 2 B model it asks only for what would run."""
     found = {}
     for name in (name for name in RUNS if not name.startswith("nano-")):
         flags = [f"--preset={name}", "--dry-run"]
@@ -241,7 +219,7 @@ def start_presets(steps: int) -> dict:
 
 def main(argv=None) -> int:
     """Measures, prints, and returns 1 where a gate is red."""
-    p = parser(__doc__.split(":")[0], repeats=15)
+    p = parser(__doc__, repeats=15)
     p.add_argument(
         "--models",
         nargs="*",
@@ -252,7 +230,8 @@ def main(argv=None) -> int:
         "--ranks",
         type=int,
         default=4,
-        help="The number of ranks that share the tracker's work, 0 for no such part; %(default)s by default.",
+        help="The number of ranks that share the tracker's work, an even one, or 0 for no such part; a third of the "
+        "repetitions; %(default)s by default.",
     )
     p.add_argument(
         "--tracker-model",
@@ -260,9 +239,14 @@ def main(argv=None) -> int:
         help="The model whose matrices the ranks share, %(default)s by default.",
     )
     p.add_argument(
-        "--presets", action="store_true", help="Only starts each of the paper's runs for two steps; off by default."
+        "--presets",
+        action="store_true",
+        help="Instead of all this, starts each of the paper's runs for two steps of 64 tokens, but for the one of 2 B "
+        "parameters, whose --dry-run it asks for; off by default.",
     )
     args = p.parse_args(argv)
+    if args.ranks % 2:
+        p.error(f"argument --ranks: expected an even number, got {args.ranks}. Two ranks share each product.")
     if args.presets:
         found = start_presets(2)
         show(
@@ -284,12 +268,15 @@ def main(argv=None) -> int:
     )  # fmt: skip
     result = {"throughput": rows}
     if args.ranks:
-        shares = tracker_shares(args.tracker_model, args.ranks, max(3, args.repeats // 5))
-        by_layout = {"DDP": shares, "FSDP2 + TP": spread_shares(args.tracker_model, args.ranks, 5)}
+        tracker = tracker_shares(args.tracker_model, args.ranks, max(3, args.repeats // 3))
         show(
-            f"The tracker's time as one of {args.ranks} ranks, {args.tracker_model}, of that alone",
+            f"The tracker's CPU time as one of {args.ranks} ranks, {args.tracker_model}, of that alone",
             ["layout", "rank", "share"],
-            [[kind, r, f"{x:.3f}"] for kind, found in by_layout.items() for r, x in found["shares"].items()],
+            [
+                [LAYOUTS[kind], r, f"{x:.3f}"]
+                for kind, shares in tracker["shares"].items()
+                for r, x in enumerate(shares)
+            ],
         )
         everything = [row for name in ("gpt2-small", "llama-2b") for row in bytes_moved(name, 8)]
         show(
@@ -297,7 +284,7 @@ def main(argv=None) -> int:
             ["model", "layout", "sent", "of the matrices' size"],
             [[b["model"], b["layout"], f"{b['sent_mb']:.0f}", f"{b['ratio']:.2f}"] for b in everything],
         )
-        result |= {"shares": by_layout, "bytes": everything}
+        result |= {"tracker": tracker, "bytes": everything}
     finish(result, args.json)
     return 0 if all(r["gate"] for r in rows) else 1
 

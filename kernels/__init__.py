@@ -65,6 +65,25 @@ def backend_of(op: str, tensor: Tensor) -> Backend:
     return Backend.TORCH
 
 
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What instructions this machine's CPU has, as Linux names them; none on other systems.
+
+    torch.cpu.get_capabilities tells the same, but not before torch 2.10.
+    """
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            name, _, flags = line.partition(":")
+            if name.strip() in ("flags", "Features"):  # x86, Arm
+                return frozenset(flags.split())
+    return frozenset()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively, and torch has the library that does; others are slow at it."""
+    return torch.backends.mkldnn.is_available() and not cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+
+
 _MISSING = {
     "Triton": "sosd_fast: Triton is not installed, so CUDA tensors take slower torch operations. Install it with "
     "`pip install triton`; `python -m sosd_fast doctor` shows the paths.",

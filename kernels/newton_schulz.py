@@ -3,11 +3,14 @@ r"""Newton-Schulz iteration for the polar factor, as Muon uses it.
     X <- X / max(|X|_F, eps);   steps times:  A = X X^T,  X <- P X,  P = a I + b A + c A^2     on the short side
 
 The Gram form never touches X in between: all P commute, so A <- P A P = P^2 A and X_last = (P_5 ... P_1) X. At
-m:n = 1:4 that is 50 r^3 operations for 5 steps against 90. In half precision it starts again from X after two steps,
-before rounding in A outgrows its small eigenvalues; and in float16, whatever G is, for with |X| <= 1.21 its range does.
+m:n = 1:4 that is 50 r^3 operations for 5 steps against 90. In half precision it starts again from X, before rounding in
+A outgrows its small eigenvalues: after two steps on CUDA, which takes float16 whatever G is, for with |X| <= 1.21 its
+range does. In bfloat16 on a CPU it starts again after three steps and then after every two (60 r^3): 2 + 3 errs by
+twice as much on graded spectra, and 3 + 3 + 2 loses them, for noise in A grows by a^2 a step: two where a exceeds 4.
 
-All r x r products are symmetric, so `syrk` computes half of each: 65 r^3 for the plain form at 1:4, 38 for the Gram
-form with its restart. It is not faster for every shape; the first call on a shape times both and keeps the faster.
+All r x r products are symmetric, so on CUDA `syrk` computes half of each: 65 r^3 for the plain form at 1:4, 38 for the
+Gram form with its restart. It is not faster for every shape; the first call on a shape times both and keeps the faster.
+On a CPU `_strips` leaves out a third of each.
 
 Source: Jordan et al., Muon (2024), coefficients (3.4445, -4.7750, 2.0315) for "muon"; Amsel et al., The Polar Express
 (arXiv 2505.16932) for "polar_express", with its safety factor 1.01.
@@ -28,6 +31,9 @@ from sosd_fast.kernels.syrk import syrk
 
 HALF = (torch.bfloat16, torch.float16)
 RESTART = 2  # steps in the Gram form, in half precision
+LONGEST = 5  # in others: at once, 8 steps in float32 left the band on a spectrum from 1 to 1e-4, with values of 1.95
+ALONE = 512  # rows from which a CPU takes the matrices of a batch one by one: bmm of 768 x 3072 takes 1.3 times as long
+STRIP = 256  # rows of a strip of a symmetric product on a CPU
 
 COEFFICIENTS = {
     "muon": ((3.4445, -4.7750, 2.0315),),
@@ -47,7 +53,13 @@ COEFFICIENTS = {
 
 
 def newton_schulz(
-    G: Tensor, *, steps: int = 5, coefficients: str | tuple = "muon", method: str = "auto", eps: float = 1e-7
+    G: Tensor,
+    *,
+    steps: int = 5,
+    coefficients: str | tuple = "muon",
+    method: str = "auto",
+    eps: float = 1e-7,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Approximates the polar factor U V^T of G = U S V^T.
 
@@ -55,13 +67,16 @@ def newton_schulz(
         G: (..., m, n), floating point, any strides. Not modified.
         steps: iterations; where `coefficients` names fewer triples than steps, the last one is repeated.
         coefficients: "muon", "polar_express", one triple (a, b, c), or a sequence of triples.
-        method: "plain" iterates on X, "gram" on X X^T; "auto" takes "gram" for float32 and float64 where the long side
-            is at least twice the short one, which is where it is faster.
+        method: "plain" iterates on X, "gram" on X X^T; "auto" takes "gram" where the long side is at least twice the
+            short one, which is where it is faster, and on CUDA in half precision what is faster there.
         eps: the smallest Frobenius norm that is divided by: a smaller G is divided by eps, and its X stays small.
+        dtype: that the products run in; None: the dtype of G. Both halves run in float16 on CUDA. On a CPU bfloat16
+            runs as such where the CPU multiplies it natively (AVX512_BF16, AMX, Arm's BF16), and else in float32, which
+            is faster there; so does float16.
 
     Returns:
-        X, the shape and dtype of G; computed in the dtype of G, or float16 for bfloat16 on CUDA. Differentiable, any
-        number of times: the backward pass computes the iteration again by torch's operations, at least in float32.
+        X, the shape and dtype of G. Differentiable, any number of times: the backward pass computes the iteration again
+        by torch's operations, at least in float32.
 
     On CUDA in half precision the first call on a shape waits for the device, to time the candidates.
 
@@ -73,11 +88,17 @@ def newton_schulz(
         smaller ones below that. "polar_express" brings those above 1e-3 |G|_F to within 6e-3 of 1 in 6 steps.
         In float32 "gram" is within 1e-4 |X|_F of the float64 iteration for Gaussian and half-zero spectra, 3e-4 for
         graded ones and 5e-4 for rank one, whose small values drown in A ("plain": 5e-5, and 2e-4 for rank one).
-        In float16 both are within 1e-2 |X|_F for Gaussian and 3e-2 for graded spectra (5 steps; in bfloat16 "plain"
-        errs by 4e-2 and 1e-1, and its values end as low as 0.66).
+        In float16 both are within 1e-2 |X|_F for Gaussian and 3e-2 for graded spectra. In bfloat16 on CPUs both are
+        within 6e-2 and 1.3e-1 (the iteration of torch.optim.Muon 1e-2 and 1.1e-1), and the values of an ordinary
+        matrix end as low as 0.64 (all by 5 steps).
+        Whatever the spectrum, in up to 6 steps, X is within 2e-2 |X|_F of the float64 iteration in float32 and 1e-10 in
+        float64; "gram" errs most, for small values grow by 3.4 or more a step. In half precision rounding moves values
+        where the polynomial is steep, but the largest stays that of the polynomial on [0, 1], to 5e-2 of itself in
+        float16 and 1e-1 in bfloat16. Calibrated on random matrices: python -m bench.robustness.
 
     Raises:
-        ValueError: a vector, an integer dtype, fewer than one step, unknown coefficients or method, a negative eps.
+        ValueError: a vector, a dtype that is no floating-point one, fewer than one step, unknown coefficients or
+            method, a negative eps.
     """
     if not isinstance(G, Tensor) or G.ndim < 2 or not G.is_floating_point():
         got = f"{tuple(G.shape)} {G.dtype}" if isinstance(G, Tensor) else type(G).__name__
@@ -87,19 +108,42 @@ def newton_schulz(
     triples = triples_of(steps, coefficients, eps)
     if method not in ("auto", "plain", "gram"):
         raise ValueError(f"newton_schulz: expected auto, plain or gram, got method={method!r}. Leave it at 'auto'.")
+    check_dtype(dtype)
     if not G.numel():
         return G.clone()
+    dtype = dtype_of_products(dtype or G.dtype, G.device)
     short, long = sorted(G.shape[-2:])
     symmetric = False
-    if G.dtype in HALF and G.is_cuda and kernels.backend_of("newton_schulz", G) is Backend.TRITON:
+    if dtype in HALF and G.is_cuda and kernels.backend_of("newton_schulz", G) is Backend.TRITON:
         shape = (G.shape[:-2].numel(), short, long)
         form, symmetric = fastest_form(shape, G.dtype, G.device, steps, None if method == "auto" else method)
     elif method == "auto":
-        form = "gram" if long >= 2 * short and G.dtype not in HALF else "plain"
+        form = "gram" if long >= 2 * short and not (dtype in HALF and G.is_cuda) else "plain"
     else:
         form = method
+    if G.device.type == "cpu":  # by AMX the whole 768 x 768 takes 1.35 ms, by strips 1.5
+        symmetric = short >= 2 * STRIP and not (dtype in HALF and "amx_bf16" in kernels.cpu_flags())
     differentiate = torch.is_grad_enabled() and G.requires_grad
-    return (_Differentiable.apply if differentiate else iterate)(G, triples, eps, form, symmetric)
+    return (_Differentiable.apply if differentiate else iterate)(G, triples, eps, form, symmetric, dtype)
+
+
+def check_dtype(dtype: object, function: str = "newton_schulz", prefix: str = ""):
+    """Raises ValueError for a dtype that no iteration runs in; see `triples_of` for the rest."""
+    known = (*HALF, torch.float32, torch.float64)
+    if dtype is not None and dtype not in known:
+        raise ValueError(
+            f"{function}: expected bfloat16, float16, float32, float64 or None, got {prefix}dtype={dtype!r}. "
+            "Leave it at None."
+        )
+
+
+def dtype_of_products(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the products run in where `dtype` is asked for: see `newton_schulz`."""
+    if dtype not in HALF:
+        return dtype
+    if device.type == "cuda":
+        return torch.float16
+    return dtype if dtype == torch.bfloat16 and kernels.multiplies_bfloat16() else torch.float32
 
 
 def triples_of(
@@ -133,15 +177,19 @@ def triples_of(
 
 
 def _is_triple(value: object) -> bool:
-    return isinstance(value, Sequence) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
+    return (
+        isinstance(value, Sequence)
+        and len(value) == 3
+        and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
+    )
 
 
 class _Differentiable(torch.autograd.Function):
     """`iterate`, and the derivative of `newton_schulz_ref`."""
 
     @staticmethod
-    def forward(G: Tensor, triples, eps: float, form: str, symmetric: bool) -> Tensor:
-        return iterate(G.detach(), triples, eps, form, symmetric)
+    def forward(G: Tensor, triples, eps: float, form: str, symmetric: bool, dtype: torch.dtype) -> Tensor:
+        return iterate(G.detach(), triples, eps, form, symmetric, dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # noqa: ARG004
@@ -161,66 +209,102 @@ class _Differentiable(torch.autograd.Function):
         with kernels.full_precision(G.device.type), torch.set_grad_enabled(again):
             pull_back = torch.func.vjp(reference, G)[1]
             (found,) = pull_back(grad_outputs[0].to(dtype))
-        return found, None, None, None, None
+        return found, None, None, None, None, None
 
 
-def iterate(G: Tensor, triples, eps: float, form: str, symmetric: bool) -> Tensor:
-    """Runs one form, with half of the symmetric products left out or not."""
-    quick = G.dtype in HALF and (G.is_cuda or form == "gram")  # CPUs multiply float16 slowly
+def iterate(G: Tensor, triples, eps: float, form: str, symmetric: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """Runs one form in one dtype, with half of the symmetric products left out or not."""
+    dtype = dtype or dtype_of_products(G.dtype, G.device)
+    run = _gram if form == "gram" else _plain
     with torch.autocast(G.device.type, enabled=False):
-        X = _normalised(G.mT if G.shape[-2] > G.shape[-1] else G, eps)
-        X = (_gram if form == "gram" else _plain)(X.to(torch.float16 if quick else G.dtype), triples, symmetric)
+        X = _normalised(G.mT if G.shape[-2] > G.shape[-1] else G, eps, dtype)
+        if G.device.type == "cpu" and G.ndim > 2 and (X.shape[-2] >= ALONE or X.shape[:-2].numel() == 1):
+            X = torch.stack([run(x, triples, symmetric) for x in X.flatten(0, -3)]).view(X.shape)
+        else:
+            X = run(X, triples, symmetric)
     X = X.to(G.dtype)
     return X.mT if G.shape[-2] > G.shape[-1] else X
 
 
-def _normalised(X: Tensor, eps: float) -> Tensor:
-    """Returns X / max(|X|_F, eps), in float32 for half precision.
+def _normalised(X: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
+    """Returns X / max(|X|_F, eps), in float32 for half precision, and then rounded to `out_dtype`.
 
     The sum of squares overflows beyond 1.8e19 in float32 and bfloat16 and beyond 1.3e154 in float64, hence the division
-    by the power of two at the largest entry. It is exact, so an ordinary matrix keeps every bit of its result.
+    by the power of two at the largest entry. It is exact, so an ordinary matrix keeps every bit of its result. A CPU,
+    where a norm is read at no cost, leaves it out where no square can leave the range.
     """
     dtype = torch.promote_types(X.dtype, torch.float32)
+    if X.device.type == "cpu":
+        norm = torch.linalg.matrix_norm(X, keepdim=True, dtype=dtype)
+        if bool(((norm > 1e-9) & (norm < 1e15)).all()):
+            return (X / norm.clamp_(min=eps)).to(out_dtype)
     power = kernels.power_of_two(kernels.largest_entry(X).to(dtype))
     X = X / power if X.dtype == torch.float16 else X / power.to(X.dtype)  # float16 holds few powers
     norm = torch.linalg.matrix_norm(X, keepdim=True, dtype=dtype)
     norm = torch.maximum(norm, (eps / power).clamp(min=torch.finfo(dtype).tiny))  # a zero matrix stays zero
-    return X.div_(norm) if X.dtype == dtype else X / norm
+    return (X.div_(norm) if X.dtype == dtype else X / norm).to(out_dtype)
 
 
 def _multiply(A: Tensor, B: Tensor, symmetric: bool) -> Tensor:
     """Returns A B^T, which is symmetric."""
-    return syrk(A, B, out_dtype=A.dtype, rounded=False) if symmetric else A @ B.mT
+    if not symmetric:
+        return A @ B.mT
+    return syrk(A, B, out_dtype=A.dtype, rounded=False) if A.is_cuda or kernels.interpreted else _strips(A, B)
 
 
 def _polynomial(A: Tensor, a: float, b: float, c: float, symmetric: bool) -> Tensor:
     """Returns a I + b A + c A^2, of a symmetric A."""
-    if symmetric:
+    if symmetric and (A.is_cuda or kernels.interpreted):
         return syrk(A, C=A, alpha=c, beta=b, shift=a, out_dtype=A.dtype, rounded=False)
-    P = torch.baddbmm(A, A, A, beta=b, alpha=c) if A.ndim == 3 else (A @ A).mul_(c).add_(A, alpha=b)
-    P.diagonal(dim1=-2, dim2=-1).add_(a)
+    P = _strips(A, A, A, b, c) if symmetric else _add_product(A, A, A, b, c)
+    if a:
+        P.diagonal(dim1=-2, dim2=-1).add_(a)
     return P
+
+
+def _add_product(C: Tensor, A: Tensor, B: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
+    """Returns beta C + alpha A B."""
+    if A.ndim <= 3:
+        return (torch.addmm if A.ndim == 2 else torch.baddbmm)(C, A, B, beta=beta, alpha=alpha)
+    return (A @ B).mul_(alpha).add_(C, alpha=beta)
+
+
+def _strips(A: Tensor, B: Tensor, C: Tensor | None = None, beta: float = 0.0, alpha: float = 1.0) -> Tensor:
+    """Returns beta C + alpha A B^T, which is symmetric: rows in strips up to the diagonal, and their mirror image."""
+    r = A.shape[-2]
+    out = A.new_empty(*A.shape[:-1], r)
+    for i in range(0, r, STRIP):
+        rows, done = slice(i, i + STRIP), min(i + STRIP, r)
+        left, right = A[..., rows, :], B[..., :done, :].mT
+        out[..., rows, :done] = (
+            left @ right if C is None else _add_product(C[..., rows, :done], left, right, beta, alpha)
+        )
+        out[..., :i, rows] = out[..., rows, :i].mT
+    return out
 
 
 def _plain(X: Tensor, triples, symmetric: bool) -> Tensor:
     for a, b, c in triples:
         B = _polynomial(_multiply(X, X, symmetric), 0.0, b, c, symmetric)
-        X = torch.baddbmm(X, B, X, beta=a) if X.ndim == 3 else (B @ X).add_(X, alpha=a)
+        X = _add_product(X, B, X, a)
     return X
 
 
 def _gram(X: Tensor, triples, symmetric: bool) -> Tensor:
-    restart = RESTART if X.dtype in HALF else len(triples)
     first = 0
     while first < len(triples):
-        last = len(triples) if first else min(restart, len(triples))
+        if X.dtype == torch.bfloat16:
+            last = first + (RESTART if first or triples[0][0] > 4 else RESTART + 1)
+        else:
+            last = RESTART if X.dtype == torch.float16 and not first else first + LONGEST
+        last = min(last, len(triples))
         A, Q = _multiply(X, X, symmetric), None
         for i, (a, b, c) in enumerate(triples[first:last], first):
             P = _polynomial(A, a, b, c, symmetric)
             Q = P if Q is None else _multiply(P, Q, symmetric)
             if i + 1 < last:
                 A = _multiply(P, _multiply(P, A, symmetric), symmetric)
-                if not symmetric:
+                if not symmetric and X.dtype != torch.bfloat16:  # whose errors were the same without, at 1.1x the time
                     A = (A + A.mT) / 2  # rounding must not grow an antisymmetric part
         assert Q is not None  # there is at least one triple
         X = Q @ X

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from sosd_fast import kernels
+from sosd_fast.runs.text import plain
 
 
 def main(argv=None) -> int:
@@ -60,8 +61,6 @@ def main(argv=None) -> int:
     try:
         {"report": _report, "watch": _watch, "analyze": _analyze}[args.command](args)
     except (ValueError, ImportError, OSError) as error:
-        from sosd_fast.runs.text import plain
-
         print(plain(error), file=sys.stderr)
         return 2
     return 0
@@ -86,6 +85,7 @@ def _watch(args):
 
 def _analyze(args):
     from sosd_fast.checkpoints.analyze import analyze, expand
+    from sosd_fast.checkpoints.bar import Bar
     from sosd_fast.runs.records import RunWriter
 
     if args.run_dir and Path(args.run_dir).is_dir() and any(Path(args.run_dir).iterdir()):
@@ -95,8 +95,9 @@ def _analyze(args):
         )
     writer, found, notes = None, [], {}
     checkpoints = expand(args.checkpoints)
-    measured = analyze(checkpoints, stack=args.stack, flatten=args.flatten, notes=notes)
-    for path, records in zip(checkpoints, measured, strict=True):
+    bar = Bar()
+    measured = analyze(checkpoints, stack=args.stack, flatten=args.flatten, notes=notes, progress=bar.advance)
+    for path, records in zip(checkpoints, bar.beside(measured), strict=True):
         if args.run_dir:
             writer = writer or RunWriter(args.run_dir, {"settings": {"checkpoints": list(map(str, checkpoints))}})
             writer.append(records)
@@ -124,8 +125,6 @@ def _plain(value):
 
 
 def _table(path, records):
-    from sosd_fast.runs.text import plain
-
     try:
         from rich.console import Console
         from rich.markup import escape

@@ -9,7 +9,8 @@ from torch.optim.optimizer import ParamsT
 
 from sosd_fast.distributed.exchange import apply_to_whole, boxes_of
 from sosd_fast.distributed.layout import is_sharded
-from sosd_fast.kernels.newton_schulz import newton_schulz, triples_of
+from sosd_fast.kernels import multiplies_bfloat16
+from sosd_fast.kernels.newton_schulz import HALF, check_dtype, newton_schulz, triples_of
 
 
 class Muon(torch.optim.Optimizer):
@@ -30,10 +31,12 @@ class Muon(torch.optim.Optimizer):
         adjust_lr_fn: "original" or None: sqrt(max(1, m / n)); "match_rms_adamw": 0.2 sqrt(max(m, n)).
         split: how many matrices a parameter holds, one above the other; each is orthogonalised by itself. 3 for fused
             queries, keys and values.
+        ns_dtype: of the products of the iteration, as `dtype` of `newton_schulz`; None: bfloat16 as torch.optim.Muon on
+            CUDA and on CPUs that multiply it natively, else the dtype of the gradient.
 
     Parameters of one shape are updated together. Of DTensors of any placement each matrix is gathered to one of the
     ranks that hold parts of it, orthogonalised there and scattered again; copies are updated without communication.
-    The iteration runs in half precision on CUDA, else in the dtype of the gradient; torch's runs in bfloat16.
+    Weights, gradients and momenta keep their dtype whatever the iteration runs in.
 
     Raises:
         ValueError: a parameter that is no matrix, rows that split does not divide, an option out of its range, or, at
@@ -54,6 +57,7 @@ class Muon(torch.optim.Optimizer):
         ns_steps: int = 5,
         adjust_lr_fn: str | None = None,
         split: int = 1,
+        ns_dtype: torch.dtype | None = None,
     ):
         defaults = {
             "lr": lr,
@@ -65,6 +69,7 @@ class Muon(torch.optim.Optimizer):
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
             "split": split,
+            "ns_dtype": ns_dtype,
         }
         super().__init__(params, defaults)
 
@@ -78,10 +83,11 @@ class Muon(torch.optim.Optimizer):
             raise
 
     def __setstate__(self, state):
-        """Takes up a state that was saved before there was `split`."""
+        """Takes up a state that was saved before there was `split` or `ns_dtype`."""
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("split", 1)
+            group.setdefault("ns_dtype", None)
 
     @torch.no_grad()
     def step(self, closure=None) -> Any:  # the loss, or None without a closure
@@ -125,14 +131,18 @@ class Muon(torch.optim.Optimizer):
         momenta = [_local(self.state[p]["momentum_buffer"]) for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
-        return [u.bfloat16() if u.is_cuda else u for u in updates]
+        # what ranks exchange; CPUs of one group may differ in what they multiply, so the owner rounds there
+        return [u.bfloat16() if u.is_cuda and group["ns_dtype"] in (None, *HALF) else u for u in updates]
 
 
 def _orthogonalised(X: Tensor, group: dict) -> Tensor:
     """Orthogonalises each of `split` matrices that stand one above the other in X (B, m, n)."""
     parts = X.reshape(len(X) * group["split"], -1, X.shape[-1])
+    dtype = group["ns_dtype"]
+    if dtype is None and not X.is_cuda and multiplies_bfloat16():
+        dtype = torch.bfloat16
     options = {"steps": group["ns_steps"], "coefficients": group["ns_coefficients"], "eps": group["eps"]}
-    return newton_schulz(parts, **options).reshape(X.shape)
+    return newton_schulz(parts, **options, dtype=dtype).reshape(X.shape)
 
 
 def _move(params: list[Tensor], updates: list[Tensor], group: dict):
@@ -175,7 +185,8 @@ def _check_group(group: dict):
     lr, weight_decay, momentum = group["lr"], group["weight_decay"], group["momentum"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Muon: expected one learning rate, got lr of shape {tuple(lr.shape)}. Give each its group.")
-    if lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
+    flags = any(isinstance(value, bool) for value in (lr, weight_decay, momentum))
+    if flags or lr < 0 or weight_decay < 0 or not 0 <= momentum < 1:
         raise ValueError(
             f"Muon: expected lr >= 0, weight_decay >= 0, 0 <= momentum < 1, got lr={lr}, "
             f"weight_decay={weight_decay}, momentum={momentum}. Start from lr=0.02, momentum=0.95."
@@ -185,6 +196,7 @@ def _check_group(group: dict):
             f"Muon: expected original or match_rms_adamw, got adjust_lr_fn={group['adjust_lr_fn']!r}. Leave it at None."
         )
     triples_of(group["ns_steps"], group["ns_coefficients"], group["eps"], "Muon", "ns_")
+    check_dtype(group["ns_dtype"], "Muon", "ns_")
     for p in group["params"]:
         if p.ndim != 2:
             raise ValueError(

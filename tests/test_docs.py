@@ -21,6 +21,7 @@ import pytest
 from prepared import run
 
 import sosd_fast
+from sosd_fast.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -110,7 +111,14 @@ COMMAND = re.compile(
     r"(?:python|torchrun [^\n`]*?) ?(-m (?:sosd_fast|bench|training)[\w.]*|(?:training|docs|examples)/\w+\.py)"
     r"( (?:report|analyze|doctor|watch))?\b([^#\n`]*)"
 )
-DOCUMENTED = sorted({(m[1] + (m[2] or ""), m[3]) for page in TOLD for m in COMMAND.finditer(page.read_text())})
+
+
+def commands(text: str) -> list[tuple[str, str]]:
+    """The commands in a text, and what is given to each."""
+    return [(m[1] + (m[2] or ""), m[3]) for m in COMMAND.finditer(text)]
+
+
+DOCUMENTED = sorted({command for page in TOLD for command in commands(page.read_text())})
 
 
 @functools.cache
@@ -134,12 +142,22 @@ def help_of(command: str) -> str:
     return out.getvalue()
 
 
+def wrong_flags(command: str, documented: list[tuple[str, str]]) -> list[str]:
+    """The flags that are given to a command, and that it does not know."""
+    own = [flags.split(" -- ")[0] for c, flags in documented if c == command]  # the others are for another command
+    given = [flag for flags in own for flag in re.findall(r"(?<= )--[a-z][\w-]*", flags)]
+    return [flag for flag in given if not re.search(rf"(?<![\w-]){flag}(?![\w-])", help_of(command))]
+
+
 @pytest.mark.parametrize("command", sorted({command for command, _ in DOCUMENTED if "examples/" not in command}))
 def test_documented_commands_have_their_flags(command):
-    text = help_of(command)
-    own = [flags.split(" -- ")[0] for c, flags in DOCUMENTED if c == command]  # the others are for another command
-    wrong = [flag for flags in own for flag in re.findall(r"(?<= )--[\w-]+", flags) if flag not in text]
-    assert "usage" in text and not wrong
+    assert "usage" in help_of(command) and not wrong_flags(command, DOCUMENTED)
+
+
+def test_stale_flags_are_found():
+    """Also where the beginning of a flag that there is, is left of it."""
+    text = "```\npython -m sosd_fast watch runs/a --html --colour --htm --port 8000   # --none\n```\n"
+    assert wrong_flags("-m sosd_fast watch", commands(text)) == ["--colour", "--htm"]
 
 
 def test_commands_are_found():
@@ -224,7 +242,10 @@ def alike(printed: str, documented: str) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=name_of)
 def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
-    """The blocks of a page are one program; a block of text says what the block before it prints."""
+    """The blocks of a page are one program; a block of text says what the block before it prints.
+
+    README and the tutorial end with a report on what their code has written.
+    """
     monkeypatch.chdir(tmp_path)
     names, printed, blocks = {}, "", [block for block in FENCE.findall(page.read_text()) if block[0]]
     assert blocks and {kind for kind, _ in blocks} <= {"python", "text"}
@@ -236,23 +257,15 @@ def test_code_runs_and_prints_what_the_page_says(page, tmp_path, monkeypatch):
             with contextlib.redirect_stdout(out):
                 exec(compile(code, name_of(page), "exec"), names)
             printed = out.getvalue()
+    reports = re.findall(r"^python -m sosd_fast (report \S+ -o report\.html)", page.read_text(), re.M)
+    assert len(reports) == (page.name != "methods.md")
+    for command in reports:
+        assert main(command.split()) == 0 and "<svg" in Path("report.html").read_text()
 
 
 def test_another_output_is_found():
     assert alike("a 1.21 of 3\n", "a  1.2 of 3") and alike("1.5e-04", "1.6e-04")
     assert not alike("a 1.21 of 4", "a 1.2 of 3") and not alike("a 2.4", "a 1.2") and not alike("", "a")
-
-
-def test_a_report_of_the_tutorials_kind_of_run(tmp_path, monkeypatch):
-    """README and the tutorial end with this command, on what their code has written."""
-    monkeypatch.chdir(tmp_path)
-    code = next(code for kind, code in FENCE.findall((ROOT / "README.md").read_text()) if kind == "python")
-    with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile(code, "README.md", "exec"), {})
-        from sosd_fast.__main__ import main
-
-        assert main(["report", "runs/first", "-o", "report.html"]) == 0
-    assert "<svg" in Path("report.html").read_text()
 
 
 @pytest.mark.parametrize("page", TOLD, ids=name_of)

@@ -51,7 +51,7 @@ class PlainMuon(torch.optim.Optimizer):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=NAMES)
 def test_muon_agrees_with_the_plain_rule(options):
-    ours, plain = train(sosd_fast.Muon, **options), train(PlainMuon, **options)
+    ours, plain = train(sosd_fast.Muon, ns_dtype=torch.float32, **options), train(PlainMuon, **options)
     assert (ours - plain).norm() <= 1e-5 * plain.norm()
 
 
@@ -60,6 +60,19 @@ def test_muon_agrees_with_the_plain_rule(options):
 def test_muon_agrees_with_torch(options):
     ours, theirs = train(sosd_fast.Muon, **options), train(torch.optim.Muon, **options)
     assert (ours - theirs).norm() <= 2e-2 * theirs.norm()  # torch iterates in bfloat16
+
+
+def test_bfloat16_is_the_default_where_the_cpu_multiplies_it(monkeypatch):
+    def bits(native, dtype=None):
+        monkeypatch.setattr("sosd_fast.kernels.multiplies_bfloat16", lambda: native)
+        monkeypatch.setattr("sosd_fast.muon.multiplies_bfloat16", lambda: native)
+        return train(sosd_fast.Muon, steps=2, lr=0.02, ns_dtype=dtype)
+
+    assert torch.equal(bits(True), bits(True, torch.bfloat16))
+    assert torch.equal(bits(False), bits(True, torch.float32))
+    assert not torch.equal(bits(True), bits(False))
+    with pytest.raises(ValueError, match="Muon: expected .*, got ns_dtype=torch.int8"):
+        sosd_fast.Muon([torch.nn.Parameter(torch.ones(3, 3))], ns_dtype=torch.int8)
 
 
 def test_muon_refuses_what_is_no_matrix():
@@ -113,7 +126,7 @@ def test_a_split_that_does_not_divide():
 def test_a_state_from_before_split():
     optimizer = sosd_fast.Muon([torch.torch.nn.Parameter(torch.ones(6, 4))])
     state = optimizer.state_dict()
-    del state["param_groups"][0]["split"]
+    del state["param_groups"][0]["split"], state["param_groups"][0]["ns_dtype"]
     optimizer.load_state_dict(state)
     optimizer.param_groups[0]["params"][0].grad = torch.ones(6, 4)
     optimizer.step()

@@ -1,31 +1,38 @@
 """The package: what works without what, and what the architecture names; test_architecture.py has the imports."""
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import prepared
 import pytest
 import torch
 
-from sosd_fast.__main__ import doctor
+from sosd_fast.__main__ import doctor, main
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(code, *arguments):
-    done = subprocess.run([sys.executable, *arguments, "-c", code], capture_output=True, text=True, cwd="/")
+ANEW = """
+import sys
+for name in [name for name in sys.modules if name.split(".")[0] in ("sosd_fast", "kernels", "training")]:
+    del sys.modules[name]
+"""
+
+
+def run_anew(code, *arguments):
+    """Runs code that imports the library anew; torch, whose import takes seconds, is there already."""
+    done = prepared.run(ANEW + code, *arguments)
     assert done.returncode == 0, done.stderr
-    return done
+    return done.stdout
 
 
 def test_it_works_without_the_extension_and_optional_packages():
-    run(
+    run_anew(
         """
-import sys
 for name in ("sosd_fast._C", "triton", "cupy", "matplotlib", "rich", "scipy", "pandas", "pyarrow", "safetensors"):
     sys.modules[name] = None
 import torch, sosd_fast
@@ -44,7 +51,10 @@ assert abs(record.sigma_max / S[0] - 1) < 1e-3, record
 
 def test_import_is_light():
     writers = "from sosd_fast.callbacks import TensorBoardWriter, WandbWriter"
-    heavy = run(f"import torch; import sosd_fast, sys; {writers}; print(*sys.modules)").stdout.split()
+    code = f"import torch; import sosd_fast, sys; {writers}; print(*sys.modules)"
+    heavy = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=True
+    ).stdout.split()
     optional = {"matplotlib", "rich", "scipy", "pandas", "triton", "cupy", "pyarrow", "safetensors", "transformers"}
     optional -= {"triton"} if torch.version.cuda else set()
     assert not (optional | {"lightning", "wandb", "tensorboard"}) & set(heavy)
@@ -91,11 +101,10 @@ def test_there_is_one_version():
     assert "version" not in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def test_doctor():
+def test_doctor(capsys):
     text = "\n".join(doctor())
     assert f"torch       {torch.__version__}" in text and "svdvals                C++" in text
-    done = subprocess.run([sys.executable, "-m", "sosd_fast", "doctor"], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == text.strip()
+    assert main(["doctor"]) == 0 and capsys.readouterr().out.strip() == text.strip()
 
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
@@ -161,12 +170,13 @@ def test_the_folder_of_kernels_hides_no_package_of_that_name(tmp_path, installed
         package.mkdir()
         (package / "__init__.py").write_text("from kernels.layer import kernelize")
         (package / "layer.py").write_text("kernelize = 'theirs'")
-    code = (
-        "import sys; assert sys.path[0] == ''; import kernels, sosd_fast.kernels as own; "
-        "print(getattr(kernels, 'kernelize', None), own.backend_of is not None, kernels.__file__)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code = """
+assert sys.path[0] == ""
+sys.path.append(sys.argv[1])
+import kernels, sosd_fast.kernels as own
+print(getattr(kernels, "kernelize", None), own.backend_of is not None, kernels.__file__)
+"""
     expected = ["theirs", "True", f"{tmp_path}/kernels/__init__.py"]
-    assert done.stdout.split() == (expected if installed else ["None", "True", f"{ROOT}/kernels/__init__.py"])
+    assert run_anew(code, tmp_path).split() == (
+        expected if installed else ["None", "True", f"{ROOT}/kernels/__init__.py"]
+    )

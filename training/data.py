@@ -53,7 +53,7 @@ def load_data(path: str | Path | None = None, vocab: int = 50304) -> Tokens:
             raise ValueError(f"vocab={str(vocab)[:80]}")
     except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ValueError(
-            f"load_data: expected a vocab in {meta}, got {error!r}. Write the shards again with "
+            f"load_data: expected a vocab in {meta}, got {repr(error)[:200]}. Write the shards again with "
             "`python -m training.prepare`."
         ) from None
     tokens = Tokens(*(Shards(files, vocab) for files in parts), vocab, str(path))

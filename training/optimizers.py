@@ -48,8 +48,10 @@ def build_optimizers(
             {"params": [p for p in body if id(p) not in fused]},
             {"params": [p for p in body if id(p) in fused], "split": 3},
         ]
+        # On a CPU in float32, so that runs on any number of ranks and of any age agree; on CUDA as torch.optim.Muon.
+        dtype = torch.float32 if body[0].device.type == "cpu" else None
         optimizers = [
-            sosd_fast.Muon(groups, lr=lr, weight_decay=weight_decay, momentum=0.95),
+            sosd_fast.Muon(groups, lr=lr, weight_decay=weight_decay, momentum=0.95, ns_dtype=dtype),
             torch.optim.AdamW(rest, lr=adam_lr, **adam),
         ]
     elif optimizer == "adamw":

@@ -3,6 +3,7 @@
 
 #include "bidiagonal.hpp"
 #include "sturm.hpp"
+#include "thin.hpp"
 #include "tridiagonal.hpp"
 
 #define SOSD_STRING_(x) #x
@@ -12,7 +13,7 @@ namespace sosd_fast {
 namespace SOSD_ISA {
 
 template <class T> constexpr Stages<T> stages() {
-    return {gram<T>, tridiagonal<T>, sturm<T>, eigenvalues_lanes<T>, kLanes<T>};
+    return {any_gram<T>, tridiagonal<T>, sturm<T>, eigenvalues_lanes<T>, kLanes<T>};
 }
 
 extern const Kernels table;

@@ -32,7 +32,7 @@ struct SvdvalsTask {
 };
 
 // Fills S, bound, method, sd_error, finite of every task. Results do not depend on n_threads, bit for bit.
-// Threads live for one call only: nothing survives into a fork, and several callers do not meet.
+// The threads are those of region.hpp; several callers do not meet.
 void svdvals(SvdvalsTask* tasks, int64_t count, int n_threads);
 
 // Fills the results of every task.

@@ -6,8 +6,9 @@ torch itself takes.
 
 import hashlib
 import logging
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +49,7 @@ def analyze(
     method: str = "auto",
     k: int = 32,
     notes: dict[str, list[str]] | None = None,
+    progress: Callable[[Path, int, int], object] | None = None,
 ) -> Iterator[list[Record]]:
     """Measures the spectra of saved weights.
 
@@ -62,6 +64,7 @@ def analyze(
         method: as in `sosd_fast.svdvals`.
         k: leading values to keep in each record.
         notes: takes what was left out of each checkpoint, by its path; it is logged, too.
+        progress: called with a checkpoint's path, and how many of its weights' numbers are read, of how many.
 
     Yields:
         The records of each checkpoint, in the order of its tensors: all singular values in `spectrum`, the SD
@@ -82,7 +85,12 @@ def analyze(
         records = []
         order = {name: i for i, name in enumerate(checkpoint.shapes)}
         tied = _tied(checkpoint)
+        sizes = {name: math.prod(shape) for name, shape in checkpoint.shapes.items()}
+        done, total = 0, sum(sizes.values())
         for names in checkpoint.batches(torch.get_num_threads()):
+            if progress is not None:
+                progress(checkpoint.path, done, total)
+            done += sum(sizes[name] for name in names)
             kept = [name for name in names if name not in tied]
             for each in _measured(checkpoint.read(kept), chosen, method):
                 name, S = each.name, each.S

@@ -21,6 +21,10 @@ TWO_LOSSES = (
     "steps was counted. From step {step} on one of each makes a training step, as a critic's and its generator's do. "
     "If each of them is one, pass optimizers=[] and call Probe.step after it."
 )
+TWICE = (
+    "Probe.step was called at step {next} though optimizers' steps are counted as well, so training steps may count "
+    "twice. Leave it out, or pass optimizers=[] to count nothing else."
+)
 
 log = logging.getLogger("sosd_fast")
 

@@ -27,10 +27,12 @@ class _Lock:
         self._lock.release()
 
     def __enter__(self):
-        self.acquire(-1)
+        self._lock.acquire()
+        self.depth += 1
 
     def __exit__(self, *error: object):
-        self.release()
+        self.depth -= 1
+        self._lock.release()
 
 
 class Guarded:
@@ -92,8 +94,10 @@ class Guarded:
                 with contextlib.suppress(Exception):  # the log's handlers are the user's
                     self._failed()
                 self._finalizer()
-        with contextlib.suppress(Exception):
+        try:  # suppress() would take as long as all the rest
             self._afterwards()
+        except Exception:  # of the log
+            pass
 
     def rest(self):
         """Lays down what only actions need, unless one runs, which will do so; never waits."""

@@ -28,6 +28,8 @@ class OutlivesModel(Guarded):
             weakref.finalize(model, _rest, weakref.ref(self)).atexit = False
 
     def _takes_up(self) -> bool:
+        if not self._matrices.released:
+            return True
         if there := self._matrices.regain():
             self._steps.hold(self._matrices.share.parameters)
         else:

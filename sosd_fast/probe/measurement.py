@@ -84,6 +84,7 @@ class Measurement:
         failure: why the values of one kind or of both could not be measured.
         lost: whether nothing could be measured; the values are NaN then.
         audit_error: |SD - SD_true|_2, where the spectrum was audited.
+        lr: the learning rate of the step, where it is known.
     """
 
     step: int
@@ -96,6 +97,7 @@ class Measurement:
     failure: Exception | None = None
     lost: bool = False
     audit_error: float | None = None
+    lr: float | None = None
 
     @property
     def sigma_max(self) -> float:
@@ -130,6 +132,7 @@ class Measurement:
                 stable_rank=leading.stable_rank,
                 topk=tuple(leading.S.tolist()),
                 residual=leading.residual,
+                lr=self.lr,
             )
         interval, floor = full.interval, full.sd_variation_topk  # of all values nothing is carried: they are known
         variation_topk, carried = full.sd_variation_topk, None
@@ -147,6 +150,7 @@ class Measurement:
             sd_variation_carried=carried,
             sd_variation_floor=floor,
             audit_error=self.audit_error,
+            lr=self.lr,
             **values,
         )
 

@@ -3,42 +3,64 @@
 # Most of torch has no complete types.
 # pyright: reportUnknownMemberType=false
 
+import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+Value = TypeVar("Value")
 
-class Optimizers:
-    """Optimizers, none of them kept alive, by identity: what they make of == and hash is theirs."""
 
-    def __init__(self, optimizers: Iterable[Optimizer] = ()):
-        self._refs = {id(o): weakref.ref(o) for o in optimizers}
+class Notes(Generic[Value]):
+    """A value for each of some optimizers, none of them kept alive, by identity: what == and hash make is theirs."""
 
-    def add(self, optimizer: Optimizer):
-        """Adds one; twice is fine."""
-        self._refs[id(optimizer)] = weakref.ref(optimizer)
+    def __init__(self):
+        self._notes: dict[int, tuple[weakref.ref[Optimizer], Value]] = {}
+
+    def __setitem__(self, optimizer: Optimizer, value: Value):
+        if id(optimizer) not in self._notes:  # lest those that are gone add up
+            self._notes = {key: note for key, note in self._notes.items() if note[0]() is not None}
+        self._notes[id(optimizer)] = weakref.ref(optimizer), value
+
+    def get(self, optimizer: Optimizer) -> Value | None:
+        """Returns the value of one; None where it has none."""
+        note = self._notes.get(id(optimizer))
+        return note[1] if note is not None and note[0]() is optimizer else None
 
     def discard(self, optimizer: Optimizer):
         """Removes one, where it is there."""
-        self._refs.pop(id(optimizer), None)
+        self._notes.pop(id(optimizer), None)
 
     def __iter__(self) -> Iterator[Optimizer]:
-        return iter([o for o in (ref() for ref in self._refs.values()) if o is not None])
+        return iter([o for o in [ref() for ref, _ in self._notes.values()] if o is not None])
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
     def __contains__(self, optimizer: Optimizer) -> bool:
-        ref = self._refs.get(id(optimizer))
-        return ref is not None and ref() is optimizer
+        note = self._notes.get(id(optimizer))
+        return note is not None and note[0]() is optimizer
+
+
+class Optimizers(Notes[bool]):
+    """A set of optimizers."""
+
+    def __init__(self, optimizers: Iterable[Optimizer] = ()):
+        super().__init__()
+        self.add(*optimizers)
+
+    def add(self, *optimizers: Optimizer):
+        """Adds some; twice is fine."""
+        for o in optimizers:
+            self[o] = True
 
     def same(self, other: "Optimizers") -> bool:
         """Whether others are these."""
-        return {id(o) for o in self} == {id(o) for o in other}
+        return set(map(id, self)) == set(map(id, other))
 
 
 def _groups(optimizer: Optimizer) -> list[Sequence[Tensor]]:
@@ -49,18 +71,17 @@ def _groups(optimizer: Optimizer) -> list[Sequence[Tensor]]:
 
 def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
     """Iterates over the parameters of an optimizer."""
-    return (p for params in _groups(optimizer) for p in params)
+    return itertools.chain.from_iterable(_groups(optimizer))
 
 
 def held_by(optimizers: Iterable[Optimizer]) -> set[int]:
     """Returns the ids of the parameters of optimizers."""
-    return {id(p) for o in optimizers for p in parameters_of(o)}
+    return set(map(id, itertools.chain.from_iterable(map(parameters_of, optimizers))))
 
 
 def share_parameters(one: Optimizer, other: Optimizer) -> bool:
     """Whether two optimizers hold a parameter in common."""
-    held = held_by([one])
-    return any(id(p) in held for p in parameters_of(other))
+    return not held_by([one]).isdisjoint(map(id, parameters_of(other)))
 
 
 def has_hooks(optimizer: Optimizer) -> bool:

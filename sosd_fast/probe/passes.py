@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sosd_fast.probe.optimizers import Optimizers, parameters_of, version_of
+from sosd_fast.probe.optimizers import Notes, Optimizers, parameters_of, version_of
 
 _LOOKED_AT = 4  # parameters of an optimizer
 
@@ -68,8 +68,14 @@ class Pass:
         self.inside = _graph_task()  # which backward pass runs meanwhile, as in a hook on gradients; -1: none
         self._thread = threading.get_ident()
         self._own = _gradients(parameters_of(optimizer))
-        self._noted = {id(o): (weakref.ref(o), _gradients(parameters_of(o))) for o in counting}
+        self._noted = Notes[list[_Gradient]]()
+        for o in counting:
+            self._noted[o] = self._own if o is optimizer else _gradients(parameters_of(o))
         self._others = {id(p): gradient for p in others if (gradient := _Gradient.of(p)) is not None}
+
+    def has_any(self, optimizers: Iterable[Optimizer]) -> bool:
+        """Whether one of some optimizers has stepped on it."""
+        return any(o in self.optimizers for o in optimizers)
 
     def has_new_gradients(self) -> bool:
         """Whether a backward pass of this thread has renewed gradients of the optimizer that stepped first.
@@ -93,9 +99,9 @@ class Pass:
         if -1 not in (inside, self.inside):
             return inside == self.inside
         now = _gradients(parameters_of(optimizer), 1)
-        owner, noted = self._noted.get(id(optimizer), (None, list[_Gradient]()))
-        known = owner is not None and owner() is optimizer
-        if not known:
+        noted = self._noted.get(optimizer)
+        known = noted is not None
+        if noted is None:
             # Threads that train the same weights have gradients of their own.
             own = self._own if self._thread == threading.get_ident() else []
             held = set(map(id, parameters_of(optimizer)))

@@ -225,11 +225,10 @@ class Budget:
             self._second.clear()
             return Plan(list(everything), [])
         every_step = self._every_step == "leading"
-        always = {i for i in everything if every_step and cheapest[i] == self.full[i]}
+        always = {i for i in everything if cheapest[i] == self.full[i]} if every_step else set[int]()
         full, self._second = self._second | always, set()
-        leading = {
-            i: cost for i, cost in enumerate(self.leading) if every_step and cost is not None and i not in always
-        }
+        costs = enumerate(self.leading) if every_step else ()
+        leading = {i: cost for i, cost in costs if cost is not None and i not in always}
         left = self.bucket - sum(self.full[i] for i in full) - sum(leading.values())
         for _ in range(len(self._turn)):
             i = self._turn[0]

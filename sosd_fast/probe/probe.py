@@ -58,8 +58,7 @@ class Probe(View):
         self._account, self._pending = Account(), deque[PendingStep]()
         share = self._matrices.share
         self._recorder = open_recorder(settings, [t.name for t in self._matrices.states], share)
-        writer = self._recorder.writer
-        written = writer.step if writer else None
+        written = (writer := self._recorder.writer) and writer.step
         self.step_count = settings.step if settings.step is not None else written or 0
         self._steps = StepDetector(share.parameters, optimizers, self.step_count)
         super().__init__(_detach, key := hooks.new_key(), self._steps, writer)
@@ -83,7 +82,7 @@ class Probe(View):
             hold: on a GPU, lets what is queued from here on wait until the weights have been read. False where only
                 optimizers of torch.optim change the weights: they wait themselves, and less.
         """
-        self._finish_step()
+        self._finish_step(by_hand=True)
         if hold:  # no hook tells when the weights change next
             self._measurer.hold()
 
@@ -169,19 +168,20 @@ class Probe(View):
     def _afterwards(self):
         self._recorder.tell()
 
-    def _finish_step(self):
+    def _finish_step(self, by_hand: bool = False):
         """Counts a training step, launches what is planned for it, and keeps the results that are there."""
-        optimizers_changed = self._steps.finish()
-        began = self.clock()
+        began, optimizers_changed = self.clock(), self._steps.finish(by_hand)
         changed = self._matrices.changed(self.step_count) or optimizers_changed
         changed = changed and self._take_up_changes() is not None
         self.step_count += 1
         if plan := self._planner.plan(began, self.step_count):
-            self._recorder.begin(self.step_count, self._matrices.states)
-            self._pending.append(self._measurer.launch(plan, self.step_count))
+            if any(plan):  # what is begun and never measured would add up
+                self._recorder.begin(self.step_count, self._matrices.states)
+                self._pending.append(self._measurer.launch(plan, self.step_count))
             self._collect()
             self._planner.charge(self._account.add_step(began, self.clock()))
-        self._matrices.note_weights()
+        if not self._steps.by_hand:  # else moves are not told
+            self._matrices.note_weights()
         if changed:  # after the step's own measurement, which is compared with the one of the step before
             self._calibrate()
 

@@ -1,6 +1,7 @@
 """Where a probe's records go: a run directory or memory, and the function that is called with each."""
 
 import logging
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -110,9 +111,10 @@ class Recorder:
         if self._steps > PATIENCE:
             self._say_absent()
         measurements = [found for found in measurements if found.mine]
-        records = [found.record() for found in measurements]
-        if not records:
+        if not measurements:
             return
+        self._watching(lambda watcher: watcher.rate(measurements))
+        records = [found.record() for found in measurements]
         self.latest |= {r.name: r for r in records}
         found, lines = self._watching(lambda watcher: watcher.update(measurements, records)) or ([], [])
         self._keep(found, lines)  # before the records: see `sosd_fast.runs.events`
@@ -205,7 +207,7 @@ def open_recorder(s: Settings, names: list[str], share: RankAssignment) -> Recor
     """Opens the run directory of a rank, cut off after the step of the settings, where there is to be one.
 
     Raises:
-        ValueError: a directory that cannot be written.
+        ValueError: a directory that cannot be written, is another probe's, or holds something else.
     """
     copied = share.group is None and len(share.members) > 1
     roll = Roll(share.members, (p.shape for p in share.parameters)) if copied else None
@@ -231,6 +233,8 @@ def open_recorder(s: Settings, names: list[str], share: RankAssignment) -> Recor
             f"track: expected a directory that can be written, got run_dir={str(run_dir)!r} ({error.strerror}). "
             "Choose another, or None to keep the records in memory."
         ) from error
+    except ValueError as error:  # begins with the name of a part that the user did not call
+        raise ValueError(re.sub(r"^\w+:", "track:", str(error))) from error
     return Recorder(writer, s.on_record, s.on_event, roll)
 
 

@@ -5,7 +5,8 @@
 
 import logging
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,7 +108,10 @@ class MatrixState:
     def hand_on_full(self, W: Tensor, S: Tensor, step: int):
         """Keeps what the next full measurement starts from; called when one was launched, where the matrix is."""
         if self.keep_weights:
-            self.W = W.float().clone() if self.W is None else self.W.copy_(W)
+            kept = self.W
+            if kept is None or (kept.is_inference() and not torch.is_inference_mode_enabled()):  # else it is written to
+                kept = torch.empty(W.shape, dtype=torch.float32, device=W.device)
+            self.W = kept.copy_(W)
         self.S, self.S_step = S, step
 
     def hand_on_leading(self, subspace: State | None):
@@ -226,6 +230,5 @@ class MatrixState:
         return step, S.tolist(), rest * rest
 
 
-def form_of(parameter: Tensor) -> tuple[Any, ...]:
-    """What of a parameter its measurement depends on besides its values."""
-    return parameter.shape, parameter.dtype, parameter.device
+# What of a parameter its measurement depends on besides its values.
+form_of: Callable[[Tensor], tuple[Any, ...]] = operator.attrgetter("shape", "dtype", "device")

@@ -9,14 +9,16 @@ What a person calls a step of an optimizer is the outermost `step`: an optimizer
 
 import itertools
 import logging
+import operator
 import threading
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sosd_fast.probe.doubts import EARLY, LATE, TWO_LOSSES, UNKNOWN, Doubts
+from sosd_fast.probe.doubts import EARLY, LATE, TWICE, TWO_LOSSES, UNKNOWN, Doubts
 from sosd_fast.probe.optimizers import (
+    Notes,
     Optimizers,
     has_hooks,
     held_by,
@@ -52,6 +54,7 @@ class StepDetector:
         before: training steps before these.
 
     Attributes:
+        by_hand: whether no optimizer's step counts.
         pending: whether optimizers have stepped since the end of the last training step.
         ended: how many training steps are over.
         moves: how often the weights were changed since then, as far as that is known; infinite where they were, and
@@ -61,7 +64,7 @@ class StepDetector:
 
     def __init__(self, parameters: Sequence[Tensor], optimizers: Iterable[Optimizer] | None, before: int = 0):
         self._given = None if optimizers is None else Optimizers(optimizers)
-        self._by_hand = self._given is not None and not len(self._given)
+        self.by_hand = self._given is not None and not len(self._given)
         self._known = Optimizers()  # that step in training steps
         self._stepped = Optimizers()  # those of them that stepped in this one
         self.pending = False
@@ -73,15 +76,15 @@ class StepDetector:
         self._last: list[Pass] = []  # those of the last one
         self._homes: dict[int, Pass | None] = {}  # on which an optimizer is about to step, by its id
         self._thread = 0  # of the last step
-        self._threads: dict[int, int] = {}  # of the last step of each optimizer, by its id
+        self._threads = Notes[int]()  # of the last step of each optimizer
         self._next: Pass | None = None  # which turned out to belong to the next training step
         self._doubted: Pass | None = None  # of an optimizer that joined when others had trained alone
         self._inside: dict[int, list[Optimizer]] = {}  # given ones that stepped inside of another, by the other's id
-        self._seen = Optimizers()  # that were about to step
-        self._held_by: dict[int, int] = {}  # a hash of the parameters that they held then
+        self._seen = Notes[int]()  # that were about to step: a hash of the parameters that they held then
         self._counted = Optimizers()  # that have been counted, even if they were replaced since
         self._idled = Optimizers()  # whose first step changed nothing
         self.ended, self._before = 0, before
+        self._ended_by_hand = 0  # the last training step that was
         self.moves = 0.0
         self.doubts = Doubts()
         self._foreign = 0  # steps since the last training step that do not count, though they seem to be some
@@ -98,6 +101,7 @@ class StepDetector:
     def follow(self, parameters: Sequence[Tensor]):
         """Takes another list of parameters."""
         self._parameters, self._ids = parameters, set(map(id, parameters))
+        self._trainable &= self._ids
         self._look()
 
     def hold(self, parameters: Sequence[Tensor]):
@@ -111,13 +115,11 @@ class StepDetector:
             optimizer: any.
             outer: the optimizers inside of whose `step` it steps, the innermost first.
         """
-        if outer or self._by_hand:
+        if outer or self.by_hand:
             return False
-        held = hash(tuple(map(id, parameters_of(optimizer))))
-        same = optimizer in self._seen and self._held_by[id(optimizer)] == held
-        self._seen.add(optimizer)
-        self._held_by[id(optimizer)] = held
-        return not same
+        before, held = self._seen.get(optimizer), hash(tuple(map(id, parameters_of(optimizer))))
+        self._seen[optimizer] = held
+        return before != held
 
     def ends_before(self, optimizer: Optimizer, outer: Sequence[Optimizer]) -> bool:
         """Whether the training step is over because this optimizer, about to step, begins another; see `ends_after`."""
@@ -131,8 +133,7 @@ class StepDetector:
         again = any(o in self._stepped for o in counts)
         self._resolve(home)
         if not self.pending:
-            stepped = any(o in p.optimizers for p in self._last for o in counts)
-            if home is not None and stepped and not self._reopen(home, counts):
+            if home is not None and any(p.has_any(counts) for p in self._last) and not self._reopen(home, counts):
                 self._homes[id(optimizer)] = None
             return False
         if again and home is not None:
@@ -149,7 +150,7 @@ class StepDetector:
             optimizer: any.
             outer: the optimizers inside of whose `step` it stepped, the innermost first.
         """
-        if self._by_hand:
+        if self.by_hand:
             return False
         counts, enclosing = self._counts_as(optimizer), self._enclosing(optimizer, outer)
         if enclosing is None:
@@ -172,7 +173,8 @@ class StepDetector:
             self._inside.setdefault(id(enclosing), []).extend(counts)
             return False
         home, before, self._thread = self._homes.pop(id(optimizer), None), self._thread, threading.get_ident()
-        self._threads.update(dict.fromkeys(map(id, (optimizer, *counts)), self._thread))
+        for o in (optimizer, *counts):
+            self._threads[o] = self._thread
         if self.pending and before != self._thread and any(share_parameters(o, optimizer) for o in self._stepped):
             # Threads that train the same weights, each with an optimizer of its own: each step is one.
             self._known.add(optimizer)
@@ -183,31 +185,35 @@ class StepDetector:
             if not self.pending:
                 self._first = Optimizers(counts)
             self.pending = True
-            for o in counts:
-                self._stepped.add(o)
+            self._stepped.add(*counts)
         replaces = False
         if self._given is None:
             replaces = home is None and optimizer not in self._known and self._replace_by(optimizer)
             self._known.add(optimizer)
             self._look()
             self._covered = held_by(self._known)
-        self._enter(home, optimizer, counts, joins=first and not replaces)
+        uncovered = self._trainable - self._covered if self._given is None else set[int]()
+        self._enter(home, optimizer, counts, uncovered, joins=first and not replaces)
         if over:
             self._say(EARLY)
             return False
         if self._given is not None:
             return self._given.same(self._stepped)
-        uncovered = self._trainable - self._covered
         expected = uncovered if self._since < PATIENCE else uncovered - self._uncovered
         return self._known.same(self._stepped) and not expected
 
-    def finish(self) -> bool:
+    def finish(self, by_hand: bool = False) -> bool:
         """Closes the training step.
+
+        Args:
+            by_hand: whether `Probe.step` does.
 
         Returns:
             Whether this was the first one, done by hand, or parameters have lost their optimizers: the model may have
             changed.
         """
+        if by_hand and len(self._counted) and (self.pending or self.ended != self._ended_by_hand):
+            self._say(TWICE)
         late, self._next = self._next, None
         if late is None and len(self._stepped) > 1 and self._known.same(self._stepped):  # of all: it shows their order
             self._leader = self._first
@@ -215,11 +221,13 @@ class StepDetector:
         self._last, self._passes = [p for p in self._passes if p is not late], []
         first = not self.ended
         self.ended += 1
+        if by_hand:
+            self._ended_by_hand = self.ended
         self._foreign, self._versions = 0, self._changes()
-        for o in self._between:
-            self._ignored.add(o)
+        self._ignored.add(*self._between)
         held = self._covered if self._given is None else held_by(self._given)
-        uncovered, orphans = self._trainable - held, self._ids - held
+        orphans = self._ids - held
+        uncovered = orphans & self._trainable
         self._since = self._since + 1 if uncovered == self._uncovered else 0
         lost, self._uncovered, self._orphans = orphans - self._orphans, uncovered, orphans
         if late is not None:
@@ -232,7 +240,7 @@ class StepDetector:
         whose = "that hold none of the tracked parameters" if self._given is None else "other than the given ones"
         if self._foreign:
             seen = f"{after}{self._foreign} steps of optimizers {whose}"
-        elif self.moves and not (self.ended and (self._by_hand or len(self._ignored))):
+        elif self.moves and not (self.ended and (self.by_hand or len(self._ignored))):
             seen = f"{after}the weights changed without a step"
         else:
             return
@@ -254,7 +262,7 @@ class StepDetector:
         """
         if self.ended:
             before, self._versions = self._versions, self._changes()
-            holds = any(id(p) in self._ids for p in parameters_of(optimizer))
+            holds = not self._ids.isdisjoint(map(id, parameters_of(optimizer)))
             if optimizer in self._ignored or not (holds or self._versions > before):
                 return
             self._between.add(optimizer)
@@ -270,31 +278,37 @@ class StepDetector:
 
     def _home(self, optimizers: Sequence[Optimizer]) -> Pass | None:
         """The pass, of this training step or the last one, on whose gradients optimizers are about to step."""
-        found = [p for p in (*self._last, *self._passes) if p.is_of(optimizers)]
-        if not found or any(o in p.optimizers for p in found for o in optimizers):
+        passes = [*self._last, *self._passes]
+        own = [p for p in passes if p.has_any(optimizers)]
+        found = next((p for p in reversed(passes) if p not in own and p.is_of(optimizers)), None)
+        if found is None or any(p.is_of(optimizers) for p in own):
             return None  # those that step twice on the same gradients tell nothing
-        return found[-1]
+        return found
 
-    def _enter(self, home: Pass | None, optimizer: Optimizer, counts: list[Optimizer], joins: bool):
+    def _enter(
+        self, home: Pass | None, optimizer: Optimizer, counts: list[Optimizer], uncovered: set[int], joins: bool
+    ):
         """Notes on which pass an optimizer has stepped.
 
         Args:
             home: the pass; None for one of its own.
             optimizer: that has stepped.
             counts: what its step is a step of.
+            uncovered: parameters that are trained and that no known optimizer holds.
             joins: whether it is the first step of an optimizer that replaces no other.
         """
         if home is not None:
-            for o in counts:
-                home.optimizers.add(o)
+            home.optimizers.add(*counts)
             self._partners.join(list(home.optimizers))
             self._apart = 0
             return
         counting = self._known if self._given is None else self._given
-        alone = trains_alone()
-        ours = [o for o in counting if self._threads.get(id(o), self._thread if alone else 0) == self._thread]
-        without = self._trainable - self._covered if self._given is None and alone else set[int]()
-        others = [p for p in self._parameters if id(p) in without] if without else []
+        ours = [o for o in counting if self._threads.get(o) == self._thread]
+        unstepped = [o for o in counting if o not in self._threads]
+        others: list[Tensor] = []
+        if (unstepped or uncovered) and trains_alone():
+            ours += unstepped
+            others = [p for p in self._parameters if id(p) in uncovered]
         self._passes.append(new := Pass(optimizer, counts, ours, others))
         if joins and self.ended and len(counting) > len(counts):
             self._doubted = new
@@ -352,7 +366,7 @@ class StepDetector:
         parameters as well.
         """
         if self._given is None:
-            return [optimizer] if any(id(p) in self._ids for p in parameters_of(optimizer)) else []
+            return [] if self._ids.isdisjoint(map(id, parameters_of(optimizer))) else [optimizer]
         return [o for o in self._given if o is optimizer or (not has_hooks(o) and share_parameters(o, optimizer))]
 
     def _enclosing(self, optimizer: Optimizer, outer: Sequence[Optimizer]) -> Optimizer | None:
@@ -381,5 +395,6 @@ class StepDetector:
 
     def _look(self):
         """Notes which parameters require a gradient: one that is frozen now may be trained in turn with others."""
-        self._trainable &= self._ids
-        self._trainable.update(id(p) for p in self._parameters if p.requires_grad)
+        if len(self._trainable) < len(self._ids):
+            trained = map(operator.attrgetter("requires_grad"), self._parameters)
+            self._trainable.update(itertools.compress(map(id, self._parameters), trained))

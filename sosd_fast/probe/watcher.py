@@ -22,12 +22,11 @@ from sosd_fast.probe.optimizers import Optimizers, parameters_of
 from sosd_fast.probe.state import MatrixState
 from sosd_fast.runs import events
 from sosd_fast.runs.events import QUIET, Event
-from sosd_fast.runs.onset import Bin, Kink, OnsetDetector
+from sosd_fast.runs.onset import Bin, Kink, OnsetDetector, thinned
 from sosd_fast.runs.records import Line, Record, load  # pyright: ignore[reportUnknownVariableType]
 
-WINDOW = 16  # measurements of a matrix that tell what is usual
-LEAST_JUMP = math.log(5)  # at 3, each of five runs of 60 to 200 steps had a spike in one matrix that nobody would see
-DEVIATIONS = 6.0
+WINDOW = 16  # measurements of a matrix that tell what is usual for it
+LEAST_JUMP = math.log(2.5)  # above the largest of them; LOG.md#events
 HOLD = 10  # steps for which a matrix's last value stands in the median of its kind, as in `variation_by_kind`
 SEARCH_SHARE = 0.001  # of the time, for the search for onsets
 LEAST_BINS = 10
@@ -39,14 +38,14 @@ log = logging.getLogger("sosd_fast")
 
 
 class Rates:
-    """The learning rate of each kind of matrices: that of the group which holds the first of them.
+    """The learning rate of each matrix, that of the group which holds it.
 
     Groups are remembered by their places, for they keep weights alive.
     """
 
     def __init__(self):
         self._optimizers = Optimizers()
-        self._places: dict[str, tuple[int, int]] = {}  # kind -> id of the optimizer, place of the group
+        self._places: dict[str, tuple[int, int]] = {}  # name -> id of the optimizer, place of the group
         self._form: list[int] = []
 
     def see(self, optimizer: Optimizer):
@@ -56,53 +55,52 @@ class Rates:
             self._form = []
 
     def now(self, states: Sequence[MatrixState]) -> dict[str, float]:
-        """Returns kind -> rate; without those that are not known, or lie on a device."""
+        """Returns name -> rate; without those that are not known, or lie on a device."""
         groups: dict[int, Any] = {id(o): getattr(o, "param_groups", ()) for o in self._optimizers}
         form = [len(states), *(part for key, each in groups.items() for part in (key, *map(id, each)))]
         if form != self._form:
             self._form, self._places = form, self._find(states)
-        found: dict[str, float] = {}
-        for name, (optimizer, place) in self._places.items():
+        found: dict[tuple[int, int], float] = {}
+        for optimizer, place in set(self._places.values()):
             lr = groups[optimizer][place].get("lr")
             if isinstance(lr, Tensor):
                 lr = lr.item() if lr.device.type == "cpu" and lr.numel() == 1 else None
             if isinstance(lr, int | float):
-                found[name] = float(lr)
-        return found
+                found[optimizer, place] = float(lr)
+        return {name: found[group] for name, group in self._places.items() if group in found}
 
     def _find(self, states: Sequence[MatrixState]) -> dict[str, tuple[int, int]]:
-        first: dict[str, int] = {}
-        for state in states:
-            first.setdefault(kind(state.name), id(state.matrix.parameter))
+        parameters = {state.name: id(state.matrix.parameter) for state in states}
         found: dict[str, tuple[int, int]] = {}
         for optimizer in self._optimizers:
-            held = {id(p) for p in parameters_of(optimizer)} & set(first.values())
+            held = {id(p) for p in parameters_of(optimizer)} & set(parameters.values())
             groups: Any = getattr(optimizer, "param_groups", ()) if held else ()
             for place, group in enumerate(groups):
-                of_group = set(map(id, group.get("params", ())))
-                found |= {name: (id(optimizer), place) for name, parameter in first.items() if parameter in of_group}
+                of_group = held & set(map(id, group.get("params", ())))
+                found |= {name: (id(optimizer), place) for name, each in parameters.items() if each in of_group}
         return found
 
 
 class _Level:
-    """What is usual for a matrix: the median of log(variation / lr) over the last values, and where a spike begins."""
+    """The last values of log(variation / lr) of a matrix, which say what is usual for it."""
 
-    __slots__ = ("count", "limit", "usual", "values")
+    __slots__ = ("per_step", "values")
 
     def __init__(self):
         self.values: deque[float] = deque(maxlen=WINDOW)
-        self.count = 0
-        self.usual, self.limit = math.inf, math.inf
+        self.per_step: deque[float] = deque(maxlen=WINDOW)  # the same, over the steps between two measurements
 
-    def add(self, y: float):
-        """Takes a value; every fourth one moves the limit."""
+    def rise(self, y: float, interval: int) -> float:
+        """Takes a value; returns by how much it is above the largest of those before it, 0 where they are too few.
+
+        Over more steps a spectrum moves farther, but not in proportion: what counts rises as it is and by the step.
+        """
+        z = y - math.log(interval)
+        known = len(self.values) == WINDOW
+        rise = min(y - max(self.values), z - max(self.per_step)) if known else 0.0
         self.values.append(y)
-        self.count += 1
-        if self.count % 4 == 0 and self.count >= WINDOW:
-            ordered = sorted(self.values)
-            self.usual = (ordered[WINDOW // 2 - 1] + ordered[WINDOW // 2]) / 2
-            spread = sorted(abs(v - self.usual) for v in ordered)[WINDOW // 2]
-            self.limit = self.usual + max(LEAST_JUMP, DEVIATIONS * 1.4826 * spread)
+        self.per_step.append(z)
+        return rise
 
 
 class _Curve:
@@ -132,13 +130,23 @@ class Watcher:
         self._state: dict[str, str] = {}  # of matrices: sound, nan, zero
         self._last_over: int | None = None  # the last step at which a matrix was above its limit
         self._step = -1
-        self._rated: set[str] | None = None  # the kinds whose learning rates are known
+        self._rated: set[str] | None = None  # the matrices whose learning rates are known
         self._began: float | None = None
         self._spent = 0.0
 
     def begin(self, step: int, states: Sequence[MatrixState]):
         """Notes the learning rates of a step whose measurements will come."""
         self._rates_at[step] = self.rates.now(states)
+
+    def rate(self, measurements: Sequence[Measurement]):
+        """Tells the measurements of one step the learning rates under which it was made."""
+        step = measurements[0].step
+        rates: Mapping[str, float] = {}
+        for noted in [s for s in self._rates_at if s <= step]:
+            rates = self._rates_at.pop(noted)
+            self._heed(rates)
+        for measurement in measurements:
+            measurement.lr = rates.get(measurement.name)
 
     def update(self, measurements: Iterable[Measurement], records: Sequence[Record]) -> tuple[list[Event], list[Line]]:
         """Takes the measurements of one step.
@@ -147,10 +155,6 @@ class Watcher:
             The events, and further lines for the events' file.
         """
         step = records[0].step
-        rates: Mapping[str, float] = {}
-        for noted in [s for s in self._rates_at if s <= step]:
-            rates = self._rates_at.pop(noted)
-            self._heed(rates)
         sound = {m.name for m in measurements if m.failure is None and not m.lost}
         found = self._unsound(step, [r for r in records if r.name in sound])
         found += [
@@ -161,8 +165,8 @@ class Watcher:
         if step <= self._step:  # matrices that came between two steps
             return found, []
         self._step = step
-        found += self._spike(step, records, rates)
-        self._follow(step, records, rates)
+        found += self._spike(step, records)
+        self._follow(step, records)
         lines = self._bins(step)
         if (name := self._next_search()) is not None:
             began = self.clock()
@@ -175,13 +179,14 @@ class Watcher:
         return [event for name in self._curves for event in self._onset(self._step, name, last=True)]
 
     def _heed(self, rates: Mapping[str, float]):
-        """Begins anew with a kind whose learning rate has become known, or unknown: other units are no spike."""
+        """Begins anew where a learning rate has become known, or unknown: other units are no spike."""
         now = set(rates)
         changed = set[str]() if self._rated is None else self._rated ^ now
         self._rated = now
         if changed:
-            self._levels = {name: level for name, level in self._levels.items() if self._kind(name) not in changed}
-            self._curves = {name: c for name, c in self._curves.items() if c.found or name not in changed}
+            kinds = set(map(self._kind, now)) ^ set(map(self._kind, now ^ changed))
+            self._levels = {name: level for name, level in self._levels.items() if name not in changed}
+            self._curves = {name: c for name, c in self._curves.items() if c.found or name not in kinds}
 
     def _unsound(self, step: int, records: Sequence[Record]) -> list[Event]:
         became: dict[str, list[str]] = {"nan": [], "zero": []}
@@ -197,24 +202,21 @@ class Watcher:
         found = [Event(step, "nan", tuple(became["nan"]), step)] if became["nan"] else []
         return found + ([Event(step, "zero", tuple(became["zero"]), step)] if became["zero"] else [])
 
-    def _spike(
-        self, step: int, records: Sequence[Record], rates: Mapping[str, float], silent: bool = False
-    ) -> list[Event]:
+    def _spike(self, step: int, records: Sequence[Record], silent: bool = False) -> list[Event]:
         over: list[tuple[float, str]] = []
         for r in records:
             v = r.sd_variation if r.sd_variation_carried is None else r.sd_variation_carried
             # below ten times its own error it is rounding, not movement
             if v is None or not (10 * (r.sd_error or 1e-8) < v < math.inf):
                 continue
-            lr = rates.get(self._kind(r.name), 0.0 if silent else 1.0)
+            lr = 1.0 if r.lr is None else r.lr
             if lr <= 0:
                 continue
             if (level := self._levels.get(r.name)) is None:
                 level = self._levels[r.name] = _Level()
-            y = math.log(v / lr)
-            if y > level.limit:
-                over.append((y - level.usual, r.name))
-            level.add(y)
+            rise = level.rise(math.log(v / lr), r.interval or 1)
+            if rise > LEAST_JUMP:
+                over.append((rise, r.name))
         if not over:
             return []
         goes_on = self._last_over is not None and step - self._last_over <= QUIET
@@ -224,9 +226,12 @@ class Watcher:
         over.sort(reverse=True)
         return [Event(step, "spike", tuple(name for _, name in over), step, math.exp(over[0][0]))]
 
-    def _follow(self, step: int, records: Sequence[Record], rates: Mapping[str, float]):
-        """Gives each kind's median to its detector, as `variation_by_kind` makes it of a run."""
-        moved: set[str] = set()
+    def _follow(self, step: int, records: Sequence[Record], since: Mapping[str, int] | None = None):
+        """Gives each kind's median to its detector, as `variation_by_kind` and `rates_by_kind` make it of a run.
+
+        On a resume the detectors know the steps before `since`, which only stand in later medians.
+        """
+        moved: dict[str, list[float]] = {}
         for r in records:
             v = r.sd_variation
             if v is not None and math.isfinite(v):
@@ -236,13 +241,12 @@ class Watcher:
                     curve = self._curves[name] = _Curve()
                 if not curve.found:
                     curve.standing[r.name] = step, v
-                    moved.add(name)
-        for name in moved:
-            curve = self._curves[name]
-            values = sorted(v for since, v in curve.standing.values() if step - since <= HOLD)
-            middle = len(values) // 2
-            median = values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2
-            curve.detector.update(step, median, rates.get(name, 1.0))
+                    moved.setdefault(name, []).extend(() if r.lr is None else (r.lr,))
+        for name, rates in moved.items():
+            if since is None or step >= since.get(name, 0):
+                curve = self._curves[name]
+                standing = [v for at, v in curve.standing.values() if step - at <= HOLD]
+                curve.detector.update(step, _median(standing), _median(rates) if rates else 1.0)
 
     def _bins(self, step: int) -> list[Line]:
         lines: list[Line] = []
@@ -297,7 +301,7 @@ class Watcher:
         """Takes up what a run directory says of the steps before, so that no event is found twice.
 
         The detectors go on from the bins in the events' file. Values since the last bin, and those that tell what is
-        usual, are read from the last records; their learning rate is taken to be that of the last bin.
+        usual, are read from the last records; in those of version 0.1.0, the learning rate is that of the last bin.
         """
         told, own = events.read(run_dir)
         ends: dict[str, int] = {}
@@ -315,25 +319,40 @@ class Watcher:
                 self._state |= dict.fromkeys(event.names, event.what)
         rates = {name: math.exp(c.detector.bins[-1].log_rate) for name, c in self._curves.items() if c.detector.bins}
         run = load(run_dir)
-        table = run.columns("step", "name", "sigma_max", "sd_variation", "sd_variation_carried", "sd_error")
+        fields = ("sd_variation", "sd_variation_carried", "sd_error", "lr")
+        table = run.columns("step", "name", "sigma_max", "interval", *fields)
         if not len(table["step"]):
             return
-        last = int(table["step"][-1])
-        since = min(last - 16 * WINDOW, *(end for end in ends.values())) if ends else last - 16 * WINDOW
-        every = max(1, (last - since) // (16 * WINDOW))  # a long bin is thinned, as its detector thins it
         steps = table["step"]
-        kept = np.flatnonzero((steps >= since) & ((steps % every == 0) | (steps > last - 16 * WINDOW)))
+        last = int(steps[-1])
+        wanted = np.zeros(last + 1, bool)
+        wanted[max(0, last - 16 * WINDOW) :] = True
+        kinds = np.array([self._kind(name) for name in table["name"]])
+        for name in dict.fromkeys(kinds.tolist()):
+            measured = steps[(kinds == name) & np.isfinite(table["sd_variation"]) & (steps >= ends.get(name, 0))]
+            for step in thinned(np.unique(measured).tolist()):  # what the detector took, and what stood then
+                wanted[max(0, step - HOLD) : step + 1] = True
+        kept = np.flatnonzero(wanted[steps])
         by_step: dict[int, list[Record]] = {}
         for i in kept.tolist():
             step, name = int(steps[i]), str(table["name"][i])
-            values = {f: float(table[f][i]) for f in ("sd_variation", "sd_variation_carried", "sd_error")}
+            values = {f: float(table[f][i]) for f in fields}
             known: dict[str, Any] = {f: v for f, v in values.items() if not math.isnan(v)}
+            if "lr" not in known:
+                known["lr"] = rates.get(self._kind(name))
+            if table["interval"][i] > 0:
+                known["interval"] = int(table["interval"][i])
             by_step.setdefault(step, []).append(
                 Record(step, name, (0, 0), "", sigma_max=float(table["sigma_max"][i]), **known)
             )
         for step, records in by_step.items():
             self._unsound(step, records)
-            self._spike(step, records, rates, silent=True)
-            fresh = [r for r in records if step >= ends.get(self._kind(r.name), step + 1)]
-            self._follow(step, fresh, rates)
+            self._spike(step, records, silent=True)
+            self._follow(step, records, ends)
         self._step = last
+
+
+def _median(values: list[float]) -> float:
+    values.sort()
+    middle = len(values) // 2
+    return values[middle] if len(values) % 2 else (values[middle - 1] + values[middle]) / 2

@@ -38,6 +38,41 @@ def variation_by_kind(run: Run, hold: int = 10) -> dict[str, tuple[np.ndarray, n
     return curves
 
 
+def rates_by_kind(run: Run) -> dict[str, np.ndarray]:
+    """Collects the learning rate of each module kind at the steps of its `variation_by_kind`.
+
+    It is the median of its matrices' at that step; where none is recorded, what the run's log says; NaN where that says
+    nothing, or 1 at all steps where nothing is known of any.
+
+    Returns:
+        kind -> (T,).
+    """
+    table = run.columns("step", "name", "sd_variation", "lr")
+    kinds = {name: kind(name) for name in run.names}
+    of = np.array([kinds[name] for name in table["name"]], dtype=object)
+    found = {}
+    for name in dict.fromkeys(of.tolist()):
+        mine = (of == name) & np.isfinite(table["sd_variation"])
+        steps, start = np.unique(table["step"][mine], return_index=True)
+        rates = [known_median(each) for each in np.split(table["lr"][mine], start[1:])] if len(steps) else []
+        found[name] = filled_rates(run, steps, np.array(rates))
+    return found
+
+
+def known_median(values: np.ndarray) -> float:
+    """The median of what is not NaN; NaN where all is."""
+    known = values[~np.isnan(values)]
+    return float(np.median(known)) if len(known) else np.nan
+
+
+def filled_rates(run: Run, steps: np.ndarray, rates: np.ndarray) -> np.ndarray:
+    """Puts what the log says in the place of NaN, or 1 where nothing is known at all."""
+    logged_rates = learning_rates(run, steps)
+    if logged_rates is not None:
+        rates = np.where(np.isnan(rates), logged_rates, rates)
+    return np.ones(len(steps)) if np.isnan(rates).all() else rates
+
+
 def spectral_alignment(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """Takes the cosine of each kept spectrum to the last one of its matrix.
 

@@ -31,7 +31,7 @@ class Event:
     what: What
     names: tuple[str, ...]  # the matrices, of a spike the worst first; of an onset the kind of matrices
     at: int  # the step at which it happened: an onset is seen only when the variation has stayed low for a while
-    value: float | None = None  # times the usual variation; factor by which it had fallen; error that an audit found
+    value: float | None = None  # times the variation before; factor by which it had fallen; error that an audit found
     limit: float | None = None  # the bound on that error
 
     @property
@@ -52,7 +52,8 @@ class Event:
         return {
             "onset": f"onset of stability of {first} at step {self.at}: SD variation over learning rate had fallen to "
             f"1/{value:.3g} (seen at step {self.step})",
-            "spike": f"spike of SD variation at step {self.at}: {first} {value:.1f} times as far as usual{others}",
+            "spike": f"spike of SD variation at step {self.at}: {first} {value:.1f} times its largest one just before"
+            f"{others}",
             "nan": f"NaN or Inf in {first}{others} at step {self.at}",
             "zero": f"{first}{others} became zero at step {self.at}",
             "audit": f"audit of {first} at step {self.at}: |SD - SD_true| = {value:.1e} is beyond its bound "
@@ -79,8 +80,9 @@ def read(run_dir: Path) -> tuple[list[Event], list[dict[str, Any]]]:
         if "what" not in line:
             own.append(line)
         elif _checked(line):
-            known = {f.name: line[f.name] for f in dataclasses.fields(Event) if f.name in line}
-            found.append(Event(**known | {"names": tuple(line["names"])}))
+            known: dict[str, Any] = {f.name: line[f.name] for f in dataclasses.fields(Event) if f.name in line}
+            known["names"] = tuple(known["names"])
+            found.append(Event(**known))
         else:
             raise damaged(path, f"line {number}")
     return found, own

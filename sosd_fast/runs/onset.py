@@ -49,8 +49,7 @@ class OnsetDetector:
         if self._open and _bin(step) != _bin(self._open[-1][0]):
             self.bins.append(_close(self._open))
             self._open = []
-        stride = max(1, int(step * (2 ** (1 / BINS) - 1)) // BIN_VALUES)
-        if not self._open or step - self._open[-1][0] >= stride:
+        if not self._open or _is_taken(step, self._open[-1][0]):
             self._open.append((step, math.log(variation / lr), math.log(lr)))
 
     def onset(self) -> Kink | None:
@@ -67,6 +66,20 @@ class OnsetDetector:
         if axes == "linear":
             return PiecewiseFit(np.exp(x), np.exp(y), n, spread, rate, unit=float)
         return PiecewiseFit(x, _median3(y), np.minimum(n, 4), spread, rate)
+
+
+def thinned(steps: list[int]) -> list[int]:
+    """Returns the steps, of one bin that is being filled, whose values a detector keeps."""
+    taken = steps[:1]
+    for step in steps:
+        if _is_taken(step, taken[-1]):
+            taken.append(step)
+    return taken
+
+
+def _is_taken(step: int, last: int) -> bool:
+    stride = max(1, int(step * (2 ** (1 / BINS) - 1)) // BIN_VALUES)
+    return step - last >= stride
 
 
 def _bin(step: int) -> int:

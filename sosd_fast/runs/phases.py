@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sosd_fast.runs.curves import learning_rates, variation_by_kind
+from sosd_fast.runs.curves import filled_rates, rates_by_kind, variation_by_kind
 from sosd_fast.runs.onset import OnsetDetector
 from sosd_fast.runs.piecewise import Kink
 from sosd_fast.runs.records import Run
@@ -121,12 +121,12 @@ class Phases(NamedTuple):
 
 def run_phases(run: Run) -> Phases:
     """Finds the phases of a run from its records and its log of step, loss and lr."""
-    table = run.columns("step", "name", "sd_variation")
+    table = run.columns("step", "name", "sd_variation", "lr")
     matrices = {}
     for name in run.names:
-        own = table["name"] == name
-        matrices[name] = _onset_under_rates(run, table["step"][own], table["sd_variation"][own])
-    kinds = {kind: _onset_under_rates(run, steps, v[:, 1]) for kind, (steps, v) in variation_by_kind(run).items()}
+        steps, v, lr = (table[f][table["name"] == name] for f in ("step", "sd_variation", "lr"))
+        matrices[name] = onset(steps.tolist(), v.tolist(), filled_rates(run, steps, lr).tolist())
+    kinds = _onsets(run)
     lines = [line for line in run.log if line.get("loss") is not None and line.get("lr") is not None]
     steps, loss, lr = ([line[key] for line in lines] for key in ("step", "loss", "lr"))
     boundaries = (loss_boundary(steps, loss, lr, axes) for axes in ("log", "linear"))
@@ -134,11 +134,13 @@ def run_phases(run: Run) -> Phases:
 
 
 def onsets(run: Run) -> dict[str, int | None]:
-    """Finds the onset of stability of each module kind, in its median SD variation over the log's learning rate."""
-    found = {kind: _onset_under_rates(run, steps, v[:, 1]) for kind, (steps, v) in variation_by_kind(run).items()}
-    return {kind: kink and kink.step for kind, kink in found.items()}
+    """Finds the onset of stability of each module kind, in its median SD variation over its learning rate."""
+    return {kind: kink and kink.step for kind, kink in _onsets(run).items()}
 
 
-def _onset_under_rates(run: Run, steps: np.ndarray, variation: np.ndarray) -> Kink | None:
-    rates = learning_rates(run, steps)
-    return onset(steps.tolist(), variation.tolist(), None if rates is None else rates.tolist())
+def _onsets(run: Run) -> dict[str, Kink | None]:
+    rates = rates_by_kind(run)
+    return {
+        kind: onset(steps.tolist(), spread[:, 1].tolist(), rates[kind].tolist())
+        for kind, (steps, spread) in variation_by_kind(run).items()
+    }

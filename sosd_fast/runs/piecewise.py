@@ -56,8 +56,8 @@ class PiecewiseFit:
         """Adds knots one by one, each time moving all to their best places, and takes out those that do not pay."""
         knots: list[int] = []
         tried = [(self.criterion(self.rss([]), 0), [])]
-        while len(knots) < MOST_KNOTS and np.isfinite(self.rss_with_one_more(knots)).any():
-            knots.append(int(self.rss_with_one_more(knots).argmin()))
+        while len(knots) < MOST_KNOTS and np.isfinite(rss := self.rss_with_one_more(knots)).any():
+            knots.append(int(rss.argmin()))
             for _ in knots:
                 knots = knots[1:]
                 knots.append(int(self.rss_with_one_more(knots).argmin()))

@@ -16,40 +16,49 @@ if TYPE_CHECKING:
 INK = "#222222"  # of text, axes and the loss; the report puts the reader's colour in its place
 _COLORS = {"attention": "#4477aa", "mlp": "#ee6677", "embedding": "#228833", "head": "#aa3377", "other": "#777777"}
 _RUN_COLORS = ("#4477aa", "#ee7733", "#009988", "#cc3377", "#999933", "#888888")
+_NARROW = 3.7  # inches: 355 of the 358 pixels that a page leaves on a screen of 390
 _POINTS = 1500  # drawn of a curve at most; a curve of more is drawn as its extremes and median over equal spans
 
 
-def plot_run(run: Run) -> "Figure":
+def plot_run(run: Run, *, narrow: bool = False) -> "Figure":
     """Draws the loss, and below it the SD variation of each module kind with its onset of stability, over the steps.
+
+    Args:
+        run: with records of full spectra.
+        narrow: draw it for the screen of a telephone, 3.7 inches wide.
 
     Returns:
         A matplotlib Figure.
     """
-    figure, (top, bottom) = _figure("plot_run", 8, 6.5, 2, 1, sharex=True)
+    figure, (top, bottom) = _figure("plot_run", *(_NARROW, 5.4) if narrow else (8, 6.5), 2, 1, sharex=True)
     _draw_loss(top, run, INK, {"loss": "training", "val_loss": "validation"})
+    _say_no_loss(top)
     top.set_title(as_label(run.run_dir.name))
     found = onsets(run)
     for name, curve in variation_by_kind(run).items():
         _draw_variation(bottom, curve, _COLORS[name], name, found[name])
     bottom.set_ylabel("SD variation per step\n" + r"$\|SD_t - SD_{t-1}\|_2$ (median, range)")
     bottom.set_xlabel("training step")
-    _finish(top, bottom)
+    _finish(top, bottom, narrow=narrow)
     return figure
 
 
-def plot_runs(runs: Mapping[str, Run]) -> "Figure":
+def plot_runs(runs: Mapping[str, Run], *, narrow: bool = False) -> "Figure":
     """Overlays several runs: the loss, and the SD variation of each module kind in a panel of its own.
 
     Args:
         runs: label -> run.
+        narrow: draw it for the screen of a telephone, 3.7 inches wide, with its panels in one column.
 
     Returns:
         A matplotlib Figure. Dotted lines are onsets of stability.
     """
     curves = {label: variation_by_kind(run) for label, run in runs.items()}
     kinds = [name for name in _COLORS if any(name in c for c in curves.values())]
-    count = 1 + len(kinds)
-    figure, axes = _figure("plot_runs", 9, 2.9 * ((count + 1) // 2), (count + 1) // 2, 2, sharex=True, squeeze=False)
+    count, columns = 1 + len(kinds), 1 if narrow else 2
+    rows = -(-count // columns)
+    size = (_NARROW, 2.4 * rows) if narrow else (9, 2.9 * rows)
+    figure, axes = _figure("plot_runs", *size, rows, columns, sharex=True, squeeze=False)
     axes = axes.ravel()
     for (label, run), color in zip(runs.items(), _cycle(len(runs)), strict=True):
         validated = any(line.get("val_loss") is not None for line in run.log)
@@ -58,17 +67,18 @@ def plot_runs(runs: Mapping[str, Run]) -> "Figure":
         for name, panel in zip(kinds, axes[1:], strict=False):
             if name in curves[label]:
                 _draw_variation(panel, curves[label][name], color, label, found[name])
+    _say_no_loss(axes[0])
     axes[0].set_title("loss, thick: validation")
     for name, panel in zip(kinds, axes[1:], strict=False):
         panel.set_title(name)
         panel.set_ylabel("SD variation per step")
-    if count % 2:  # the last one takes the whole row
+    if count % columns:  # the last one takes the whole row
         axes[count].remove()
         axes[count - 1].set_subplotspec(axes[0].get_gridspec()[-1, :])
-    for panel in axes[max(0, count - 2) : count]:
+    for panel in axes[max(0, count - columns) : count]:
         panel.set_xlabel("training step")
         panel.tick_params(labelbottom=True)
-    _finish(*axes[:count])
+    _finish(*axes[:count], narrow=narrow)
     return figure
 
 
@@ -79,6 +89,7 @@ def plot_spectra(
     change: bool = True,
     columns: int = 3,
     limits: tuple[float, float] | None = None,
+    narrow: bool = False,
 ) -> "Figure":
     """Draws heat maps of spectra over time, one a matrix, all in one scale of colours.
 
@@ -93,13 +104,15 @@ def plot_spectra(
         columns: of panels.
         limits: of the scale of colours; by default what `color_limits` says of these matrices. Pass what it says of
             several runs where they are to be compared.
+        narrow: draw it for the screen of a telephone, 3.7 inches wide, in one column.
 
     Returns:
         A matplotlib Figure.
     """
-    columns = min(columns, len(names))
+    columns = 1 if narrow else min(columns, len(names))
     rows = -(-len(names) // columns)
-    figure, axes = _figure("plot_spectra", 3.0 * columns + 0.8, 1.9 * rows + 0.4, rows, columns, squeeze=False)
+    width = _NARROW if narrow else 3.0 * columns + 0.8
+    figure, axes = _figure("plot_spectra", width, 1.9 * rows + 0.4, rows, columns, squeeze=False)
     images = {name: image for name in names if (image := _image(run, name, change)) is not None}
     low, high = limits or _limits(images.values(), change)
     shown = None
@@ -140,7 +153,10 @@ def color_limits(matrices: Sequence[tuple[Run, Sequence[str]]], *, change: bool 
 
 
 def plot_alignment(
-    runs: Mapping[str, Run], parameters: Mapping[str, tuple[Sequence[int], Sequence[float]]] | None = None
+    runs: Mapping[str, Run],
+    parameters: Mapping[str, tuple[Sequence[int], Sequence[float]]] | None = None,
+    *,
+    narrow: bool = False,
 ) -> "Figure":
     """Draws how close the spectra are to their final state, and the parameters to theirs.
 
@@ -148,11 +164,12 @@ def plot_alignment(
         runs: label -> run with full spectra.
         parameters: label -> (steps, cosine of the parameters to their final state), from checkpoints; see
             `sosd_fast.checkpoints.analyze.parameter_alignment`.
+        narrow: draw it for the screen of a telephone, 3.7 inches wide.
 
     Returns:
         A matplotlib Figure.
     """
-    figure, axes = _figure("plot_alignment", 8, 3.4)
+    figure, axes = _figure("plot_alignment", *(_NARROW, 3.2) if narrow else (8, 3.4))
     for (label, run), color in zip(runs.items(), _cycle(len(runs)), strict=True):
         steps, cosine = spectral_alignment(run)
         if len(steps):
@@ -171,7 +188,7 @@ def plot_alignment(
             )
     axes.set_ylabel("cosine to the final state\n(median, range)")
     axes.set_xlabel("training step")
-    _finish(axes)
+    _finish(axes, narrow=narrow)
     return figure
 
 
@@ -234,6 +251,11 @@ def _draw_loss(axes, run: Run, color: str, labels: Mapping[str, str | None]):
     axes.set_ylabel("loss (nats per token)")
 
 
+def _say_no_loss(axes):
+    if not axes.lines:
+        axes.text(0.5, 0.5, "log.jsonl has no loss", transform=axes.transAxes, ha="center", va="center")
+
+
 def _draw_variation(axes, curve, color: str, label: str, onset: int | None):
     steps, variation = _reduced(*curve)
     axes.plot(steps, variation[:, 1], color=color, label=as_label(label), lw=1.5)
@@ -243,8 +265,12 @@ def _draw_variation(axes, curve, color: str, label: str, onset: int | None):
     axes.set_yscale("log")
 
 
-def _finish(*panels):
+def _finish(*panels, narrow: bool):
     for axes in panels:
+        if narrow:
+            axes.tick_params(labelsize=8)
+            for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+                text.set_fontsize(8)
         axes.grid(True, which="major", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[1]:

@@ -6,10 +6,12 @@ import math
 import os
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from html import escape as html_escape
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,6 +24,14 @@ from sosd_fast.runs.phases import onsets as onsets_of
 from sosd_fast.runs.records import Run, load
 from sosd_fast.runs.text import plain
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_SHORT = ' class="short"'  # of a cell that is not broken: others are wherever it must be, or the page would scroll
+_MOVED = (
+    "An onset is told while the run goes on, from the steps up to then, and not taken back. What came later moved it; "
+    "figures and tables of this page look at the whole run."
+)
 _TEMPLATE = Path(__file__).with_name("report.html")
 
 
@@ -86,11 +96,11 @@ def _summary(label: str, run: Run) -> str:
 
 def _overview(runs: dict[str, Run]) -> str:
     if len(runs) == 1:
-        figure = plot.plot_run(*runs.values())
+        draw = partial(plot.plot_run, *runs.values())
     else:
-        figure = plot.plot_runs(runs)
+        draw = partial(plot.plot_runs, runs)
     caption = "Median over the matrices of a kind; the band is their range. Dotted: onset of stability."
-    drawn = _figure(figure, "overview", "loss and SD variation by step", caption)
+    drawn = _figure(draw, "overview", "loss and SD variation by step", caption)
     curves = {label: variation_by_kind(run) for label, run in runs.items()}
     kinds = [name for name in KINDS if any(name in of_run for of_run in curves.values())]
     rows = (row for label, run in runs.items() for row in _curve_rows(label, run, curves[label], kinds))
@@ -109,11 +119,20 @@ def _curve_rows(label: str, run: Run, curves: dict, kinds: Sequence[str]) -> Ite
 
 
 def _events(runs: dict[str, Run]) -> str:
-    rows = [[label, event.step, str(event)] for label, run in runs.items() for event in run.events]
+    rows, moved = [], False
+    for label, run in runs.items():
+        onsets = onsets_of(run) if any(event.what == "onset" for event in run.events) else {}
+        for event in run.events:
+            text = str(event)
+            if event.what == "onset" and (seen := onsets.get(event.names[0])) != event.at:
+                text += "; the whole run shows " + ("none" if seen is None else f"it at step {seen}")
+                moved = True
+            rows.append([label, event.step, text])
     if not rows:
         return ""
     rows += [[label, "–", "none was found"] for label, run in runs.items() if not run.events]
-    return _section("Events", _table(["run", "step", "what the probe found"], rows))
+    drawn = _table(["run", "step", "what the probe found"], rows)
+    return _section("Events", drawn + _note(_MOVED) if moved else drawn)
 
 
 def _alignment(runs: dict[str, Run]) -> str:
@@ -128,13 +147,13 @@ def _alignment(runs: dict[str, Run]) -> str:
     caption += "Dashed: cosine of the parameters to the last checkpoint." if parameters else (
         "The same of the parameters needs checkpoints, and none were found."
     )  # fmt: skip
-    figure = plot.plot_alignment(runs, parameters)
+    draw = partial(plot.plot_alignment, runs, parameters)
     rows = []
     for label, run in runs.items():
         steps, cosine = spectral_alignment(run)
         chosen = _some(range(len(steps)))
         rows += [[label, int(steps[i]), *(f"{value:.5f}" for value in cosine[i])] for i in chosen]
-    drawn = _figure(figure, "alignment", "cosine by step", caption)
+    drawn = _figure(draw, "alignment", "cosine by step", caption)
     header = ["run", "step", "cosine of the spectra, least", "median", "largest"]
     return _section("Alignment with the final state", drawn + _numbers(header, rows))
 
@@ -196,8 +215,8 @@ def _spectra(runs: dict[str, Run], limit: int) -> Iterable[str]:
                 f"{len(members)} of {counts[label][name]} matrices. Red: a larger share of the sum than at first; "
                 "blue: a smaller one." + " The colours are those of all runs." * (len(runs) > 1)
             )
-            figure = plot.plot_spectra(run, members, limits=limits[name])
-            drawn = _figure(figure, f"spectra{number}-{name}", f"spectra of {name} matrices over time", caption)
+            draw = partial(plot.plot_spectra, run, members, limits=limits[name])
+            drawn = _figure(draw, f"spectra{number}-{name}", f"spectra of {name} matrices over time", caption)
             header = ["matrix", "steps", "largest value's share, first → last", "values that hold half of the sum"]
             drawn += _numbers(header, (_spectrum_row(run, member) for member in members))
             parts.append(f"<details open><summary>{escape(name)}</summary>{drawn}</details>")
@@ -314,15 +333,24 @@ def _table(header: Sequence, rows: Iterable[Sequence]) -> str:
 
     def line(cells) -> str:
         texts = [escape(str(cell)) for cell in cells]
-        return "<tr>" + "".join(f'<td data-of="{n}">{t}</td>' for n, t in zip(names, texts, strict=True)) + "</tr>"
+        drawn = (f'<td{_SHORT * (len(t) <= 16)} data-of="{n}">{t}</td>' for n, t in zip(names, texts, strict=True))
+        return f"<tr>{''.join(drawn)}</tr>"
 
     many = ' class="many"' if len(names) > 3 else ""
     body = "\n".join(map(line, rows))
     return f"<table{many}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _figure(figure, name: str, label: str, caption: str) -> str:
-    """Embeds a figure as SVG whose ink follows the reader's colours; its ids get a prefix of their own."""
+def _figure(draw: Callable[..., "Figure"], name: str, label: str, caption: str) -> str:
+    """Embeds a figure twice, for wide and for narrow screens: scaled down, its letters could not be read."""
+    wide = _svg(draw(), name, label)
+    narrow = _svg(draw(narrow=True), f"{name}-narrow", label)
+    shown = f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
+    return f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _svg(figure, name: str, label: str) -> str:
+    """Makes SVG whose ink follows the reader's colours; its ids get a prefix of their own."""
     for text in figure.findobj(lambda artist: hasattr(artist, "set_color") and hasattr(artist, "get_text")):
         text.set_color(plot.INK)
     for axes in figure.axes:
@@ -342,8 +370,7 @@ def _figure(figure, name: str, label: str, caption: str) -> str:
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     for i, hint in enumerate(hints):
         text = text.replace(f'<g id="{name}-hint{i}">', f'<g id="{name}-hint{i}"><title>{escape(hint)}</title>', 1)
-    text = text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
-    return f"<figure>{text}<figcaption>{escape(caption)}</figcaption></figure>"
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
 
 
 def _hints(figure) -> list[str]:

@@ -48,6 +48,7 @@ class Record:
     sd_error: float | None = None  # |SD - SD_true|_2 is at most this
     audit_error: float | None = None  # |SD - SD_true|_2, where the spectrum was audited
     theory_bound: float | None = None  # on sd_variation, from the size of the update
+    lr: float | None = None  # learning rate of this step, as the optimizer's group has it
     # Leading singular values, descending; empty where a run directory left them out.
     topk: tuple[float, ...] = dataclasses.field(default=(), repr=False)
     residual: tuple[float, ...] | None = dataclasses.field(default=None, repr=False)  # of each, where method is topk

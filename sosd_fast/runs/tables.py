@@ -49,10 +49,11 @@ def read_table(file: BinaryIO, fields: Sequence[str] | None = None, shown: Mappi
 
     try:
         table = _of_parquet(file, schema) if is_parquet(file) else _of_lines(file, schema)
+        table.validate(full=True)  # names may be no UTF-8, which would be told when they are made strings
         if any(table[f].null_count for f in ("step", "name") if f in schema.names):
             raise damaged(file, "a record without a step or a name")
         return table
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise damaged(file, str(error).partition("\n")[0]) from None

@@ -124,6 +124,15 @@ def sd_error(S: Tensor, method: Method, inner: int, *, dtype: torch.dtype, drift
     return _SD.safety * predicted_sd_error(S, method, inner, dtype=dtype, drift=drift) + common
 
 
+def lapack_error(S: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """How far values of LAPACK (B, r) err beyond rounding: any of them, (B, 1), and of |SD - SD_true|_2, (B,).
+
+    Where values lie close together a few of them err by up to 118 u S[0] (LOG.md#nearly-equal-values).
+    """
+    most = 128 * torch.finfo(dtype).eps / 2 * S[:, :1]
+    return most, 2 * most[:, 0] / S.sum(-1)
+
+
 def value_bound(S: Tensor, method: Method, inner: int, backend: Backend, *, dtype: torch.dtype) -> Tensor:
     """The bound on |S - S_true| of each value, (B, r); arguments as of `predicted_sd_error`."""
     r, u, model = S.shape[-1], torch.finfo(dtype).eps / 2, MODELS[backend]

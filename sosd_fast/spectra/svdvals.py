@@ -24,7 +24,7 @@ from sosd_fast.kernels.sturm import sturm
 from sosd_fast.kernels.syrk import syrk
 from sosd_fast.kernels.tridiagonal import tridiagonal
 from sosd_fast.spectra.gram import Products, correct, singular_values
-from sosd_fast.spectra.precision import MODELS, Method, choose, climb, sd_error, value_bound
+from sosd_fast.spectra.precision import MODELS, Method, choose, climb, lapack_error, sd_error, value_bound
 
 METHODS = ("auto", "gram32", "gram64", "exact")
 
@@ -66,8 +66,8 @@ def svdvals(W: Tensor, *, method: str = "auto", return_bound: bool = False) -> T
         values below about sqrt(u) * S[0] are lost. With K = max(m, n), c = 32 + max(a sqrt(r), r / 12) + sqrt(K) / 8,
         4 times as much in float64; a is 2 for the C++ kernels (LOG.md#gram-error), 4 for the Triton ones
         (LOG.md#one-planner) and 16 for torch's operations (LOG.md#torch-bounds). "exact":
-        (32 + 8 sqrt(r) + sqrt(K)) * u * S[0]. All constants were calibrated against float64 and are tested to hold;
-        they are not proofs.
+        (160 + 8 sqrt(r) + sqrt(K)) * u * S[0] (LOG.md#nearly-equal-values). All constants were calibrated against
+        float64 and are tested to hold; they are not proofs.
 
     Raises:
         ValueError: fewer than two dimensions, an integer or complex dtype, an empty matrix, an unknown method.
@@ -98,7 +98,7 @@ class _Differentiable(torch.autograd.Function):
         S = found.S.to(dtype).reshape(*batch, -1)
         limits = torch.finfo(dtype)  # of the conversion: below `tiny` values are multiples of the smallest subnormal
         rounding = torch.clamp(limits.eps / 2 * found.S, min=limits.smallest_normal * limits.eps)
-        rounding = rounding.where(found.S != 0, 0)
+        rounding = rounding.where(found.S[:, :1] != 0, 0)  # also of a value that is too small to be there
         return S, (found.bound + rounding).to(dtype).reshape(S.shape)
 
     @staticmethod
@@ -316,6 +316,9 @@ def finished(
     """S, bound and sd_error of matrices as they are, from the values S (B, r) of scaled ones; NaN where not finite."""
     bound = value_bound(S, method, inner, backend, dtype=dtype)
     error = sd_error(S, method, inner, dtype=dtype, drift=drift)
+    if not method.squares:
+        more, more_sd = lapack_error(S, dtype=dtype)
+        bound, error = bound + more, error + more_sd
     S, bound = (torch.where(finite[:, None], t / scale[:, None], torch.nan) for t in (S, bound))
     return S, bound, torch.where(finite, error, torch.nan)
 

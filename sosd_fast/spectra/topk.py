@@ -19,6 +19,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -283,12 +284,18 @@ def _check(W, k, n_oversamples, rtol):
         raise ValueError(
             f"topk_svdvals: expected a floating-point dtype, got W.dtype={W.dtype}. Convert it to float32."
         )
-    if not 1 <= k <= min(shape[-2:]):
+    if not (_is_whole(k) and 1 <= k <= min(shape[-2:])):
         raise ValueError(
-            f"topk_svdvals: expected 1 <= k <= min(m, n) = {min(shape[-2:])}, got k={k}. "
+            f"topk_svdvals: expected 1 <= k <= min(m, n) = {min(shape[-2:])}, got k={k!r}. "
             "Use svdvals for all singular values."
         )
-    if n_oversamples < 0:
-        raise ValueError(f"topk_svdvals: expected no negative number, got n_oversamples={n_oversamples}. Use 8.")
-    if not rtol > 0:
-        raise ValueError(f"topk_svdvals: expected a positive tolerance, got rtol={rtol}. Use 1e-3.")
+    if not (_is_whole(n_oversamples) and n_oversamples >= 0):
+        raise ValueError(
+            f"topk_svdvals: expected a whole number of at least 0, got n_oversamples={n_oversamples!r}. Use 8."
+        )
+    if not (isinstance(rtol, Real) and not isinstance(rtol, bool) and float(rtol) > 0):
+        raise ValueError(f"topk_svdvals: expected a positive tolerance, got rtol={rtol!r}. Use 1e-3.")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

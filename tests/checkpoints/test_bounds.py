@@ -51,7 +51,7 @@ def limited(path, tmp_path, mb=200):
 NEST = {
     "a memo of 2^28 places": b"Nr\x00\x00\x00\x10.",
     "a memo of 2^31 places": b"Nr\xff\xff\xff\x7f.",
-    "a key that is nested a million deep": b"}(" + b")" + b"\x85" * 1_000_000 + b"K\x01u.",
+    "a key that is nested 400,000 deep": b"}(" + b")" + b"\x85" * 400_000 + b"K\x01u.",
     "a key of tuples shared 40 deep": b"})" + b"2\x86" * 40 + b"K\x01s.",
     "dicts shared 40 deep": b"}" + b"".join(
         b"q%c}q%c(X\x01\x00\x00\x00ah%cX\x01\x00\x00\x00bh%cu" % (i, i + 1, i, i) for i in range(40)
@@ -83,14 +83,14 @@ def test_pickles(tmp_path, name):
     assert "cannot be read" in limited(tmp_path / "dcp", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["a key that is nested a million deep", "dicts shared 40 deep"])
+@pytest.mark.parametrize("name", ["a key that is nested 400,000 deep", "dicts shared 40 deep"])
 def test_pickles_in_torch_files(tmp_path, name):
     said = limited(zipped(tmp_path / "a.pt", b"\x80\x04" + NEST[name]), tmp_path)
     assert "without a floating-point matrix" in said
 
 
 def zip_bomb(folder):
-    return zipped(folder / "a.pt", b"\x80\x02N" + bytes(2**29), zipfile.ZIP_DEFLATED)
+    return zipped(folder / "a.pt", b"\x80\x02N" + bytes(2**28), zipfile.ZIP_DEFLATED)
 
 
 def zip_of_many_parts(folder):
@@ -132,8 +132,8 @@ def header_of_many_tensors(folder):
     return folder / "a.safetensors"
 
 
-def header_of_90_mb(folder):
-    text = b"{" + b" " * 90_000_000 + b"}"
+def header_of_40_mb(folder):
+    text = b"{" + b" " * 40_000_000 + b"}"
     (folder / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
     return folder / "a.safetensors"
 
@@ -177,7 +177,7 @@ def gguf_of_a_long_list(folder):
 
 
 FILES = (
-    zip_bomb, zip_of_many_parts, parts_without_bytes, one_number_of_any_size, header_of_many_tensors, header_of_90_mb,
+    zip_bomb, zip_of_many_parts, parts_without_bytes, one_number_of_any_size, header_of_many_tensors, header_of_40_mb,
     many_scales, index_of_lists, index_of_depth, config_of_depth, gguf_of_any_count, gguf_of_a_long_list,
 )  # fmt: skip
 
@@ -186,7 +186,8 @@ FILES = (
 @pytest.mark.parametrize("make", FILES, ids=lambda make: make.__name__)
 def test_files(tmp_path, make):
     (tmp_path / "made").mkdir()
-    said = limited(make(tmp_path / "made"), tmp_path)
+    # Within 200 MB, a header of 40 MB could be read before it is refused.
+    said = limited(make(tmp_path / "made"), tmp_path, 20 if make is header_of_40_mb else 200)
     assert (said == "measured") == (make is config_of_depth), said
 
 

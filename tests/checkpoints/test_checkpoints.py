@@ -1,6 +1,5 @@
 """Folders of torch.distributed.checkpoint; tests/distributed/test_sharded.py reads what several ranks wrote."""
 
-import os
 import pickle
 import shutil
 import warnings
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from foreign_files import Bomb
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from sosd_fast.checkpoints.analyze import analyze, parameter_alignment
@@ -143,18 +143,10 @@ def test_what_does_not_fit_is_named(tmp_path, folder):
     refuse(changed(lambda metadata: vars(metadata).clear()), "not an index of torch.distributed.checkpoint")
 
 
-class Bomb:
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return (os.mkdir, (self.target,))
-
-
 @pytest.mark.parametrize("where", ["index", "planner_data", "tensor"])
 def test_code_in_them_is_not_run(tmp_path, folder, where):
     target = tmp_path / "ran"
-    bomb = Bomb(str(target))
+    bomb = Bomb(target)
     if where == "index":
         (folder / ".metadata").write_bytes(pickle.dumps(bomb))
     elif where == "planner_data":

@@ -1,6 +1,6 @@
-"""Run by test_layouts.py on several ranks: spectra of matrices that ranks hold in one layout, against one process's.
+"""Run by test_layouts.py on several ranks: spectra of matrices that ranks hold, against those of one process.
 
-The arguments are the layout and a folder.
+The arguments are the layouts, one after the other.
 """
 
 import functools
@@ -15,12 +15,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from sosd_fast.distributed import blocks
+from sosd_fast.distributed import blocks, ways
 from sosd_fast.distributed import spectra as module
 from sosd_fast.distributed.layout import is_sharded
 from sosd_fast.distributed.share import share
 from sosd_fast.distributed.spectra import Shards
-from sosd_fast.distributed.ways import Way, full_way, leading_way
+from sosd_fast.distributed.ways import Way, leading_way
 from sosd_fast.matrices import find_matrices
 from sosd_fast.spectra.svdvals import spectra
 from sosd_fast.spectra.topk import topk_svdvals
@@ -29,7 +29,6 @@ from sosd_fast.testing import matrix, sd_distance
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
 rank, ranks = dist.get_rank(), dist.get_world_size()
-kind = sys.argv[1]
 
 
 def noisy(*shape, seed=0):
@@ -53,9 +52,16 @@ WEIGHTS = {
     "zero": torch.zeros(41, 30),
     "nan": noisy(41, 30).index_fill(0, torch.tensor([40]), torch.nan),
     "lone": noisy(3, 2),
+    "rows": noisy(2, 50),  # some ranks hold none
+    "columns": noisy(50, 2),
+    "neox.query_key_value": noisy(3 * 36, 20),  # a rank's rows lie in parts that alternate
 }
 ROW_WISE = ("tall_again", "wide", "very_wide", "rank_one", "fp64", "huge_wide")  # the others column-wise
 PLAIN = ("square", "tiny")
+
+
+class GPTNeoXAttention(nn.Module):
+    num_attention_heads = 4
 
 
 class Experts(nn.Module):
@@ -66,6 +72,7 @@ class Experts(nn.Module):
 
 def model_of():
     model = nn.Module()
+    model.neox = GPTNeoXAttention()
     for name, W in WEIGHTS.items():
         *path, last = name.split(".")
         at = model
@@ -106,7 +113,11 @@ def fsdp(model, mesh, root=True):
     return fully_shard(model, mesh=mesh) if root else model
 
 
-def build(model):
+def build(model, kind):
+    if kind == "rows":
+        return placed(model, init_device_mesh("cpu", (ranks,)), [Shard(0)])
+    if kind == "hybrid":
+        return placed(model, init_device_mesh("cpu", (2, ranks // 2)), [Replicate(), Shard(0)])
     if kind == "tp":
         return parallelized(model, init_device_mesh("cpu", (ranks,)))
     if kind == "fsdp+tp":
@@ -160,77 +171,101 @@ def local(p):
 
 
 expected = {m.name: m.tensor() for m in find_matrices(model_of())}
-model = build(model_of())
-before = [local(p).clone() for p in model.parameters()]
-found, shards = together(model)
-names = [m.name for m in found.matrices]
-assert sorted(names) == sorted(expected) and not found.left_out, (names, found.left_out)
-assert all(other == names for other in gathered(names))
-owned = gathered([name for i, name in enumerate(names) if shards.mine(i)])
-assert sorted(name for own in owned for name in own) == sorted(names)
-if kind == "copies":
-    assert all(each.senders == (each.owner,) for each in found.spreads)
-if kind in ("ep", "experts"):
-    stack = [i for i, name in enumerate(names) if name.startswith("experts")]
-    assert [names[i] for i in stack] == [f"experts.weight[{e}]" for e in range(4)]
-    moving = [found.spreads[i].senders != (found.spreads[i].owner,) for i in stack]
-    assert moving == [kind == "experts"] * 4  # whole ones are measured where they are
-    assert kind == "experts" or len({found.spreads[i].owner for i in stack}) == 4
-
-ways = set()
+leading_ways = set()
 
 
-def way_of(forced, *arguments):
+def noted(*arguments):
     way, sent = leading_way(*arguments)
-    ways.add(way)
-    return way if forced is None or way is Way.WHOLE else forced, sent
+    leading_ways.add(way)
+    return way, sent
 
 
-groups = {}
-for i, m in enumerate(found.matrices):
-    groups.setdefault((shards.shapes[i], m.parameter.dtype), []).append(i)
-bits = {}
-for at in groups.values():
-    matrices = [expected[names[i]] for i in at]
-    assert tuple(matrices[0].shape) == shards.shapes[at[0]]
-    ref = spectra([W.double() if W.isfinite().all() else W for W in matrices], "exact")
-    result = shards.spectra(at)
-    small = functools.partial(mock.patch.object, attribute="CHUNK_BYTES", new=4000)
-    with small(blocks), small(module):  # many chunks, and matrices larger than one
-        again = shards.spectra(at, previous=result.S)
-        exact = shards.spectra(at, "exact")
-    for j, i in enumerate(at):
-        bits[names[i]] = result.S[j].numpy().tobytes(), str(result.methods[j])
-        if names[i].startswith("nan"):
-            assert result.S[j].isnan().all() and exact.S[j].isnan().all()
-        elif names[i].startswith("zero"):
-            assert (result.S[j] == 0).all()
-        else:
-            assert result.methods[j] == spectra([matrices[j]]).methods[0], names[i]
-            for each in (result, again, exact):
-                assert sd_distance(each.S[j], ref.S[j]) <= min(1e-6, float(each.sd_error[j])), names[i]
-                assert ((each.S[j] - ref.S[j]).abs() <= each.bound[j] * 1.01 + 1e-30).all(), names[i]
-    for k, forced in {(1, None), (min(3, *matrices[0].shape), None), (1, Way.THIN)}:
-        states, state = [None] * len(at), None
-        for step in range(3):  # cold, then warm
-            with mock.patch.object(module, "leading_way", functools.partial(way_of, forced)):
-                S, residual, norms, states = shards.topk(at, k, states)
-            one = topk_svdvals(matrices, k, state=state)
-            state = one.state
-            for j, i in enumerate(at):
-                if names[i].startswith("nan"):
-                    assert S[j].isnan().all() and norms[j].isnan()
-                    continue
-                top = ref.S[j, 0]
-                assert ((S[j].double() - one.S[j].double()).abs() <= 2e-5 * top).all(), (names[i], step, S[j], one.S[j])
-                assert abs(norms[j] - matrices[j].double().norm()) <= 1e-6 * top, names[i]
-ways |= {
-    full_way(shapes, m.parameter.dtype.itemsize, each)[0]
-    for shapes, m, each in zip(shards.shapes, found.matrices, found.spreads, strict=True)
-}
-assert ways >= {"copies": {Way.WHOLE}, "last": {Way.GATHER}}.get(kind, {Way.LONG, Way.GATHER}), ways
-assert all(other == bits for other in gathered(bits))  # the same on every rank
-for p, earlier in zip(model.parameters(), before, strict=True):
-    assert torch.equal(local(p).nan_to_num(7), earlier.nan_to_num(7))
-print("all as in one process", flush=True)
+@functools.cache
+def exact(names):
+    """Of matrices of one shape."""
+    return spectra([W.double() if W.isfinite().all() else W for W in (expected[name] for name in names)], "exact")
+
+
+@functools.cache
+def alone(names, k):
+    """The leading values of one process, cold, then warm."""
+    cold = topk_svdvals([expected[name] for name in names], k)
+    return cold, topk_svdvals([expected[name] for name in names], k, state=cold.state)
+
+
+def check(kind):
+    leading_ways.clear()
+    model = build(model_of(), kind)
+    before = [local(p).clone() for p in model.parameters()]
+    found, shards = together(model)
+    names = [m.name for m in found.matrices]
+    assert sorted(names) == sorted(expected) and not found.left_out, (names, found.left_out)
+    assert all(other == names for other in gathered(names))
+    owned = gathered([name for i, name in enumerate(names) if shards.mine(i)])
+    assert sorted(name for own in owned for name in own) == sorted(names)
+    if kind == "copies":
+        assert all(each.senders == (each.owner,) for each in found.spreads)
+    if kind in ("ep", "experts"):
+        stack = [i for i, name in enumerate(names) if name.startswith("experts")]
+        assert [names[i] for i in stack] == [f"experts.weight[{e}]" for e in range(4)]
+        moving = [found.spreads[i].senders != (found.spreads[i].owner,) for i in stack]
+        assert moving == [kind == "experts"] * 4  # whole ones are measured where they are
+        assert kind == "experts" or len({found.spreads[i].owner for i in stack}) == 4
+    groups = {}
+    for i, m in enumerate(found.matrices):
+        groups.setdefault((shards.shapes[i], m.parameter.dtype), []).append(i)
+    bits, methods = {}, {}
+    for at in groups.values():
+        those = tuple(names[i] for i in at)
+        matrices = [expected[name] for name in those]
+        assert tuple(matrices[0].shape) == shards.shapes[at[0]]
+        ref = exact(those)
+        result = shards.spectra(at)
+        small = functools.partial(mock.patch.object, attribute="CHUNK_BYTES", new=4000)
+        with small(blocks), small(module):  # many chunks, and matrices larger than one
+            again = shards.spectra(at, previous=result.S)
+            whole = shards.spectra(at, "exact")
+        for j, name in enumerate(those):
+            bits[name] = result.S[j].numpy().tobytes(), str(result.methods[j])
+            methods[name] = result.methods[j]
+            if name == "nan.weight":
+                assert result.S[j].isnan().all() and whole.S[j].isnan().all()
+            elif name == "zero.weight":
+                assert (result.S[j] == 0).all()
+            else:
+                assert result.methods[j] == spectra([matrices[j]]).methods[0], name
+                for each in (result, again, whole):
+                    assert sd_distance(each.S[j], ref.S[j]) <= min(1e-6, float(each.sd_error[j])), name
+                    assert ((each.S[j] - ref.S[j]).abs() <= each.bound[j] * 1.01 + 1e-30).all(), name
+        for k, pays in ((min(3, *matrices[0].shape), False), (1, True)):  # of such small ones products never pay
+            states = [None] * len(at)
+            for one in alone(those, k):
+                with (
+                    mock.patch.object(module, "leading_way", noted),
+                    mock.patch.object(ways, "products_pay", lambda *_, pays=pays: pays),
+                ):
+                    S, residual, norms, states = shards.topk(at, k, states)
+                for j, name in enumerate(those):
+                    if name == "nan.weight":
+                        assert S[j].isnan().all() and norms[j].isnan()
+                        continue
+                    top = ref.S[j, 0]
+                    assert ((S[j].double() - one.S[j].double()).abs() <= 2e-5 * top).all(), (name, S[j], one.S[j])
+                    assert abs(norms[j] - matrices[j].double().norm()) <= 1e-6 * top, name
+    assert [methods[f"{name}.weight"] for name in ("tall", "graded", "rank_one")] == ["gram32", "gram64", "bidiag64"]
+    full_ways = {
+        ways.full_way(shape, m.parameter.dtype.itemsize, each)[0]
+        for shape, m, each in zip(shards.shapes, found.matrices, found.spreads, strict=True)
+    }
+    assert full_ways >= {"copies": {Way.WHOLE}, "last": {Way.GATHER}}.get(kind, {Way.LONG, Way.GATHER}), full_ways
+    by_products = {"copies": set(), "last": {Way.THIN}}.get(kind, {Way.LONG, Way.THIN})
+    assert leading_ways >= (by_products | {Way.GATHER} if by_products else {Way.WHOLE}), leading_ways
+    assert all(other == bits for other in gathered(bits))  # the same on every rank
+    for p, earlier in zip(model.parameters(), before, strict=True):
+        assert torch.equal(local(p).nan_to_num(7), earlier.nan_to_num(7))
+    print(f"{kind}: as in one process", flush=True)
+
+
+for kind in sys.argv[1:]:
+    check(kind)
 dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """Run by test_muon_layouts.py: sosd_fast.Muon on spread matrices against the same on whole ones, on every rank."""
 
 import sys
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ rank, ranks = dist.get_rank(), dist.get_world_size()
 # (out, in): tall, wide, of odd sizes, fused, with fewer rows or columns than some of the meshes have ranks
 SHAPES = {"tall": (48, 32), "wide": (32, 48), "odd": (37, 23), "odd_too": (37, 23), "fused": (102, 34)}
 SHAPES |= {"rows": (3, 40), "columns": (40, 3)}
-STEPS, LR = 6, 0.02
+STEPS, LR = 3, 0.02
 
 
 def conditioned(m, n, seed):
@@ -43,6 +43,7 @@ def net():
     return model
 
 
+@cache
 def gradients(step):
     return {name: conditioned(m, n, 1000 * step + i) for i, (name, (m, n)) in enumerate(SHAPES.items())}
 
@@ -55,7 +56,7 @@ def forward(model, step):
 def muon(model):
     fused = model.fused.weight
     groups = [{"params": [p for p in model.parameters() if p is not fused]}, {"params": [fused], "split": 3}]
-    return sosd_fast.Muon(groups, lr=LR, weight_decay=0.1)
+    return sosd_fast.Muon(groups, lr=LR, weight_decay=0.1, ns_dtype=torch.float32)
 
 
 def distributed(mesh, *placements, but=()):

@@ -1,3 +1,4 @@
+import functools
 import json
 from pathlib import Path
 
@@ -10,24 +11,23 @@ import sosd_fast
 WORKER = Path(__file__).with_name("layouts_worker.py")
 
 
-@pytest.mark.parametrize(
-    ("kind", "ranks"),
-    [
-        ("tp", 2),
-        ("tp", 3),
-        ("fsdp+tp", 4),
-        ("hsdp+tp", 8),
-        ("columns", 3),
-        ("last", 4),
-        ("copies", 2),
-        ("experts", 4),
-        ("ep", 4),
-    ],
-)
-def test_spectra_are_those_of_one_process(kind, ranks):
-    done = run_ranks(ranks, WORKER, kind)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("all as in one process") == ranks, done.stdout
+LAYOUTS = {
+    2: ["tp", "copies"],
+    3: ["rows", "tp", "columns"],
+    4: ["hybrid", "fsdp+tp", "last", "experts", "ep"],
+    8: ["hsdp+tp"],
+}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """What one set of processes said that went through all layouts of as many ranks."""
+    return functools.cache(lambda ranks: run_ranks(ranks, WORKER, *LAYOUTS[ranks]))
+
+
+@pytest.mark.parametrize(("ranks", "kind"), [(ranks, kind) for ranks, kinds in LAYOUTS.items() for kind in kinds])
+def test_spectra_are_those_of_one_process(ranks, kind, measured):
+    assert measured(ranks).stdout.count(f"{kind}: as in one process") == ranks, measured(ranks).stderr
 
 
 def test_what_is_sent_and_held_is_bounded():
@@ -46,23 +46,30 @@ METHODS = ("none", "full", "exact", "auto", "topk")
 TRAINING = Path(__file__).with_name("training_layouts_worker.py")
 
 
-def trained(folder, kind, ranks, methods=METHODS):
-    """The result and the records of each method."""
-    done = run_ranks(ranks, TRAINING, kind, ",".join(methods), folder)
+KINDS = {1: ["alone"], 2: ["tp"], 4: ["fsdp+tp", "without root"]}
+
+
+def trained(folder, kinds, ranks):
+    """The results and the records of each method in each layout."""
+    done = run_ranks(ranks, TRAINING, ",".join(kinds), ",".join(METHODS), folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained") == ranks
-    results = {method: json.loads((folder / f"{kind}-{method}.json").read_text()) for method in methods}
-    return results, {m: sosd_fast.load(folder / f"{kind}-{m}") for m in methods if m != "none"}
+    found = {}
+    for kind in kinds:
+        results = {method: json.loads((folder / f"{kind}-{method}.json").read_text()) for method in METHODS}
+        found[kind] = results, {m: sosd_fast.load(folder / f"{kind}-{m}") for m in METHODS if m != "none"}
+    return found
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("alone"), "alone", 1)
+def training(tmp_path_factory):
+    """What `trained` says of all layouts of as many ranks."""
+    return functools.cache(lambda ranks: trained(tmp_path_factory.mktemp("training"), KINDS[ranks], ranks))
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("fsdp+tp", 4), ("without root", 4), ("tp", 2)])
-def test_records_of_a_training_run_are_those_of_one_process(kind, ranks, tmp_path, alone):
-    results, runs = trained(tmp_path, kind, ranks)
+@pytest.mark.parametrize(("kind", "ranks"), [(kind, ranks) for ranks in (2, 4) for kind in KINDS[ranks]])
+def test_records_of_a_training_run_are_those_of_one_process(kind, ranks, training):
+    (results, runs), alone = training(ranks)[kind], training(1)["alone"]
     for method, run in runs.items():
         result, one, alone_run = results[method], alone[0][method], alone[1][method]
         assert result == results["none"], method  # bit for bit

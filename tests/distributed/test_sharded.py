@@ -33,7 +33,7 @@ def test_conv_kernels_flatten():
 
 
 @pytest.mark.parametrize(("ranks", "kind"), [(3, "rows"), (4, "hybrid")])
-def test_spectra_are_those_of_one_process(ranks, kind, tmp_path):
+def test_rows_in_a_checkpoint_and_beyond_the_usual(ranks, kind, tmp_path):
     done = run_ranks(ranks, WORKER, kind, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("all as in one process") == ranks, done.stdout

@@ -1,7 +1,6 @@
 """Run by test_layouts.py: a training run of a tiny model whose weights are spread, alone where there is one rank.
 
-The arguments are the layout, the methods one after the other, "none" for no probe, and a folder for the records and
-the final weights.
+The arguments are layouts and methods, "none" for no probe, and a folder for the records and the final weights.
 """
 
 import json
@@ -17,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import sosd_fast
 
-kind, methods, folder = sys.argv[1:]
+kinds, methods, folder = sys.argv[1:]
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
 rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -46,18 +45,14 @@ class Net(nn.Module):
         return self.head(x)
 
 
-if kind != "alone":
-    shape = {"tp": (1, ranks), "fsdp+tp": (2, ranks // 2), "fsdp": (ranks, 1), "without root": (2, ranks // 2)}[kind]
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
-
-
-def train(method):
+def train(kind, method):
     torch.manual_seed(0)
     model = Net()
     if kind != "alone":
-        if shape[1] > 1:
-            for block in model.blocks:
-                parallelize_module(block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        shape = (1, ranks) if kind == "tp" else (2, ranks // 2)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp"))
+        for block in model.blocks:
+            parallelize_module(block, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
         if shape[0] > 1:
             for block in model.blocks:
                 fully_shard(block, mesh=mesh["dp"])
@@ -68,7 +63,7 @@ def train(method):
     if method != "none":
         probe = sosd_fast.track(model, method=method, k=4, budget=1.0, run_dir=f"{folder}/{kind}-{method}")
     losses = []
-    for step in range(5):
+    for step in range(4):
         tokens = torch.randint(0, 50, (8, 12), generator=torch.Generator().manual_seed(step))  # the same on every rank
         loss = torch.nn.functional.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
         loss.backward()
@@ -76,7 +71,7 @@ def train(method):
         optimizer.zero_grad()
         losses.append(loss.item())
     if probe is not None:
-        assert probe.step_count == 5, probe.step_count
+        assert probe.step_count == 4, probe.step_count
         probe.close()
     weights = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in model.named_parameters()
@@ -87,7 +82,8 @@ def train(method):
             json.dump({"losses": losses, "weights": bits}, file)
 
 
-for method in methods.split(","):
-    train(method)
+for kind in kinds.split(","):
+    for method in methods.split(","):
+        train(kind, method)
 print("trained", flush=True)
 dist.destroy_process_group()

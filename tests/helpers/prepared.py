@@ -26,8 +26,14 @@ import __main__
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = (
     "matplotlib.figure",
+    "pandas",  # by pyarrow's to_numpy
+    "pyarrow.compute",
+    "pyarrow.json",
+    "safetensors.torch",
+    "sosd_fast.checkpoints.analyze",
     "sosd_fast.runs.plot",
     "torch._dynamo",  # imported by the first optimizer
+    "torch.distributed.checkpoint._fsspec_filesystem",  # by the first checkpoint
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.utils.data",

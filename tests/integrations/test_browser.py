@@ -14,6 +14,16 @@ import sosd_fast
 from sosd_fast.runs.records import JsonLines
 from sosd_fast.runs.report import write_report
 
+# The height of the letters in each text of a figure, in pixels of the screen; its exponents are smaller.
+LETTERS = """
+[...document.querySelectorAll('figure svg text')].filter(text => text.getClientRects().length).map(text => {
+  const to = text.getScreenCTM();
+  const sizes = [text, ...text.querySelectorAll('tspan')].filter(e => e.textContent.trim())
+    .map(e => parseFloat(getComputedStyle(e).fontSize));
+  return Math.hypot(to.a, to.b) * (text.querySelector('tspan') ? Math.max(...sizes.slice(1)) : sizes[0]);
+})
+"""
+
 
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory):
@@ -54,8 +64,8 @@ def test_report(page_file, scheme, width):
         opened = page.evaluate(wide), page.evaluate(bars)
         page.evaluate("document.querySelectorAll('figure + details').forEach(e => e.open = false)")
         hints = page.locator("figure svg title").all_text_contents()
-        figures = page.locator("figure svg").all()
-        boxes = [f.bounding_box() for f in figures]
+        boxes = [f.bounding_box() for f in page.locator("figure svg:visible").all()]
+        letters = page.evaluate(LETTERS)
         shot = matplotlib.image.imread(io.BytesIO(page.screenshot(full_page=True)))[..., :3]  # (height, width, 3)
         overflow = page.evaluate(wide)
         browser.close()
@@ -64,8 +74,8 @@ def test_report(page_file, scheme, width):
     assert len(boxes) == 2 + 2 * 2 and all(b and b["width"] > 200 and b["height"] > 100 for b in boxes)
     paper = {"light": (1.0, 1.0, 1.0), "dark": (22 / 255, 24 / 255, 27 / 255)}[scheme]
     assert shot[2, 2] == pytest.approx(paper, abs=0.01)
-    least = 0.002 if width > 390 else 0.0005  # on a telephone figures are small, and their letters thin
+    assert len(letters) > 60 and min(letters) >= 9, "too small to be read"
     for b in boxes:  # each figure is drawn, in colours, and in ink that stands out from the paper
         drawn = shot[math.ceil(b["y"]) : int(b["y"] + b["height"]), math.ceil(b["x"]) : int(b["x"] + b["width"])]
         grey, colour = drawn.mean(-1), drawn.max(-1) - drawn.min(-1)
-        assert (colour > 0.2).mean() > 0.002 and (np.abs(grey - np.mean(paper)) > 0.6).mean() > least
+        assert (colour > 0.2).mean() > 0.002 and (np.abs(grey - np.mean(paper)) > 0.6).mean() > 0.002

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from sosd_fast import kernels
 from sosd_fast.kernels.newton_schulz import COEFFICIENTS, iterate, newton_schulz, newton_schulz_ref
 from sosd_fast.testing import matrix
 
@@ -58,6 +59,7 @@ def test_zero_stays_zero():
         ({"G": torch.ones(3, 3), "steps": 0}, "got steps=0"),
         ({"G": torch.ones(3, 3), "coefficients": "quintic"}, "got coefficients='quintic'"),
         ({"G": torch.ones(3, 3), "method": "fast"}, "got method='fast'"),
+        ({"G": torch.ones(3, 3), "dtype": torch.int8}, "got dtype=torch.int8"),
     ],
 )
 def test_bad_input(arguments, message):
@@ -78,12 +80,12 @@ def test_every_form_keeps_the_band(device, shape, dtype, form, symmetric):
     X = iterate(G, triples, 1e-7, form, symmetric)
     assert X.dtype == dtype and X.shape == G.shape and torch.equal(G, before)
     truth = newton_schulz_ref(G.double(), triples)
-    own = dtype == torch.bfloat16 and form == "plain" and not G.is_cuda  # iterates in bfloat16 itself
+    own = dtype == torch.bfloat16 and not G.is_cuda and kernels.multiplies_bfloat16()  # iterates in bfloat16 itself
     limit = 1e-4 if dtype == torch.float32 else 1e-1 if own else 1.5e-2
     assert (X.double() - truth).norm() <= limit * truth.norm()
     S, S0 = torch.linalg.svdvals(X.double()), torch.linalg.svdvals(G.double())
     S0 /= torch.linalg.matrix_norm(G.double(), keepdim=True)[..., 0]
-    assert (S < 1.21).all() and ((S > (0.65 if own else 0.68)).sum(-1) >= (S0 > 3e-3).sum(-1)).all()
+    assert (S < 1.21).all() and ((S > (0.64 if own else 0.68)).sum(-1) >= (S0 > 3e-3).sum(-1)).all()
 
 
 @pytest.mark.parametrize("name", ["power", "log4", "rank_one", "zero"])
@@ -191,3 +193,32 @@ def test_the_gradient_is_that_of_the_reference(dtype, power):
     error = (ours.grad.double() * 2.0**power - theirs.grad).norm() / theirs.grad.norm()
     # The gradient flowing in is twice the forward pass, in the dtype of G.
     assert error <= 64 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["native", "not native"])
+@pytest.mark.parametrize("name", ["gaussian", "power", "log4"])
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64), (96, 96), (3, 40, 100)], ids=str)
+@pytest.mark.parametrize("steps", [5, 8])
+def test_bfloat16_by_an_argument(monkeypatch, shape, name, native, steps):
+    """Eight steps are the case that one restart alone loses: noise in A grows twelvefold a step."""
+    monkeypatch.setattr(kernels, "multiplies_bfloat16", lambda: native)
+    G = matrix(name, *shape[-2:]).expand(shape)
+    truth = newton_schulz_ref(G.double(), COEFFICIENTS["muon"] * steps)
+    for method in ("auto", "plain", "gram"):
+        X = newton_schulz(G, steps=steps, method=method, dtype=torch.bfloat16)
+        assert X.dtype == torch.float32 and X.shape == G.shape
+        assert torch.equal(X, X.bfloat16()) == native, "it ran in the dtype that it should"
+        assert torch.linalg.matrix_norm(X, 2).max() < 1.23, "beyond 1.3 the polynomial grows without end"
+        if steps == 5:
+            limit = (6e-2 if name == "gaussian" else 1.3e-1) if native else 1e-3
+            assert (X - truth).norm() <= limit * truth.norm()
+
+
+@pytest.mark.parametrize("form", ["plain", "gram"])
+@pytest.mark.parametrize("shape", [(513, 700), (520, 520), (2, 600, 1300)], ids=str)
+def test_products_by_strips(shape, form):
+    """Of sides that no strip divides."""
+    G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    triples = COEFFICIENTS["muon"] * 2
+    found, whole = (iterate(G, triples, 1e-7, form, symmetric) for symmetric in (True, False))
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)

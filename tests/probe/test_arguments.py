@@ -59,3 +59,11 @@ def test_bad_input(net, options, message):
     with pytest.raises(ValueError, match=message):
         sosd_fast.track(net, **options)
     assert {id(probe) for probe in live()} <= {id(probe) for probe in before}
+
+
+def test_a_run_directory_of_another_probe(tmp_path):
+    with sosd_fast.track(nn.Linear(3, 3), run_dir=tmp_path):
+        with pytest.raises(
+            ValueError, match=r"^track: expected a file that nobody else writes, got path=.*\. Close the"
+        ):
+            sosd_fast.track(nn.Linear(3, 3), run_dir=tmp_path)

@@ -1,6 +1,9 @@
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import sosd_fast
 from sosd_fast.probe.planner import Budget, Cost, Plan, Planner
 
 
@@ -123,3 +126,14 @@ def test_small_budgets_are_told_once(caplog):
     assert caplog.messages == [
         "sosd_fast: budget=0.01 covers 20 % of the matrices each step; they take turns. budget=0.05 would cover all."
     ]
+
+
+def test_steps_at_which_nothing_is_measured_leave_nothing_behind():
+    net = nn.Linear(8, 8, bias=False)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    with sosd_fast.track(net, budget=1e-12) as probe:
+        for _ in range(30):
+            net(torch.ones(8)).sum().backward()
+            optimizer.step()
+        assert len(probe._recorder._watcher._rates_at) <= 1
+        assert probe.step_count == 30 and probe.latest()["weight"].step < 5

@@ -14,7 +14,7 @@ from sosd_fast.probe import full
 from sosd_fast.probe.watcher import Watcher
 from sosd_fast.runs import events
 from sosd_fast.runs.phases import onsets
-from sosd_fast.runs.records import RunWriter
+from sosd_fast.runs.records import Record, RunWriter
 
 
 class Loop:
@@ -65,6 +65,26 @@ def test_a_spike_is_one_event_live_and_after_a_resume(tmp_path):
     loop.train(map(spiking, range(31, 61)))
     (again,) = (e for e in sosd_fast.load(tmp_path).events if e.what == "spike")
     assert (again.step, set(again.names)) == (40, set(event.names)) and again.value > 10
+
+
+@pytest.mark.parametrize(
+    ("sizes", "found"),
+    [
+        ([1.0] * 30 + [3.0] + [1.0] * 5, [31]),
+        ([1.0] * 15 + [1.25**i for i in range(20)], []),  # a rise, as at the end of a warm-up, is none
+        ([1.0, 2.9] * 15 + [4.0] + [1.0] * 5, []),  # where as large a step is usual
+        ([1.0] * 20 + [(3.0, 9)] * 20, []),  # over nine steps a spectrum that wanders goes three times as far,
+        ([(3.0, 9)] * 20 + [1.0] * 20, []),  # and what is left of it by the step is less
+        ([(3.0, 9)] * 20 + [(9.0, 9)], [21]),
+    ],
+)
+def test_what_is_a_spike(sizes, found):
+    watcher = Watcher()
+    heard = []
+    for step, (size, interval) in enumerate((each if isinstance(each, tuple) else (each, 1) for each in sizes), 1):
+        record = Record(step, "mlp.weight", (4, 4), "gram32", interval, 1e-3 * size, sigma_max=1.0, sd_error=1e-8)
+        heard += watcher.update([], [record])[0]
+    assert [event.at for event in heard] == found
 
 
 def onset_at_sixty(step):

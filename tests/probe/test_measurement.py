@@ -48,7 +48,7 @@ def test_the_record_of_all_values_has_every_field_of_them():
     expected = {name: getattr(full, name) for name in names}
     expected |= {"sd_variation_floor": full.sd_variation_topk, "audit_error": 0.125}
     assert given(found(full).record()) == expected
-    assert FIELDS - set(expected) == {"step", "name", "shape", "sd_variation_carried", "residual"}
+    assert FIELDS - set(expected) == {"step", "name", "shape", "sd_variation_carried", "residual", "lr"}
 
 
 def test_the_record_of_leading_values_has_every_field_of_them():
@@ -113,4 +113,4 @@ def test_each_field_of_a_full_measurement_is_measured():
     error = float((torch.as_tensor(record.spectrum) / record.spectrum.sum() - p).norm())
     assert error <= record.sd_error < 1e-6 < min(expected.values())
     known = {"step", "name", "shape", "interval", "method", "spectrum", "topk", "sd_error"} | set(expected)
-    assert FIELDS - known == {"sd_variation_carried", "residual", "audit_error"}  # of leading values, and of audits
+    assert FIELDS - known == {"sd_variation_carried", "residual", "audit_error", "lr"}  # of other ways

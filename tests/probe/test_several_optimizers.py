@@ -9,6 +9,7 @@ from arranged import backward, model, sgd, sigma_max, steps_of
 from torch import nn
 
 import sosd_fast
+from sosd_fast.probe.optimizers import Notes
 
 
 def records_and_truth(rounds, step):
@@ -115,3 +116,15 @@ def test_optimizers_of_the_same_weights_on_the_same_gradients():
     probe.close()
     assert steps_of(probe) == list(range(7))
     assert probe.latest()["0.weight"].sigma_max == pytest.approx(sigma_max(net[0].weight), rel=1e-5)
+
+
+def test_optimizers_that_are_gone_leave_nothing_behind():
+    net = model()
+    with sosd_fast.track(net, method="full") as probe:
+        for _ in range(30):
+            optimizer = sgd(net.parameters())
+            backward(net)
+            optimizer.step()
+            kept = vars(probe._steps).items()
+            assert max(len(notes._notes) for _, notes in kept if isinstance(notes, Notes)) <= 2
+    assert probe.step_count == 30

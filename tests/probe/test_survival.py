@@ -358,6 +358,23 @@ def test_a_kept_probe_does_not_keep_the_weights_of_a_model_that_is_gone(stepped,
     assert not caplog.messages
 
 
+def test_a_kept_probe_does_not_keep_its_copies_of_weights_that_are_gone():
+    net = model()
+    part, optimizer = net[0], torch.optim.SGD(net.parameters(), lr=0.1)
+    probe = sosd_fast.track(net, method="full", theory_bound=True)
+    copies = [weakref.ref(t.W) for t in probe._matrices.states]
+    del net
+    for i in range(3):
+        part(torch.ones(2, 48)).sum().backward()
+        optimizer.step()
+        assert probe.latest()["0.weight"].theory_bound > 0 and probe.step_count == i + 1
+    del optimizer
+    assert kept_alive(copies) == [True, *[False] * (len(copies) - 1)], "those of the part, and of nothing else"
+    del part
+    assert not any(kept_alive(copies))
+    probe.close()
+
+
 def test_a_part_of_a_model_that_outlives_it_is_measured_on(caplog):
     """As the module inside of a wrapper that nobody keeps."""
     net = model()

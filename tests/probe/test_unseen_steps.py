@@ -103,3 +103,34 @@ def test_weights_that_are_loaded_at_the_end_warn_of_nothing(how, given, caplog):
         == expected
         == [r.levelname for r in caplog.records]
     )
+
+
+@pytest.mark.parametrize("given", [None, "all", []])
+def test_steps_that_count_by_hand_and_by_optimizers_are_told_once(given, caplog):
+    net = model()
+    optimizer = sgd(net.parameters())
+    with sosd_fast.track(net, [optimizer] if given == "all" else given, method="full") as probe:
+        for _ in range(3):
+            backward(net)
+            optimizer.step()
+            probe.step()
+        assert probe.step_count == (3 if given == [] else 6)
+        assert ("doubtful: Probe.step was called at step 2 though" in str(probe)) == (given != [])
+    assert len(told(caplog, "Probe.step was called at step 2 though")) == (given != [])
+
+
+def test_steps_by_hand_alone_are_not_doubted(caplog):
+    net = model()
+    with sosd_fast.track(net, method="full") as probe:
+        for _ in range(3):
+            probe.step()
+    assert probe.step_count == 3 and not told(caplog, "Probe.step was called")
+
+
+def test_steps_by_hand_note_no_weights_for_a_message_that_is_never_given():
+    net = model()
+    with sosd_fast.track(net, [], method="full") as probe:
+        noted = probe._matrices._noted
+        for _ in range(3):
+            probe.step()
+        assert probe._matrices._noted is noted and probe.step_count == 3

@@ -11,7 +11,7 @@ from sosd_fast.runs import segments
 from sosd_fast.runs.records import Record, RunWriter, load
 
 SEGMENT_BYTES = 250  # two steps
-READS = int(os.environ.get("SOSD_READS", "60"))  # 10000 to be sure
+READS = int(os.environ.get("SOSD_READS", "30"))  # 10000 to be sure
 
 WRITER = """
 import sys, time
@@ -40,7 +40,7 @@ from sosd_fast.runs.records import load
 from pathlib import Path
 last = i = beside = 0
 closed = lambda: len(list(Path({run!r}).glob("records-*.*")))
-while i < {reads} or beside < 5:
+while i < {reads} or (beside < 5 and last < 1000):  # the writer ends after 500 steps of two records
     i, before = i + 1, closed()
     run = load({run!r})
     if i % 4 == 0:

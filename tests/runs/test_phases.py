@@ -59,11 +59,11 @@ def test_the_schedule_alone_is_no_onset():
 @pytest.mark.parametrize("slope", [0, -0.4, -1])
 def test_noise_about_a_straight_line_has_no_onset(correlation, slope):
     rng = np.random.default_rng(0)
-    y = [slope * np.log(STEPS) + 0.3 * ar1(rng, correlation, len(STEPS)) for _ in range(60)]
-    assert sum(onset(STEPS, np.exp(curve)) is not None for curve in y) <= 5  # 5 % expected at most
+    y = [slope * np.log(STEPS) + 0.3 * ar1(rng, correlation, len(STEPS)) for _ in range(24)]
+    assert sum(onset(STEPS, np.exp(curve)) is not None for curve in y) <= 2  # 5 % expected at most
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     at=st.integers(20, 250),
     height=st.floats(2, 8),
@@ -148,14 +148,14 @@ def two_power_laws(steps, at, early, late):
 def test_the_loss_boundary_of_two_power_laws():
     """But where noise makes one more knot, as in 1 of 400 draws of 2 % noise."""
     missed = []
-    for seed in range(100):
-        at = 20 + seed * 131 // 100
+    for seed in range(40):
+        at = 20 + seed * 131 // 40
         noise = 1 + 0.02 * np.random.default_rng(seed).standard_normal(len(STEPS))
         found = loss_boundary(STEPS, two_power_laws(STEPS, at, -0.4, -0.1) * noise)
         slopes = np.array([found.slope_before + 0.4, found.slope_after + 0.1])
         if abs(found.step / at - 1) > 0.25 or (np.abs(slopes) > 0.06).any():
             missed.append((at, seed, found))
-    assert len(missed) <= 1, missed
+    assert not missed
 
 
 def test_the_loss_boundary_knows_warm_up_from_descent_and_decay_from_boundary():
@@ -168,11 +168,11 @@ def test_the_loss_boundary_knows_warm_up_from_descent_and_decay_from_boundary():
 def test_one_power_law_has_no_boundary_but_a_knot_on_linear_axes_that_moves():
     rng, found, linear = np.random.default_rng(0), 0, []
     steps = np.arange(1, 2001)
-    for _ in range(40):
+    for _ in range(20):
         loss = 5 * steps**-0.22 * np.exp(0.05 * rng.standard_normal(2000))
         found += loss_boundary(steps, loss) is not None
         linear.append([loss_boundary(steps[:n], loss[:n], axes="linear").step for n in (300, 2000)])
-    assert found <= 3
+    assert found <= 1
     short, long = np.median(linear, axis=0)
     assert long > 2 * short
     assert loss_boundary([], []) is None and loss_boundary(STEPS[:9], STEPS[:9]) is None
@@ -195,7 +195,7 @@ def test_the_phases_of_a_run(tmp_path):
     assert phases.loss.step == pytest.approx(40, rel=0.1) and phases.loss_linear.step < phases.loss.step
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(
     m=st.integers(1, 12),
     n=st.integers(1, 12),

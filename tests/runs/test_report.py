@@ -15,16 +15,18 @@ from sosd_fast.runs.events import append, to_line
 from sosd_fast.runs.records import JsonLines, Record, RunWriter
 from sosd_fast.runs.report import write_report
 
+SPIKE = Event(30, "spike", ("mlp.weight",), 30, 7.0)
 
-@pytest.fixture
-def run_dirs(tmp_path):
-    """Two real runs of a tiny model."""
-    folders = []
+
+@pytest.fixture(scope="module")
+def run_dirs(tmp_path_factory):
+    """Two real runs of a tiny model, the first with a spike that is made up."""
+    folders, parent = [], tmp_path_factory.mktemp("runs")
     for name, lr in (("slow", 1e-3), ("fast & <loose>", 1e-2)):
         torch.manual_seed(0)
         model = torch.nn.ModuleDict({"attn": torch.nn.Linear(24, 24), "mlp": torch.nn.Linear(24, 40)})
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-        folder = tmp_path / name
+        folder = parent / name
         with sosd_fast.track(model, method="full", run_dir=folder) as probe:
             log = JsonLines(folder / "log.jsonl")
             for step in range(1, 40):
@@ -38,7 +40,19 @@ def run_dirs(tmp_path):
             log.close()
         (folder / "config.json").write_text(json.dumps({"lr": lr, "name": "<script>alert(1)</script>"}))
         folders.append(folder)
+    append(folders[0], [to_line(SPIKE)])
+    (folders[1] / "events.jsonl").unlink()
     return folders
+
+
+@pytest.fixture(scope="module")
+def compared(run_dirs, tmp_path_factory):
+    """The page about both, and the figures of spectra in it."""
+    drawn, real, path = [], plot.plot_spectra, tmp_path_factory.mktemp("page") / "r.html"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plot, "plot_spectra", lambda *a, **k: drawn.append(real(*a, **k)) or drawn[-1])
+        write_report(run_dirs, path)
+    return path.read_text(), drawn
 
 
 class Page(HTMLParser):
@@ -72,12 +86,10 @@ def rows_of(text):
     return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", text)]
 
 
-def test_one_page_that_needs_nothing_else(run_dirs, tmp_path, capsys):
-    assert main(["report", *map(str, run_dirs), "-o", str(tmp_path / "page" / "report.html")]) == 0
-    text = (tmp_path / "page" / "report.html").read_text()
-    assert capsys.readouterr().out.strip().endswith("report.html")
+def test_one_page_that_needs_nothing_else(compared):
+    text, _ = compared
     page = Page(text)
-    assert page.tags.count("svg") == 2 + 2 * 2, "loss, alignment, and two kinds of two runs"
+    assert page.tags.count("svg") == 2 * (2 + 2 * 2), "loss, alignment, two kinds of two runs; wide, narrow"
     outside = [v for k, v in page.attributes if k in ("src", "href", "xlink:href") and not v.startswith(("data:", "#"))]
     assert not outside and "script" not in page.tags and "@import" not in text
     ids = [v for k, v in page.attributes if k == "id"]
@@ -101,10 +113,11 @@ def test_one_page_that_needs_nothing_else(run_dirs, tmp_path, capsys):
     assert "Dashed: cosine of the parameters" in text, "the checkpoints were found"
 
 
-def test_one_run(run_dirs, tmp_path):
-    assert main(["report", str(run_dirs[0]), "-o", str(tmp_path / "r.html")]) == 0
-    text = (tmp_path / "r.html").read_text()
-    assert Page(text).tags.count("svg") == 4
+def test_one_run(run_dirs, tmp_path, capsys):
+    assert main(["report", str(run_dirs[0]), "-o", str(tmp_path / "page" / "r.html")]) == 0
+    text = (tmp_path / "page" / "r.html").read_text()
+    assert capsys.readouterr().out.strip().endswith("r.html")
+    assert Page(text).tags.count("svg") == 8
     rows = [row[1:4] for row in rows_of(text) if len(row) == 10 and row[1] in ("attention", "mlp")]
     run = sosd_fast.load(run_dirs[0])
     last = {r.name: r.sd_variation for r in run.records if r.step == 39}
@@ -112,10 +125,9 @@ def test_one_run(run_dirs, tmp_path):
     assert [float(v) for *_, v in rows] == pytest.approx([last["attn.weight"], last["mlp.weight"]], rel=1e-2)
 
 
-def test_the_numbers_behind_the_figures(run_dirs, tmp_path):
+def test_the_numbers_behind_the_figures(run_dirs, compared):
     """In tables that are closed at first, and where a pointer rests on a line."""
-    main(["report", *map(str, run_dirs), "-o", str(tmp_path / "r.html")])
-    text = (tmp_path / "r.html").read_text()
+    text, _ = compared
     assert text.count("<summary>numbers</summary>") == 2 + 2 * 2
     run = sosd_fast.load(run_dirs[0])
     last = {r.name: r for r in run.records if r.step == 39}
@@ -130,23 +142,17 @@ def test_the_numbers_behind_the_figures(run_dirs, tmp_path):
     assert any(re.match(rf"slow: {last['mlp.weight'].sd_variation:.4g} at step 39; largest", hint) for hint in hints)
 
 
-def test_runs_that_are_compared_share_their_colours(run_dirs, monkeypatch):
-    drawn, real = [], plot.plot_spectra
-    monkeypatch.setattr(plot, "plot_spectra", lambda *a, **k: drawn.append(real(*a, **k)) or drawn[-1])
-    write_report(run_dirs, run_dirs[0] / "r.html")
+def test_runs_that_are_compared_share_their_colours(run_dirs, compared):
+    _, drawn = compared
     scales = [figure.axes[0].collections[0].get_clim() for figure in drawn]
-    assert len(scales) == 4 and scales[:2] == scales[2:] and scales[0] != scales[1], "one scale for each kind"
-    alone = real(sosd_fast.load(run_dirs[0]), ["attn.weight"]).axes[0].collections[0].get_clim()
+    assert len(scales) == 8 and scales[:4] == scales[4:] and scales[0] != scales[2], "one scale for each kind"
+    alone = plot.plot_spectra(sosd_fast.load(run_dirs[0]), ["attn.weight"]).axes[0].collections[0].get_clim()
     assert alone != scales[0]
 
 
-def test_events_are_told(run_dirs, tmp_path):
-    event = Event(30, "spike", ("mlp.weight",), 30, 7.0)
-    append(run_dirs[0], [to_line(event)])
-    (run_dirs[1] / "events.jsonl").unlink()
-    main(["report", *map(str, run_dirs), "-o", str(tmp_path / "r.html")])
-    rows = rows_of((tmp_path / "r.html").read_text())
-    assert ["slow", "30", str(event)] in rows and ["fast &amp; &lt;loose&gt;", "–", "none was found"] in rows
+def test_events_are_told(compared):
+    rows = rows_of(compared[0])
+    assert ["slow", "30", str(SPIKE)] in rows and ["fast &amp; &lt;loose&gt;", "–", "none was found"] in rows
 
 
 def test_a_run_without_anything_measured(tmp_path):
@@ -163,7 +169,7 @@ def test_diverged_and_sparse_runs(tmp_path):
         writer.append(records + ([Record(step, "h.attn.w", (4, 9), "topk", topk=(1.0,))] if step % 2 else []))
     writer.close()
     assert main(["report", str(tmp_path / "odd"), "-o", str(tmp_path / "r.html")]) == 0
-    assert Page((tmp_path / "r.html").read_text()).tags.count("svg") == 3
+    assert Page((tmp_path / "r.html").read_text()).tags.count("svg") == 6
 
 
 def test_bounds_and_audits(tmp_path):
@@ -195,36 +201,42 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HOSTILE, ids=range(len(HOSTILE)))
-def test_names_settings_and_logs_are_shown_as_data(tmp_path, name, capsys):
+def test_names_settings_and_logs_are_shown_as_data(tmp_path):
     run = tmp_path / "run"
-    writer = RunWriter(run, {"settings": {name: name}, "matrices": [f"h.attn.{name}"]})
+    matrices = [f"h.attn.{name}" for name in HOSTILE]
+    writer = RunWriter(run, {"settings": {name: name for name in HOSTILE}, "matrices": matrices})
     for step in range(4):
         spectrum = np.arange(4, 0, -1.0) + step
-        writer.append([Record(step, f"h.attn.{name}", (4, 4), "exact", 1, 1.0 + step, spectrum=spectrum)])
+        writer.append([Record(step, m, (4, 4), "exact", 1, 1.0 + step, spectrum=spectrum) for m in matrices])
     writer.close()
     log = JsonLines(run / "log.jsonl")
-    for value in (1.0, name, [name], {name: 1}, True, 10**400, None):
-        log.write({"step": 1, "loss": value, "overhead": value, "step_ms": value, "lr": value, name: value})
-        log.write({"step": value, "loss": 1.0})
+    for name in HOSTILE:
+        for value in (1.0, name, [name], {name: 1}, True, 10**400, None):
+            log.write({"step": 1, "loss": value, "overhead": value, "step_ms": value, "lr": value, name: value})
+            log.write({"step": value, "loss": 1.0})
     log.write({"loss": 2.0})
     log.close()
-    (run / "config.json").write_text(json.dumps({name: [name, {name: None}]}))
+    (run / "config.json").write_text(json.dumps({name: [name, {name: None}] for name in HOSTILE}))
     assert main(["report", str(run), "-o", str(tmp_path / "r.html")]) == 0
     text = (tmp_path / "r.html").read_text(encoding="utf-8")
     page = Page(text)
     assert not {"script", "img", "iframe", "object"} & set(page.tags)
     assert not [k for k, v in page.attributes if k.startswith("on") or (v or "").startswith("javascript:")]
     assert not {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t"}
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 6
 
 
-@pytest.mark.parametrize("config", [b"{", b"\xff\xfe", b"[1]", b"[" * 100_000, b'{"a": %s}' % (b"9" * 5000), b'"x"'])
-def test_a_broken_config_is_shown_as_such(tmp_path, config):
-    RunWriter(tmp_path / "run").close()
-    (tmp_path / "run" / "config.json").write_bytes(config)
-    assert main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "r.html")]) == 0
-    assert "config.json" in (tmp_path / "r.html").read_text()
+BROKEN = [b"{", b"\xff\xfe", b"[" * 100_000, b'{"a": %s}' % (b"9" * 5000)]
+
+
+def test_a_broken_config_is_shown_as_such(tmp_path):
+    runs = [tmp_path / str(i) for i in range(len(BROKEN) + 2)]
+    for run, config in zip(runs, [*BROKEN, b"[1]", b'"x"'], strict=True):
+        RunWriter(run).close()
+        (run / "config.json").write_bytes(config)
+    assert main(["report", *map(str, runs), "-o", str(tmp_path / "r.html")]) == 0
+    damaged = ["damaged: it holds no JSON"] * len(BROKEN)
+    assert ["config.json", *damaged, "[1]", "x"] in rows_of((tmp_path / "r.html").read_text())
 
 
 def test_errors_write_no_escape_sequence_to_a_terminal(tmp_path, capsys):

@@ -38,6 +38,20 @@ def test_signs_at_a_thousand():
     assert (quick.S[0] / quick.S[0].sum() - truth / truth.sum()).norm() <= quick.sd_error[0]
 
 
+@pytest.mark.parametrize("method", ["gram32", "gram64", "auto", "exact"])
+@pytest.mark.parametrize("r", [2, 4, 10, 16, 40])
+def test_values_that_nearly_repeat(path, method, r):
+    """LAPACK's erred by 118 units of rounding, twice their bound, and SD by 6 times `sd_error`."""
+    g, own = torch.Generator().manual_seed(r), 160 * 2.0**-53  # of the truth, which is LAPACK's, too
+    for _ in range(40):
+        Q = torch.linalg.qr(torch.randn(4, r + 1, r, generator=g, dtype=torch.float64))[0]
+        apart = 10.0 ** (-5 * torch.rand(4, 1, 1, generator=g, dtype=torch.float64))
+        W = (Q * (1 + apart * torch.randn(4, 1, r, generator=g, dtype=torch.float64))).float()
+        found, truth = spectra(list(W), method), torch.linalg.svdvals(W.double())
+        error = (found.S / found.S.sum(-1, keepdim=True) - truth / truth.sum(-1, keepdim=True)).norm(dim=-1)
+        assert (error <= found.sd_error + own).all() and ((found.S - truth).abs() <= found.bound + own).all()
+
+
 @pytest.mark.parametrize("method", ["gram32", "gram64", "auto"])
 @pytest.mark.parametrize("shape", [(1, 1_000_000), (16, 300_000), (12, 396), (700, 700)], ids=str)
 def test_a_million_equal_terms(shape, method):

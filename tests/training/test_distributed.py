@@ -20,7 +20,7 @@ from training import run as script
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("training_worker.py")
-FLAGS = ["--steps=6", "--batch-size=8", "--warmup=2", "--eval-every=3", "--eval-sequences=5", "--quiet", "--clip=1"]
+FLAGS = ["--steps=4", "--batch-size=8", "--warmup=2", "--eval-every=2", "--eval-sequences=5", "--quiet", "--clip=1"]
 FLAGS += ["--device=cpu", "--weight-decay=0.1", "--tracker-k=4"]
 PARALLEL = {
     "ddp": (2, []),
@@ -30,10 +30,10 @@ PARALLEL = {
     "fsdp+tp": (4, ["--tp-size=2"]),
     "hsdp+tp": (8, ["--replicas=2"]),
 }
-MODELS = {"adamw": ["--model=gpt2-nano"], "muon": ["--model=llama-nano", "--micro-batch-size=2"]}
+LLAMA = ["--model=llama-nano", "--micro-batch-size=2"]
 # Sums over ranks round in another order, which Muon amplifies most where a gradient's singular values are smallest. In
 # float64 nothing of it is left to see: what differs there by more than the rounding of the spectra's files is a fault.
-RUNS = {**MODELS, "muon64": ["--float64", *MODELS["muon"]]}
+RUNS = {"adamw": ["--model=gpt2-nano"], "muon64": ["--float64", *LLAMA], "muon": LLAMA}
 TOLERANCE = {"adamw": (1e-5, 1e-6), "muon": (1e-5, 1e-6), "muon64": (1e-12, 1e-8)}  # losses, relative; SD
 
 
@@ -49,11 +49,11 @@ def joined(runs):
     return [flag for flags in runs for flag in ("--next", *flags)][1:]
 
 
-def every_optimizer(text, folder, *more):
+def flags_of(names, text, folder, *more):
     return joined(
-        [*flags, *FLAGS, f"--optimizer={name.rstrip('64')}", "--tracker=full", "--checkpoint-every=6", *more]
+        [*RUNS[name], *FLAGS, f"--optimizer={name.rstrip('64')}", "--tracker=full", "--checkpoint-every=4", *more]
         + [f"--data={text}", f"--run-dir={folder / name}"]
-        for name, flags in RUNS.items()
+        for name in names
     )
 
 
@@ -61,7 +61,7 @@ def every_optimizer(text, folder, *more):
 def alone(text, tmp_path_factory):
     """The runs of one process."""
     folder = tmp_path_factory.mktemp("alone")
-    done = run(WORKER, *every_optimizer(text, folder))
+    done = run(WORKER, *flags_of(RUNS, text, folder))
     assert done.returncode == 0, done.stderr
     return {name: sosd_fast.load(folder / name) for name in RUNS}
 
@@ -75,10 +75,11 @@ def log(run_dir):
 @pytest.mark.parametrize("kind", PARALLEL)
 def test_losses_and_spectra_are_those_of_one_process(alone, text, tmp_path, kind):
     ranks, more = PARALLEL[kind]
-    done = run_ranks(ranks, WORKER, *every_optimizer(text, tmp_path, f"--parallel={kind}", *more))
+    names = [name for name in RUNS if name != "muon" or kind == "fsdp+tp"]  # float32 rounds alike in all of them
+    done = run_ranks(ranks, WORKER, *flags_of(names, text, tmp_path, f"--parallel={kind}", *more))
     assert done.returncode == 0, done.stderr
-    for name, one in alone.items():
-        same_run(one, tmp_path / name, ranks, *TOLERANCE[name])
+    for name in names:
+        same_run(alone[name], tmp_path / name, ranks, *TOLERANCE[name])
         spectra_are_those_of_the_gathered_weights(tmp_path / name)
 
 
@@ -92,13 +93,13 @@ def spectra_are_those_of_the_gathered_weights(run_dir):
         W = weights[name_of_whole].double()
         W = W.chunk(3)["qkv".index(part)] if part else W
         steps, spectra = measured.spectra(name)
-        assert steps[-1] == 6
+        assert steps[-1] == 4
         assert sd_distance(torch.tensor(spectra[-1]), torch.linalg.svdvals(W)) <= 1e-6, name
 
 
 def same_run(one, run_dir, ranks, loss_tolerance, sd_tolerance):
     several = sosd_fast.load(run_dir)
-    assert len(several.log) == 6
+    assert len(several.log) == 4
     for key in ("loss", "val_loss", "grad_norm"):
         expected, found = ([line[key] for line in each.log if key in line] for each in (one, several))
         np.testing.assert_allclose(found, expected, rtol=loss_tolerance, err_msg=key)
@@ -121,17 +122,17 @@ def same_run(one, run_dir, ranks, loss_tolerance, sd_tolerance):
 
 
 def half_done(run_dir, to):
-    """A copy of a run that was killed after its checkpoint of step 3."""
+    """A copy of a run that was killed after its checkpoint of step 2."""
     shutil.copytree(run_dir, to)
-    shutil.rmtree(to / "checkpoints" / "step-000006")
+    shutil.rmtree(to / "checkpoints" / "step-000004")
     return to
 
 
-@pytest.mark.parametrize(("ranks", "kind"), [(2, "fsdp"), (4, "fsdp+tp")])
-def test_checkpoints_resume_bit_for_bit_and_in_other_layouts(text, tmp_path, ranks, kind):
+@pytest.mark.parametrize(("ranks", "kind", "count", "other"), [(2, "fsdp", 2, "tp"), (4, "fsdp+tp", 1, "none")])
+def test_checkpoints_resume_bit_for_bit_and_in_another_layout(text, tmp_path, ranks, kind, count, other):
     whole = tmp_path / "whole"
     flags = [*FLAGS, "--model=llama-nano", "--optimizer=muon", "--tracker=topk", f"--data={text}"]
-    done = run_ranks(ranks, WORKER, *flags, f"--parallel={kind}", "--checkpoint-every=3", f"--run-dir={whole}")
+    done = run_ranks(ranks, WORKER, *flags, f"--parallel={kind}", "--checkpoint-every=2", f"--run-dir={whole}")
     assert done.returncode == 0, done.stderr
 
     same = half_done(whole, tmp_path / "same")
@@ -139,24 +140,23 @@ def test_checkpoints_resume_bit_for_bit_and_in_other_layouts(text, tmp_path, ran
     assert done.returncode == 0, done.stderr
     assert log(same) == log(whole)
     records = [sosd_fast.load(path).records for path in (same, whole)]
-    assert records[0] == records[1] and records[0][-1].step == 6
+    assert records[0] == records[1] and records[0][-1].step == 4
 
-    for count, other in ((1, "none"), (2, "tp")):
-        elsewhere = half_done(whole, tmp_path / other)
-        flags = [f"--resume={elsewhere}", f"--parallel={other}", "--tracker=off"]
-        done = run(WORKER, *flags) if count == 1 else run_ranks(count, WORKER, *flags)
-        assert done.returncode == 0, done.stderr
-        losses = [[line["loss"] for line in log(run_dir)] for run_dir in (elsewhere, whole)]
-        np.testing.assert_allclose(*losses, rtol=1e-5)
+    elsewhere = half_done(whole, tmp_path / "elsewhere")
+    flags = [f"--resume={elsewhere}", f"--parallel={other}", "--tracker=off"]
+    done = run(WORKER, *flags) if count == 1 else run_ranks(count, WORKER, *flags)
+    assert done.returncode == 0, done.stderr
+    losses = [[line["loss"] for line in log(run_dir)] for run_dir in (elsewhere, whole)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("ranks", "kind"), [(2, "fsdp"), (2, "tp"), (4, "fsdp+tp")])
 def test_auto_agrees_on_what_to_measure_and_half_precision_trains(text, tmp_path, ranks, kind):
-    flags = [*FLAGS, "--tracker=fast", "--tracker-budget=0.01", "--dtype=bfloat16", "--steps=12", f"--data={text}"]
+    flags = [*FLAGS, "--tracker=fast", "--tracker-budget=0.01", "--dtype=bfloat16", "--steps=6", f"--data={text}"]
     done = run_ranks(ranks, WORKER, *flags, f"--parallel={kind}", f"--run-dir={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     found = sosd_fast.load(tmp_path / "run")
-    assert found.log[-1]["loss"] < found.log[0]["loss"] and len(found.log) == 12
+    assert found.log[-1]["loss"] < found.log[0]["loss"] and len(found.log) == 6
     assert len({r.name for r in found.records}) == 13
 
 
@@ -164,10 +164,13 @@ def test_auto_agrees_on_what_to_measure_and_half_precision_trains(text, tmp_path
 def test_a_rank_that_fails_ends_the_run_and_keeps_what_was_flushed(text, tmp_path, how):
     run_dir = tmp_path / "run"
     flags = [*FLAGS, "--steps=1000", "--tracker=full", "--eval-every=1", "--parallel=fsdp", f"--run-dir={run_dir}"]
-    began = time.monotonic()
-    done = torchrun(2, WORKER, *flags, f"--data={text}", "--timeout=5", timeout=100, **{how: "1:6"})
-    assert done.returncode not in (0, None) and time.monotonic() - began < 90
-    assert ("Timed out" if how == "HANG" else "signal 9" if "signal 9" in done.stdout else "SIGKILL") in done.stdout
+    flags += [f"--data={text}", "--timeout=5"]
+    if how == "HANG":  # only torchrun ends such a rank
+        done = torchrun(2, WORKER, *flags, timeout=100, HANG="1:6")
+        assert "Timed out" in done.stdout
+    else:
+        done = run_ranks(2, WORKER, *flags, DIE="1:6")
+    assert done.returncode not in (0, None)
     assert [line["step"] for line in log(run_dir)] == [1, 2, 3, 4, 5]
     assert {r.step for r in sosd_fast.load(run_dir / "rank-00000").records} >= {0, 1, 2, 3, 4, 5}
     assert {r.step for r in sosd_fast.load(run_dir / "rank-00001").records} >= {0, 1, 2, 3, 4, 5}

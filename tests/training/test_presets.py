@@ -88,9 +88,17 @@ def text(tmp_path):
 
 
 @pytest.mark.slow
-def test_gpt2_small_starts_with_its_real_shape(tmp_path, text):
-    """A step of 64 tokens in bfloat16; the larger models start in `python -m bench.training --presets`."""
-    flags = ["--steps=1", "--context=32", "--batch-tokens=64", "--no-compile", "--eval-sequences=1", "--tracker=off"]
+def test_gpt2_small_starts_with_its_real_width_and_vocabulary(tmp_path, text):
+    """A step of 64 tokens in bfloat16, one block; whole models start in `python -m bench.training --presets`."""
+    flags = [
+        "--steps=1",
+        "--layers=1",
+        "--context=32",
+        "--batch-tokens=64",
+        "--no-compile",
+        "--eval-sequences=1",
+        "--tracker=off",
+    ]
     flags += ["--quiet", "--device=cpu", f"--data={text}", f"--run-dir={tmp_path / 'run'}", "--micro-batch-size=1"]
     assert script.main(["--preset=small-adamw-wsd", *flags]) == 0
     losses = [line["loss"] for line in sosd_fast.load(tmp_path / "run").log]

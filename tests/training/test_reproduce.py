@@ -24,7 +24,6 @@ def tiny(tmp_path, monkeypatch):
     models = [(f"--model={name}", "--batch-size=1") for name in ("gpt2-nano", "llama-nano")]
     scale = reproduce.Scale(*models, 30, 3, 5, ("--device=cpu",), theory_steps=400)
     monkeypatch.setitem(reproduce.SCALES, "nano", scale)
-    monkeypatch.setattr(reproduce.run, "plot_run", lambda _: type("Blank", (), {"savefig": lambda *_, **__: None})())
     text = tmp_path / "text.txt"
     text.write_bytes(b"".join(b"%d times %d is %d\n" % (i, j, i * j) for i in range(60) for j in range(60)))
 
@@ -38,7 +37,7 @@ def tiny(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_all_ends_with_figures_numbers_and_every_claim(tiny, tmp_path, capsys):
     published = tmp_path / "published"
-    status, out = tiny("all", "--seeds=2", f"--publish={published}")
+    status, out = tiny("all", "--seeds=1", f"--publish={published}")
     assert status == 0
     assert {p.name for p in published.iterdir()} == {
         *(f"{f}.png" for f in reproduce.PAPER),
@@ -46,7 +45,7 @@ def test_all_ends_with_figures_numbers_and_every_claim(tiny, tmp_path, capsys):
         "settings.json",
     }
     settings = json.loads((published / "settings.json").read_text())
-    assert settings["seeds"] == [0, 1] and settings["torch"] == torch.__version__ and len(settings["flags"]) == 10
+    assert settings["seeds"] == [0] and settings["torch"] == torch.__version__ and len(settings["flags"]) == 10
     text = (out / "table.md").read_text()
     assert capsys.readouterr().out.count(text) == 1
     for name in ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "T1", "T2", "T3"):

@@ -1,8 +1,7 @@
 import json
 import math
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +135,7 @@ def test_unknown_optimizer():
 # The run
 
 
-def test_run_directory_and_output(train, capsys):
+def test_run_directory_and_output(train, capsys, real_figures):
     status, run_dir = train("run", "--tracker=full", "--steps=9", "--lr=0.01")
     assert status == 0
     log = read_log(run_dir)
@@ -300,22 +299,14 @@ def test_every_flag_is_documented():
 def test_ctrl_c_ends_with_the_table(tmp_path, text):
     run_dir = tmp_path / "run"
     flags = ["--tracker=full", "--steps=1000", "--batch-size=1", "--eval-every=1", "--eval-sequences=1", "--device=cpu"]
-    command = [sys.executable, RUN, *flags, f"--data={text}", f"--run-dir={run_dir}"]
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
-    )
+    process = prepared.Process(RUN, *flags, f"--data={text}", f"--run-dir={run_dir}", folder=tmp_path)
     for line in process.stdout:  # the first validation has been printed: the loop is under way
         if line.startswith("step 1:"):
             break
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
+    os.kill(process.pid, signal.SIGINT)
+    out = process.stdout.read()
+    assert process.wait(60) == 130, out
+    assert "Traceback" not in out
     assert "interrupted after step" in out and "attention" in out
     assert read_log(run_dir)[0]["step"] == 1
     assert (run_dir / "run.png").exists()
