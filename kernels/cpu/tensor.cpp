@@ -8,8 +8,7 @@ namespace sosd_fast {
 
 namespace {
 
-// What of torch is compared with, and names; looked up once and never freed, for the interpreter may end first. Opening a
-// tensor took 1.9 us while each name was made anew, more than the spectrum of an 8 x 8 matrix.
+// What of torch is compared with, and names; looked up once and never freed, for the interpreter may end first.
 struct Torch {
     py::object tensor, parameter, strided;
     py::str layout{"layout"}, device{"device"}, type{"type"}, dtype{"dtype"}, shape{"shape"}, stride{"stride"};

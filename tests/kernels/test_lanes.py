@@ -14,8 +14,8 @@ from sosd_fast.testing import matrix
 pytestmark = pytest.mark.skipif(kernels._C is None, reason="the extension is not built")
 
 KINDS = ("gaussian", "log4", "rank_one", "spikes", "zero")
-# r = 1, 2, 3; around a block of four rows and a vector; the largest; sums that are compensated
-SHAPES = [(1, 1), (1, 9), (2, 2), (3, 40), (5, 5), (16, 17), (33, 40), (64, 64), (65, 65), (7, 1500)]
+# r = 1, 2, 3; around a block of four rows and a vector; the largest; beyond
+SHAPES = [(1, 1), (1, 1024), (2, 2), (3, 40), (5, 5), (8, 128), (16, 17), (16, 64), (16, 65), (17, 17), (7, 1500)]
 
 
 def truth(W):
@@ -48,19 +48,19 @@ def test_special_matrices_leave_their_neighbours_alone():
     ordinary = torch.stack(drawn((12, 20), 20)[5:])
     W = ordinary.clone()
     W[1, 3, 4], W[4, 0, 0], W[6] = math.nan, math.inf, 0
-    W[8] *= 1e30
-    W[9] *= 1e-30
+    W[8] *= 2.0**100
+    W[9] *= 2.0**-100
     found, before = spectra(W), spectra(ordinary)
     kept = [i for i in range(len(W)) if i not in (1, 4, 6, 8, 9)]
     assert torch.equal(found.S[kept], before.S[kept])
     assert found.S[[1, 4]].isnan().all() and found.bound[[1, 4]].isnan().all()
     assert (found.S[6] == 0).all() and found.sd_error[[1, 4, 6]].isnan().all()
-    assert torch.allclose(found.S[8], 1e30 * before.S[8], rtol=1e-6)
-    assert torch.allclose(found.S[9], 1e-30 * before.S[9], rtol=1e-6)
+    assert torch.equal(found.S[8], 2.0**100 * before.S[8])
+    assert torch.equal(found.S[9], 2.0**-100 * before.S[9])
 
 
 def test_each_member_climbs_by_itself():
-    W = torch.stack([matrix(name, 24, 96) for name in ("gaussian", "log4", "rank_one") * 9])
+    W = torch.stack([matrix(name, 16, 64) for name in ("gaussian", "log4", "rank_one") * 9])
     assert spectra(W).methods == (Method.GRAM32, Method.GRAM64, Method.BIDIAG64) * 9
 
 
@@ -75,7 +75,7 @@ def test_one_tensor_and_its_matrices_give_the_same():
 
 
 def test_threads_change_nothing():
-    W = torch.randn(150, 40, 40)
+    W = torch.randn(400, 12, 40)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
