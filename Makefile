@@ -7,7 +7,7 @@ ROOT := $(if $(filter 0,$(shell id -u)),,sudo)  # for packages of the system
 demo: install  ## train a small GPT-2 on real text with the tracker on (about 4 minutes)
 	$(PYTHON) training/run.py --tracker=fast
 
-test: install  ## all tests but tests/integrations, then lint, format and types (about 8 minutes)
+test: install  ## all tests but tests/integrations, then lint, format and types (about 6 minutes)
 	$(PYTHON) -m pytest -n 2 --dist=worksteal
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -19,7 +19,8 @@ test-integrations: install  ## with the real Trainer, Lightning, TensorBoard, W&
 	  { $(ROOT) apt-get update -qq && $(ROOT) apt-get install -yqq --no-install-recommends chromium; }
 	$(PYTHON) -m pytest tests/integrations tests/runs tests/checkpoints tests/test_examples.py
 
-check: test  ## what a change must pass: the same, and a smoke test of the benchmarks
+check: test  ## what a change must pass: the same, every kernel for every GPU, more drawn cases, a smoke test of the benchmarks
+	SOSD_TARGETS="80 90 100" SOSD_DRAWS=10 $(PYTHON) -m pytest -q tests/kernels/test_compile.py tests/spectra/test_topk_odd.py
 	$(PYTHON) -m pytest -q bench --benchmark-disable
 	$(PYTHON) -m bench.svd_overhead --steps 3
 
@@ -30,7 +31,7 @@ bench: install  ## the headline table, and one benchmark a kernel
 docs: install  ## the site in build/site, without a warning; then links, commands and code blocks of all pages
 	$(PYTHON) -m pip install --quiet -c requirements.txt -r requirements-docs.txt
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
-	$(PYTHON) -m pytest -q tests/test_docs.py
+	$(PYTHON) -m pytest -q tests/test_docs.py tests/test_site.py
 
 # With the system's python and what it has: torch with CUDA, Triton and, better, CuPy. Nothing is downloaded.
 gpu:  ## what a GPU has to prove, in 8 minutes: native tests, then every benchmark; JSON under bench/results/<gpu name>/

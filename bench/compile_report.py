@@ -160,7 +160,12 @@ def faults(case: Case, row: dict) -> list[str]:
 def main():
     """Table, JSON; exit status 1 on a fault."""
     p = parser(__doc__.split("\n")[0])
-    p.add_argument("--only", default="", help="Compiles only the cases whose name contains this text; by default all.")
+    p.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        help="Compiles only the cases whose name contains one of these texts; by default all.",
+    )
     p.add_argument(
         "--targets",
         type=int,
@@ -173,7 +178,7 @@ def main():
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         for case in cases():
-            for target in args.targets if args.only in case.name else ():
+            for target in args.targets if any(text in case.name for text in args.only) else ():
                 row = build(case, target)
                 row["faults"] = faults(case, row)
                 wrong += bool(row["faults"])

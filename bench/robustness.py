@@ -37,7 +37,7 @@ SPECIAL = (
 SLACK = 4 * 2.0**-53  # of the truth, times sqrt(m + n), relative to its largest value
 ROUND = 1024  # inputs that the processes are given at a time
 # What newton_schulz states, relative to |X|_F, whatever the spectrum.
-POLAR = {torch.float64: 1e-10, torch.float32: 2e-2, torch.bfloat16: 1e-1, torch.float16: 5e-2}
+POLAR = {torch.float64: 1e-10, torch.float32: 2e-2, torch.bfloat16: 2e-1, torch.float16: 5e-2}
 
 
 class Input(NamedTuple):

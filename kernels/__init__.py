@@ -79,6 +79,7 @@ def cpu_flags() -> frozenset[str]:
     return frozenset()
 
 
+@functools.cache
 def multiplies_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 natively, and torch has the library that does; others are slow at it."""
     return torch.backends.mkldnn.is_available() and not cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})

@@ -3,19 +3,20 @@ r"""Newton-Schulz iteration for the polar factor, as Muon uses it.
     X <- X / max(|X|_F, eps);   steps times:  A = X X^T,  X <- P X,  P = a I + b A + c A^2     on the short side
 
 The Gram form never touches X in between: all P commute, so A <- P A P = P^2 A and X_last = (P_5 ... P_1) X. At
-m:n = 1:4 that is 50 r^3 operations for 5 steps against 90. In half precision it starts again from X, before rounding in
-A outgrows its small eigenvalues: after two steps on CUDA, which takes float16 whatever G is, for with |X| <= 1.21 its
-range does. In bfloat16 on a CPU it starts again after three steps and then after every two (60 r^3): 2 + 3 errs by
-twice as much on graded spectra, and 3 + 3 + 2 loses them, for noise in A grows by a^2 a step: two where a exceeds 4.
+m:n = 1:4 that is 50 r^3 operations for 5 steps against 90. In half precision it starts again from X after every two
+steps (70 r^3), before rounding in A outgrows its small eigenvalues, and after every one whose a exceeds 4, which is
+the plain form: noise in A grows by a^2 a step (LOG.md#nearly-rank-one). CUDA takes float16 whatever half precision G
+has, for with |X| <= 1.21 its range does.
 
-All r x r products are symmetric, so on CUDA `syrk` computes half of each: 65 r^3 for the plain form at 1:4, 38 for the
-Gram form with its restart. It is not faster for every shape; the first call on a shape times both and keeps the faster.
+All r x r products are symmetric, so on CUDA `syrk` computes half of each: 65 r^3 for the plain form at 1:4. The Gram
+form is not faster for every shape; the first call on a shape times both and keeps the faster.
 On a CPU `_strips` leaves out a third of each.
 
 Source: Jordan et al., Muon (2024), coefficients (3.4445, -4.7750, 2.0315) for "muon"; Amsel et al., The Polar Express
 (arXiv 2505.16932) for "polar_express", with its safety factor 1.01.
 """
 
+import contextlib
 import functools
 import math
 import statistics
@@ -30,7 +31,8 @@ from sosd_fast.kernels import Backend
 from sosd_fast.kernels.syrk import syrk
 
 HALF = (torch.bfloat16, torch.float16)
-RESTART = 2  # steps in the Gram form, in half precision
+RESTART = 2  # steps in the Gram form, in half precision; one where a > STEEP (LOG.md#nearly-rank-one)
+STEEP = 4.0
 LONGEST = 5  # in others: at once, 8 steps in float32 left the band on a spectrum from 1 to 1e-4, with values of 1.95
 ALONE = 512  # rows from which a CPU takes the matrices of a batch one by one: bmm of 768 x 3072 takes 1.3 times as long
 STRIP = 256  # rows of a strip of a symmetric product on a CPU
@@ -94,7 +96,7 @@ def newton_schulz(
         Whatever the spectrum, in up to 6 steps, X is within 2e-2 |X|_F of the float64 iteration in float32 and 1e-10 in
         float64; "gram" errs most, for small values grow by 3.4 or more a step. In half precision rounding moves values
         where the polynomial is steep, but the largest stays that of the polynomial on [0, 1], to 5e-2 of itself in
-        float16 and 1e-1 in bfloat16. Calibrated on random matrices: python -m bench.robustness.
+        float16 and 2e-1 in bfloat16. Calibrated on random matrices: python -m bench.robustness.
 
     Raises:
         ValueError: a vector, a dtype that is no floating-point one, fewer than one step, unknown coefficients or
@@ -216,7 +218,8 @@ def iterate(G: Tensor, triples, eps: float, form: str, symmetric: bool, dtype: t
     """Runs one form in one dtype, with half of the symmetric products left out or not."""
     dtype = dtype or dtype_of_products(G.dtype, G.device)
     run = _gram if form == "gram" else _plain
-    with torch.autocast(G.device.type, enabled=False):
+    casts = torch.is_autocast_enabled(G.device.type)  # else not to touch it saves 9 us, 1 % at 256 x 256
+    with torch.autocast(G.device.type, enabled=False) if casts else contextlib.nullcontext():
         X = _normalised(G.mT if G.shape[-2] > G.shape[-1] else G, eps, dtype)
         if G.device.type == "cpu" and G.ndim > 2 and (X.shape[-2] >= ALONE or X.shape[:-2].numel() == 1):
             X = torch.stack([run(x, triples, symmetric) for x in X.flatten(0, -3)]).view(X.shape)
@@ -236,7 +239,7 @@ def _normalised(X: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     dtype = torch.promote_types(X.dtype, torch.float32)
     if X.device.type == "cpu":
         norm = torch.linalg.matrix_norm(X, keepdim=True, dtype=dtype)
-        if bool(((norm > 1e-9) & (norm < 1e15)).all()):
+        if all(1e-9 < value < 1e15 for value in norm.flatten().tolist()):
             return (X / norm.clamp_(min=eps)).to(out_dtype)
     power = kernels.power_of_two(kernels.largest_entry(X).to(dtype))
     X = X / power if X.dtype == torch.float16 else X / power.to(X.dtype)  # float16 holds few powers
@@ -293,10 +296,8 @@ def _plain(X: Tensor, triples, symmetric: bool) -> Tensor:
 def _gram(X: Tensor, triples, symmetric: bool) -> Tensor:
     first = 0
     while first < len(triples):
-        if X.dtype == torch.bfloat16:
-            last = first + (RESTART if first or triples[0][0] > 4 else RESTART + 1)
-        else:
-            last = RESTART if X.dtype == torch.float16 and not first else first + LONGEST
+        steep = any(a > STEEP for a, _, _ in triples[first : first + RESTART])
+        last = first + (LONGEST if X.dtype not in HALF else 1 if steep else RESTART)
         last = min(last, len(triples))
         A, Q = _multiply(X, X, symmetric), None
         for i, (a, b, c) in enumerate(triples[first:last], first):
@@ -304,7 +305,7 @@ def _gram(X: Tensor, triples, symmetric: bool) -> Tensor:
             Q = P if Q is None else _multiply(P, Q, symmetric)
             if i + 1 < last:
                 A = _multiply(P, _multiply(P, A, symmetric), symmetric)
-                if not symmetric and X.dtype != torch.bfloat16:  # whose errors were the same without, at 1.1x the time
+                if not symmetric:
                     A = (A + A.mT) / 2  # rounding must not grow an antisymmetric part
         assert Q is not None  # there is at least one triple
         X = Q @ X

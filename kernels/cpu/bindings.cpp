@@ -167,6 +167,23 @@ std::vector<std::pair<const char*, double>> svdvals(const py::object& matrices, 
     return found;
 }
 
+// G: (B, r, r) float32 or float64, of any strides. values: (B, r) float64, contiguous, is written.
+void gram_eigenvalues(const py::object& G, const py::object& values, int threads) {
+    const Tensor grams(G, "G"), to(values, "values");
+    if (grams.dims() != 3 || grams.size[1] != grams.size[2] || grams.size[1] < 1 || grams.size[1] > kLongestShortSide ||
+        (grams.dtype != DType::f32 && grams.dtype != DType::f64))
+        refuse("gram_eigenvalues: expected G of shape (B, r, r) in float32 or float64, got shape " +
+               sosd_fast::to_string(grams.size) + ".");
+    const int64_t count = grams.size[0], r = grams.size[1], bytes = grams.dtype == DType::f32 ? 4 : 8;
+    to.expect("values", DType::f64, {count, r});
+    std::vector<sosd_fast::GramTask> tasks;
+    for (int64_t i = 0; i < count; ++i)
+        tasks.push_back({grams.data + i * grams.stride[0] * bytes, grams.dtype, r, grams.stride[1], grams.stride[2],
+                         to.as<double>() + i * r});
+    py::gil_scoped_release release;
+    sosd_fast::gram_eigenvalues(tasks.data(), count, threads);
+}
+
 // matrices: B float32 tensors (m, n), m >= n, one of the strides 1. V, P, next_V and next_P are (B, b, n), squares and
 // residual (B, b), all float32 and contiguous; b < n. Returns of each matrix whether it is ordinary, see SubspaceTask;
 // where it is not, its outputs are not to be used.
@@ -211,6 +228,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("svdvals", &svdvals, py::arg("matrices"), py::arg("method"), py::arg("previous"), py::arg("S"),
           py::arg("bound"), py::arg("threads"), py::arg("model"));
     m.def("sd_error", &sd_error, py::arg("S"), py::arg("method"), py::arg("inner"), py::arg("drift"), py::arg("model"));
+    m.def("gram_eigenvalues", &gram_eigenvalues, py::arg("G"), py::arg("values"), py::arg("threads"));
     m.def("advance_subspaces", &advance_subspaces, py::arg("matrices"), py::arg("pace"), py::arg("V"), py::arg("P"),
           py::arg("next_V"), py::arg("next_P"), py::arg("squares"), py::arg("residual"), py::arg("threads"));
     m.def("singular_distribution", &any_distribution, py::arg("S"), py::arg("previous"), py::arg("reference"),

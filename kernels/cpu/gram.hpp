@@ -29,6 +29,11 @@ struct Tiles {
         return tile(i / kTileRows, j / kTileCols) + j % kTileCols * kTileRows + i % kTileRows;
     }
     int64_t size() const { return columns(2 * tile_rows); }
+    // G's elements (i, j) and, where the tiles hold both halves, (j, i) <- x, j <= i
+    template <class T> void put(T* G, int64_t i, int64_t j, T x) const {
+        G[at(i, j)] = x;
+        if (i / kTileRows == j / kTileRows) G[at(j, i)] = x;
+    }
 };
 
 constexpr int64_t kPaddedTo = 32;  // a multiple of every panel height below and of the tile rows

@@ -226,6 +226,28 @@ void solve(const Work& work, Arena& arena, const Parallel& parallel) {
     for (Ready& one : ready) climb(*one.task, one.from, arena, parallel);
 }
 
+template <class T>
+void solve(const Stages<T>& stages, const GramTask& t, Arena& arena, const Parallel& parallel) {
+    const ArenaScope scope(arena);
+    const Tiles tiles = tiles_of(t.r);
+    T *G = take<T>(arena, tiles.size()), *d = take<T>(arena, t.r), *e = take<T>(arena, t.r - 1);
+    const T* given = static_cast<const T*>(t.data);
+    std::fill_n(G, tiles.size(), T(0));
+    T infinite = 0;  // NaN where an entry is NaN or infinite
+    for (int64_t j = 0; j < t.r; ++j)
+        for (int64_t i = j; i < t.r; ++i) {
+            const T x = given[i * t.row_stride + j * t.col_stride];
+            infinite += x - x;
+            tiles.put(G, i, j, x);
+        }
+    if (infinite != 0) {
+        std::fill_n(t.values, t.r, std::numeric_limits<double>::quiet_NaN());
+        return;
+    }
+    stages.tridiagonal(G, t.r, d, e, arena);
+    stages.sturm(d, e, t.r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, t.values, arena, parallel);
+}
+
 double cost(const SvdvalsTask& t) {
     const double r = double(std::min(t.m, t.n)), K = double(std::max(t.m, t.n));
     return r * r * (K + 2 * r + 100);
@@ -315,6 +337,18 @@ void svdvals(SvdvalsTask* tasks, int64_t count, int n_threads) {
     }
     for_each(costs, n_threads, [&](int64_t i, Arena& arena, const Parallel& parallel) {
         solve(works[i], arena, parallel);
+    });
+}
+
+void gram_eigenvalues(GramTask* tasks, int64_t count, int n_threads) {
+    std::vector<double> costs(count);
+    std::transform(tasks, tasks + count, costs.begin(), [](const GramTask& t) {
+        const double r = double(t.r);
+        return r * r * (2 * r + 100);
+    });
+    const Kernels& k = kernels();
+    for_each(costs, n_threads, [&](int64_t i, Arena& arena, const Parallel& parallel) {
+        tasks[i].dtype == DType::f64 ? solve(k.f64, tasks[i], arena, parallel) : solve(k.f32, tasks[i], arena, parallel);
     });
 }
 

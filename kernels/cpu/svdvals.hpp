@@ -35,6 +35,17 @@ struct SvdvalsTask {
 // The threads are those of region.hpp; several callers do not meet.
 void svdvals(SvdvalsTask* tasks, int64_t count, int n_threads);
 
+// A Gram matrix G: element (i, j) is data[i * row_stride + j * col_stride], i, j < r; its lower triangle is read.
+struct GramTask {
+    const void* data = nullptr;
+    DType dtype = DType::f32;  // or f64
+    int64_t r = 0, row_stride = 0, col_stride = 0;
+    double* values = nullptr;  // out: r eigenvalues, ascending; NaN where G holds NaN or infinity
+};
+
+// Fills the values of every task. The entries must be of ordinary size: G is not scaled.
+void gram_eigenvalues(GramTask* tasks, int64_t count, int n_threads);
+
 // Fills the results of every task.
 void advance_subspaces(SubspaceTask* tasks, int64_t count, int64_t b, float pace, int n_threads);
 

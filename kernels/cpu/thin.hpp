@@ -179,11 +179,7 @@ template <class T> GramSums thin_gram(const Source& w, T* G, Arena& arena) {
     }
     for (int64_t i = 0; i < tiles.size(); ++i) G[i] = 0;
     for (int64_t i = 0; i < w.r; ++i)
-        for (int64_t j = 0; j <= i; ++j) {
-            const T x = total[i * kMostThin + j] + lost[i * kMostThin + j];
-            G[tiles.at(i, j)] = x;
-            if (i / kTileRows == j / kTileRows) G[tiles.at(j, i)] = x;
-        }
+        for (int64_t j = 0; j <= i; ++j) tiles.put(G, i, j, total[i * kMostThin + j] + lost[i * kMostThin + j]);
     return correct_gram(tiles, G, w.r, w.K, exact);
 }
 

@@ -29,7 +29,7 @@ from sosd_fast.spectra import gram
 from sosd_fast.spectra.norms import frobenius_norms
 from sosd_fast.spectra.precision import Method, choose, climb
 from sosd_fast.spectra.products import Products, State, cold_state, stacked
-from sosd_fast.spectra.svdvals import Spectra, finished, library_eigenvalues, spectra
+from sosd_fast.spectra.svdvals import Spectra, finished, gram_eigenvalues, spectra
 from sosd_fast.spectra.topk import iterate, subspace_step, topk_svdvals
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Shards(Blocks):
         def of_grams(G: Tensor, exact: Tensor, scale: Tensor, finite: Tensor, name: Method) -> tuple[Tensor, ...]:
             dtype, known = name.dtype(given), gram.Products(*exact.split([n, exact.shape[1] - n], dim=1))
             drift = gram.correct(G, known, inner)
-            S, drift = gram.singular_values(library_eigenvalues(G), known, drift)
+            S, drift = gram.singular_values(gram_eigenvalues(G), known, drift)
             return finished(S, name, inner, kernels.Backend.TORCH, dtype, drift, scale, finite)
 
         def compute(plan: dict[Method, list[int]]) -> list[float]:

@@ -5,6 +5,7 @@ of an optimizer that steps second in a batch are older than the first one's step
 """
 
 import itertools
+import sys
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
@@ -117,9 +118,18 @@ class Pass:
 
 
 def trains_alone() -> bool:
-    """Whether this is the main thread, and no other thread may be training: those of tools are daemons."""
+    """Whether this is the main thread, and no other thread may be training: those of tools are daemons, or idle."""
     main = threading.main_thread()
-    return threading.current_thread() is main and all(t is main or t.daemon for t in threading.enumerate())
+    if threading.current_thread() is not main:
+        return False
+    return all(t is main or t.daemon or _is_idle(t) for t in threading.enumerate())
+
+
+def _is_idle(thread: threading.Thread) -> bool:
+    """Whether a thread of a ThreadPoolExecutor waits for work, as those that compiled stay for the process's life."""
+    frame = sys._current_frames().get(thread.ident or 0)  # pyright: ignore[reportPrivateUsage]
+    at = frame and (frame.f_globals.get("__name__"), frame.f_code.co_name)
+    return at == ("concurrent.futures.thread", "_worker")
 
 
 class Partners:

@@ -83,8 +83,8 @@ class StepDetector:
         self._seen = Notes[int]()  # that were about to step: a hash of the parameters that they held then
         self._counted = Optimizers()  # that have been counted, even if they were replaced since
         self._idled = Optimizers()  # whose first step changed nothing
-        self.ended, self._before = 0, before
-        self._ended_by_hand = 0  # the last training step that was
+        self.ended: int = 0
+        self._before, self._ended_by_hand = before, 0  # steps before; the last training step that was ended by hand
         self.moves = 0.0
         self.doubts = Doubts()
         self._foreign = 0  # steps since the last training step that do not count, though they seem to be some

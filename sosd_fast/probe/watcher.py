@@ -26,7 +26,7 @@ from sosd_fast.runs.onset import Bin, Kink, OnsetDetector, thinned
 from sosd_fast.runs.records import Line, Record, load  # pyright: ignore[reportUnknownVariableType]
 
 WINDOW = 16  # measurements of a matrix that tell what is usual for it
-LEAST_JUMP = math.log(2.5)  # above the largest of them; LOG.md#events
+LEAST_JUMP = math.log(2.5)  # above the largest of them; LOG.md#spikes
 HOLD = 10  # steps for which a matrix's last value stands in the median of its kind, as in `variation_by_kind`
 SEARCH_SHARE = 0.001  # of the time, for the search for onsets
 LEAST_BINS = 10

@@ -60,7 +60,8 @@ def write_report(
     if not run_dirs:
         raise ValueError("report: expected at least one run directory, got run_dirs=[]. Pass what track wrote.")
     runs = _labelled([load(run_dir) for run_dir in run_dirs])
-    sections = [_overview(runs), _events(runs), _alignment(runs), _kinds(runs), *_spectra(runs, matrices)]
+    events = _events(runs)  # what is damaged is told before figures are drawn, which takes seconds
+    sections = [_overview(runs), events, _alignment(runs), _kinds(runs), *_spectra(runs, matrices)]
     sections += [_cost(runs), _bounds(runs), _settings(runs)]
     page = string.Template(_TEMPLATE.read_text()).substitute(
         title=escape(" against ".join(runs)),

@@ -246,7 +246,7 @@ def _launched_alike(matrices: Sequence[Tensor], at: list[int], method: Method) -
             known = Products(*(t * scale[:, None].square() for t in known))
         parts.append((known, correct(G, known, max(m, n)), scale, finite))
         grams.append(G)
-    values = _eigenvalues(torch.cat(grams) if len(grams) > 1 else grams.pop())
+    values = gram_eigenvalues(torch.cat(grams) if len(grams) > 1 else grams.pop())
     backend = Backend.TRITON if values.shape[-1] <= LARGEST_REDUCED else Backend.TORCH
     rows: dict[int, tuple[Tensor, ...]] = {}
     for (shape, some), part in zip(shapes.items(), parts, strict=True):
@@ -258,19 +258,17 @@ def _launched_alike(matrices: Sequence[Tensor], at: list[int], method: Method) -
     return rows
 
 
-def _eigenvalues(G: Tensor) -> Tensor:
-    """Eigenvalues of Gram matrices (B, r, r), ascending. G is used up."""
+def gram_eigenvalues(G: Tensor) -> Tensor:
+    """Eigenvalues of Gram matrices (B, r, r), ascending, in float64 on the CPU. G is used up."""
+    backend = backend_of("svdvals", G)
+    if backend is Backend.CPP:
+        values = torch.empty(G.shape[:-1], dtype=torch.float64, device="cpu")
+        kernels._C.gram_eigenvalues(G=G, values=values, threads=torch.get_num_threads())
+        return values
     if G.shape[-1] <= LARGEST_REDUCED and backend_of("tridiagonal", G) is Backend.TRITON:
         return sturm(*tridiagonal(G, overwrite=True))
-    return library_eigenvalues(G)
-
-
-def library_eigenvalues(G: Tensor) -> Tensor:
-    """Eigenvalues of Gram matrices (B, r, r) by torch's library, ascending, always in float64.
-
-    LAPACK's float32 eigenvalues err more than a float32 Gram matrix does: the SD of a 611 x 790 matrix by 6e-7, 2.5
-    times its bound, against 1e-9 (LOG.md#one-planner). In float64 they take 1.5 times as long.
-    """
+    # LAPACK's float32 eigenvalues err more than a float32 Gram matrix does: the SD of a 611 x 790 matrix by 6e-7, 2.5
+    # times its bound, against 1e-9 (LOG.md#one-planner). In float64 they take 1.5 times as long.
     return library("eigvalsh", G.double())
 
 
@@ -297,7 +295,7 @@ def _by_torch(matrices: Sequence[Tensor], method: Method) -> tuple[Tensor, Tenso
                 known.append(Products.of(W))
             known = Products(*map(torch.stack, zip(*known, strict=True)))
             drift = correct(G, known, max(m, n))
-            S, drift = singular_values(library_eigenvalues(G), known, drift)
+            S, drift = singular_values(gram_eigenvalues(G), known, drift)
         else:
             upright = [W if m >= n else W.mT for W in map(ready, range(len(matrices)))]  # the faster orientation
             S = torch.stack([torch.linalg.svdvals(W) for W in upright]).double()

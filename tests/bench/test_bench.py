@@ -51,6 +51,18 @@ def test_the_overhead_benchmark_runs():
     assert set(result["rows"]) == {"off", "fast", "full", "topk", "exact"} and all(result["gate"].values())
 
 
+def test_the_benchmark_of_peers_runs():
+    """Where a peer is missing, its row says so."""
+    result = result_of("peers", "--steps", "4", "--batch-size", "1", "--repeats", "2")
+    rows = result["spectra"] | result["newton_schulz"] | result["steps"]
+    peers = {"WeightWatcher", "diffract-core", "gram-newton-schulz", "trainscope"}
+    missing = {name for name in peers if result["versions"][name.lower()] is None}
+    assert {name for name, row in rows.items() if "missing" in row} - {"sosd_fast, bfloat16"} == missing
+    assert peers < set(rows) and len(rows) == 13 and all(result["gate"].values())
+    assert all(row["missing"].startswith("no module") for name, row in rows.items() if name in missing)
+    assert rows["sosd_fast, full"]["spectra_a_step"] == 13 and 0 < rows["sosd_fast"]["error"] < 1e-6
+
+
 def test_what_8_ranks_send_is_as_the_page_says():
     done = run("import json\nfrom bench.training import bytes_moved\nprint(json.dumps(bytes_moved('gpt2-small', 8)))")
     assert done.returncode == 0, done.stderr

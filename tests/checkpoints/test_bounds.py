@@ -18,34 +18,55 @@ from safetensors.torch import save_file
 
 FUZZ = Path(__file__).with_name("fuzz.py")
 LIMITED = """
-import json, resource, sys, time
+import json, os, resource, sys, time
 import torch
 from sosd_fast.checkpoints.analyze import analyze
 torch.set_num_threads(1)
-torch.save({"w": torch.randn(30, 20)}, sys.argv[2])
-list(analyze([sys.argv[2]]))  # what is imported, and thread pools
+torch.save({"w": torch.randn(30, 20)}, sys.argv[1])
+list(analyze([sys.argv[1]]))  # what is imported, and thread pools
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
-resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + 2**30, -1))
-resource.setrlimit(resource.RLIMIT_CPU, (60, -1))
-open("/proc/self/clear_refs", "w").write("5")
-base, began, said = status("VmHWM"), time.process_time(), "measured"
-try:
-    list(analyze([sys.argv[1]]))
-except ValueError as error:
-    said = str(error)
-print(json.dumps({"said": said, "mb": (status("VmHWM") - base) / 2**20, "s": time.process_time() - began}))
+def measured(path):
+    list(analyze([sys.argv[1]]))  # the pages of the libraries, which a fork maps anew as it touches them
+    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + 2**30, -1))
+    resource.setrlimit(resource.RLIMIT_CPU, (60, -1))
+    open("/proc/self/clear_refs", "w").write("5")
+    base, began, said = status("VmHWM"), time.process_time(), "measured"
+    try:
+        list(analyze([path]))
+    except ValueError as error:
+        said = str(error)
+    print(json.dumps({"said": said, "mb": (status("VmHWM") - base) / 2**20, "s": time.process_time() - began}))
+for path in sys.argv[2:]:
+    sys.stdout.flush()
+    pid = os.fork()  # a process for each, of which none needs to be made ready
+    if not pid:
+        try:
+            measured(path)
+            sys.stdout.flush()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    ended = os.waitpid(pid, 0)[1]
+    if ended:
+        print(json.dumps({"said": f"ended with {ended}", "mb": 0, "s": 0}))
 """
 
 
-def limited(path, tmp_path, mb=200):
-    done = run(LIMITED, path, tmp_path / "first.pt")
+def limited(folder, paths, megabytes=None):
+    """What `analyze` says of each file, by its name, when it has `megabytes` (200 where none are named) and 40 s."""
+    done = run(LIMITED, folder / "first.pt", *paths.values(), timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    assert found["mb"] <= mb and found["s"] <= 40, found
-    assert "emory" not in found["said"] and "llocate" not in found["said"], found
-    assert found["said"] == "measured" or found["said"].startswith("analyze: expected"), found
-    return found["said"]
+    found = dict(zip(paths, map(json.loads, done.stdout.splitlines()), strict=True))
+    for name, one in found.items():
+        assert one["mb"] <= (megabytes or {}).get(name, 200) and one["s"] <= 40, (name, one, done.stderr[-2000:])
+        assert "emory" not in one["said"] and "llocate" not in one["said"], (name, one)
+        assert one["said"] == "measured" or one["said"].startswith("analyze: expected"), (
+            name,
+            one,
+            done.stderr[-2000:],
+        )
+    return {name: one["said"] for name, one in found.items()}
 
 
 NEST = {
@@ -67,7 +88,7 @@ NEST = {
 
 
 def zipped(path, pickled, compression=zipfile.ZIP_STORED, entries=0):
-    with zipfile.ZipFile(path, "w", compression) as archive:
+    with zipfile.ZipFile(path, "w", compression, compresslevel=1) as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/version", b"3")
         for i in range(entries):
@@ -76,17 +97,13 @@ def zipped(path, pickled, compression=zipfile.ZIP_STORED, entries=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NEST)
-def test_pickles(tmp_path, name):
-    (tmp_path / "dcp").mkdir()
-    (tmp_path / "dcp/.metadata").write_bytes(b"\x80\x04" + NEST[name])
-    assert "cannot be read" in limited(tmp_path / "dcp", tmp_path)
-
-
-@pytest.mark.parametrize("name", ["a key that is nested 400,000 deep", "dicts shared 40 deep"])
-def test_pickles_in_torch_files(tmp_path, name):
-    said = limited(zipped(tmp_path / "a.pt", b"\x80\x04" + NEST[name]), tmp_path)
-    assert "without a floating-point matrix" in said
+def test_pickles(tmp_path):
+    paths = {name: tmp_path / str(i) for i, name in enumerate(NEST)}
+    for name, path in paths.items():
+        path.mkdir()
+        (path / ".metadata").write_bytes(b"\x80\x04" + NEST[name])
+    wrong = {name: said for name, said in limited(tmp_path, paths).items() if "cannot be read" not in said}
+    assert not wrong
 
 
 def zip_bomb(folder):
@@ -126,8 +143,9 @@ def one_number_of_any_size(folder):
 
 
 def header_of_many_tensors(folder):
-    header = {f"{i:06}": {"dtype": "F32", "shape": [0, 1], "data_offsets": [0, 0]} for i in range(190_000)}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    """Half as many as a header may have, in half of the memory."""
+    entry = '"%06d":{"dtype":"F32","shape":[0,1],"data_offsets":[0,0]}'
+    text = f"{{{','.join(entry % i for i in range(95_000))}}}".encode()
     (folder / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
     return folder / "a.safetensors"
 
@@ -140,12 +158,9 @@ def header_of_40_mb(folder):
 
 def many_scales(folder):
     """Each weight asks for what stands beside it."""
-    header, at = {}, 0
-    for i in range(60_000):
-        header[f"m.w{i}"] = {"dtype": "I8", "shape": [1, 1], "data_offsets": [at, at + 1]}
-        at += 1
-    text = json.dumps(header, separators=(",", ":")).encode()
-    (folder / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(at))
+    entry = '"m.w%d":{"dtype":"I8","shape":[1,1],"data_offsets":[%d,%d]}'
+    text = f"{{{','.join(entry % (i, i, i + 1) for i in range(60_000))}}}".encode()
+    (folder / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(60_000))
     return folder / "a.safetensors"
 
 
@@ -183,12 +198,17 @@ FILES = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", FILES, ids=lambda make: make.__name__)
-def test_files(tmp_path, make):
-    (tmp_path / "made").mkdir()
+def test_files(tmp_path):
+    paths, pickles = {}, ("a key that is nested 400,000 deep", "dicts shared 40 deep")
+    for make in FILES:
+        (tmp_path / make.__name__).mkdir()
+        paths[make.__name__] = make(tmp_path / make.__name__)
+    for i, name in enumerate(pickles):
+        paths[name] = zipped(tmp_path / f"{i}.pt", b"\x80\x04" + NEST[name])
     # Within 200 MB, a header of 40 MB could be read before it is refused.
-    said = limited(make(tmp_path / "made"), tmp_path, 20 if make is header_of_40_mb else 200)
-    assert (said == "measured") == (make is config_of_depth), said
+    found = limited(tmp_path, paths, {"header_of_40_mb": 20, "header_of_many_tensors": 100})
+    assert [name for name, said in found.items() if said == "measured"] == ["config_of_depth"], found
+    assert all("without a floating-point matrix" in found[name] for name in pickles), found
 
 
 def fp8(folder, m, n):
@@ -202,16 +222,22 @@ def gptq(folder, m, n):
 
 
 def old_torch(folder, m, n):
-    tensors = {name: torch.rand(m, n) for name in "abc"}
+    tensors = {name: torch.ones(m, n) for name in "abc"}
     torch.save(tensors, folder / "a.pt", _use_new_zipfile_serialization=False)
 
 
-@pytest.mark.parametrize("make", [fp8, gptq, old_torch], ids=lambda make: make.__name__)
-def test_memory_of_whole_files(tmp_path, make):
-    """Twice a matrix of 60 MB, which is the largest: of three that are, one is there at a time."""
-    (tmp_path / "made").mkdir()
-    make(tmp_path / "made", 120_000, 128)
-    assert limited(tmp_path / "made", tmp_path, 120) == "measured"
+def test_memory_of_whole_files(tmp_path):
+    """A file holds three matrices of 59 MiB: two copies of one (117 MiB) are there at a time, never three (176).
+
+    What the allocator and pages of libraries add differs between machines: 4 MiB here, 5 there. The bound stands
+    half way.
+    """
+    paths = {make.__name__: tmp_path / make.__name__ for make in (fp8, gptq, old_torch)}
+    for make in (fp8, gptq, old_torch):
+        paths[make.__name__].mkdir()
+        make(paths[make.__name__], 120_000, 128)
+    found = limited(tmp_path, paths, dict.fromkeys(paths, 146))
+    assert set(found.values()) == {"measured"}, found
 
 
 def test_mutants():

@@ -1,6 +1,7 @@
 """Run by test_layouts.py on several ranks: spectra of matrices that ranks hold, against those of one process.
 
-The arguments are the layouts, one after the other.
+The arguments are the layouts, one after the other. Matrices of unusual values are measured in the first of up to four
+ranks: who holds which part of a matrix says nothing of the values in it.
 """
 
 import functools
@@ -58,6 +59,7 @@ WEIGHTS = {
 }
 ROW_WISE = ("tall_again", "wide", "very_wide", "rank_one", "fp64", "huge_wide")  # the others column-wise
 PLAIN = ("square", "tiny")
+VALUES = ("graded", "rank_one", "tiny", "huge_wide", "zero", "nan")
 
 
 class GPTNeoXAttention(nn.Module):
@@ -70,10 +72,12 @@ class Experts(nn.Module):
         self.weight = nn.Parameter(W)
 
 
-def model_of():
+def model_of(values=True):
     model = nn.Module()
     model.neox = GPTNeoXAttention()
     for name, W in WEIGHTS.items():
+        if name in VALUES and not values:
+            continue
         *path, last = name.split(".")
         at = model
         for part in path:
@@ -136,7 +140,7 @@ def build(model, kind):
         mesh = init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("fsdp", "ep"))
         experts = model.experts
         del model.experts
-        kept = {name: getattr(model, name) for name in PLAIN}
+        kept = {name: getattr(model, name) for name in PLAIN if hasattr(model, name)}
         for name in kept:
             delattr(model, name)
         fsdp(model, init_device_mesh("cpu", (ranks,)), root=False)
@@ -195,11 +199,13 @@ def alone(names, k):
 
 def check(kind):
     leading_ways.clear()
-    model = build(model_of(), kind)
+    values = kind == sys.argv[1] and ranks <= 4
+    model = build(model_of(values), kind)
+    known = {m.name for m in find_matrices(model_of(values))}
     before = [local(p).clone() for p in model.parameters()]
     found, shards = together(model)
     names = [m.name for m in found.matrices]
-    assert sorted(names) == sorted(expected) and not found.left_out, (names, found.left_out)
+    assert sorted(names) == sorted(known) and not found.left_out, (names, found.left_out)
     assert all(other == names for other in gathered(names))
     owned = gathered([name for i, name in enumerate(names) if shards.mine(i)])
     assert sorted(name for own in owned for name in own) == sorted(names)
@@ -252,7 +258,8 @@ def check(kind):
                     top = ref.S[j, 0]
                     assert ((S[j].double() - one.S[j].double()).abs() <= 2e-5 * top).all(), (name, S[j], one.S[j])
                     assert abs(norms[j] - matrices[j].double().norm()) <= 1e-6 * top, name
-    assert [methods[f"{name}.weight"] for name in ("tall", "graded", "rank_one")] == ["gram32", "gram64", "bidiag64"]
+    found_methods = [methods[f"{name}.weight"] for name in ("tall", "graded", "rank_one")[: 3 if values else 1]]
+    assert found_methods == ["gram32", "gram64", "bidiag64"][: len(found_methods)]
     full_ways = {
         ways.full_way(shape, m.parameter.dtype.itemsize, each)[0]
         for shape, m, each in zip(shards.shapes, found.matrices, found.spreads, strict=True)

@@ -1,4 +1,3 @@
-import functools
 import json
 from pathlib import Path
 
@@ -19,15 +18,12 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def measured():
-    """What one set of processes said that went through all layouts of as many ranks."""
-    return functools.cache(lambda ranks: run_ranks(ranks, WORKER, *LAYOUTS[ranks]))
-
-
-@pytest.mark.parametrize(("ranks", "kind"), [(ranks, kind) for ranks, kinds in LAYOUTS.items() for kind in kinds])
-def test_spectra_are_those_of_one_process(ranks, kind, measured):
-    assert measured(ranks).stdout.count(f"{kind}: as in one process") == ranks, measured(ranks).stderr
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", LAYOUTS)
+def test_spectra_are_those_of_one_process(ranks):
+    done = run_ranks(ranks, WORKER, *LAYOUTS[ranks])
+    for kind in LAYOUTS[ranks]:
+        assert done.stdout.count(f"{kind}: as in one process") == ranks, (kind, done.stderr)
 
 
 def test_what_is_sent_and_held_is_bounded():
@@ -43,6 +39,7 @@ def test_odd_parameters(tmp_path):
 
 
 METHODS = ("none", "full", "exact", "auto", "topk")
+SOME = ("none", "full", "topk")  # where plain parameters stand beside spread ones
 TRAINING = Path(__file__).with_name("training_layouts_worker.py")
 
 
@@ -51,28 +48,28 @@ KINDS = {1: ["alone"], 2: ["tp"], 4: ["fsdp+tp", "without root"]}
 
 def trained(folder, kinds, ranks):
     """The results and the records of each method in each layout."""
-    done = run_ranks(ranks, TRAINING, ",".join(kinds), ",".join(METHODS), folder)
+    methods = {kind: SOME if kind == "without root" else METHODS for kind in kinds}
+    done = run_ranks(ranks, TRAINING, json.dumps(methods), folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained") == ranks
     found = {}
     for kind in kinds:
-        results = {method: json.loads((folder / f"{kind}-{method}.json").read_text()) for method in METHODS}
-        found[kind] = results, {m: sosd_fast.load(folder / f"{kind}-{m}") for m in METHODS if m != "none"}
+        results = {method: json.loads((folder / f"{kind}-{method}.json").read_text()) for method in methods[kind]}
+        found[kind] = results, {m: sosd_fast.load(folder / f"{kind}-{m}") for m in methods[kind] if m != "none"}
     return found
 
 
-@pytest.fixture(scope="module")
-def training(tmp_path_factory):
-    """What `trained` says of all layouts of as many ranks."""
-    return functools.cache(lambda ranks: trained(tmp_path_factory.mktemp("training"), KINDS[ranks], ranks))
+@pytest.mark.slow
+def test_records_of_a_training_run_are_those_of_one_process(tmp_path):
+    found = {kind: each for ranks, kinds in KINDS.items() for kind, each in trained(tmp_path, kinds, ranks).items()}
+    for kind in ("tp", "fsdp+tp", "without root"):
+        compare(kind, *found[kind], found["alone"])
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [(kind, ranks) for ranks in (2, 4) for kind in KINDS[ranks]])
-def test_records_of_a_training_run_are_those_of_one_process(kind, ranks, training):
-    (results, runs), alone = training(ranks)[kind], training(1)["alone"]
+def compare(kind, results, runs, alone):
     for method, run in runs.items():
         result, one, alone_run = results[method], alone[0][method], alone[1][method]
-        assert result == results["none"], method  # bit for bit
+        assert result == results["none"], (kind, method)  # bit for bit
         assert np.allclose(result["losses"], one["losses"], rtol=1e-5)
         expected, records = alone_run.records, run.records
         keys = [(r.step, r.name) for r in records]

@@ -74,7 +74,7 @@ MESHES = {
     "rows and columns": ((2, 2), [Shard(0), Shard(1)]),
     "rows twice": ((2, 2), [_StridedShard(0, split_factor=2), Shard(0)]),
 }
-shapes = [(256, 256)] * 6 + [(1024, 256)] * 2 + [(256, 1024)] * 2 + [(4096, 256)]
+shapes = [(128, 128)] * 6 + [(512, 128)] * 2 + [(128, 512)] * 2 + [(2048, 128)]
 for name, (shape, placements) in MESHES.items():
     mesh = init_device_mesh("cpu", shape)
     model = nn.Module()

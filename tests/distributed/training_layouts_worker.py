@@ -1,6 +1,7 @@
 """Run by test_layouts.py: a training run of a tiny model whose weights are spread, alone where there is one rank.
 
-The arguments are layouts and methods, "none" for no probe, and a folder for the records and the final weights.
+The arguments are the methods of each layout in JSON, "none" for no probe, and a folder for the records and the final
+weights.
 """
 
 import json
@@ -16,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import sosd_fast
 
-kinds, methods, folder = sys.argv[1:]
+methods_of, folder = json.loads(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo")
 torch.set_num_threads(1)
 rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -82,8 +83,8 @@ def train(kind, method):
             json.dump({"losses": losses, "weights": bits}, file)
 
 
-for kind in kinds.split(","):
-    for method in methods.split(","):
+for kind, methods in methods_of.items():
+    for method in methods:
         train(kind, method)
 print("trained", flush=True)
 dist.destroy_process_group()

@@ -286,6 +286,14 @@ static void fuzz(int calls, unsigned seed) {
         for (const Case& c : cases)
             for (size_t k = 0; k < c.S.size(); ++k) CHECK(c.S[k] >= 0 && c.bound[k] >= 0 && (k == 0 || c.S[k] <= c.S[k - 1]));
         if (below(4)) continue;
+        const int64_t r = side(most);  // a Gram matrix that others have summed; any square one will do
+        Case G = make(r, r, below(2) ? DType::f32 : DType::f64, below(2), 1 + below(2), random());
+        std::vector<double> eigenvalues(size_t(2 * r));
+        std::vector<GramTask> grams;
+        for (int64_t i = 0; i < 2; ++i)
+            grams.push_back({G.data.data(), G.task.dtype, r, G.task.row_stride, G.task.col_stride, eigenvalues.data() + i * r});
+        gram_eigenvalues(grams.data(), 2, 1 + below(3));
+        for (int64_t i = 0; i < r; ++i) CHECK(eigenvalues[i] == eigenvalues[r + i] && (i == 0 || eigenvalues[i] >= eigenvalues[i - 1]));
         const int64_t n = 2 + side(60), m = n + side(60), b = 1 + below(int(n) - 1), count = 1 + below(2);
         Case c = make(m, n, DType::f32, below(2), 1, random());
         degrade(c, unsigned(below(8)), random());

@@ -51,8 +51,11 @@ def test_spectra(device, name, dtype):
     assert torch.equal(A, before)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 33])  # 33: two blocks of columns
-def test_sizes(device, n):
+@pytest.mark.parametrize("n", [1, 2, 3, 17])  # 17: two blocks of columns
+def test_sizes(device, n, monkeypatch):
+    module = sys.modules["sosd_fast.kernels.eigh"]
+    monkeypatch.setattr(module, "BLOCK", 16)
+    monkeypatch.setattr(module, "WARPS", min(module.WARPS, module.PAIRS * 16 // 128))  # no row is held by two warps
     A = symmetric([(-1.1) ** (i % 7) * (1 + i) for i in range(n)], torch.float32).to(device)
     assert_solves(*eigh(A), A)
 
@@ -77,19 +80,21 @@ def test_a_nearly_diagonal_matrix_takes_few_sweeps(device, monkeypatch):
     assert_solves(*eigh(A), A)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_batches_strides_and_nan(device, value):
-    A = torch.stack([symmetric(range(6), torch.float32, seed) for seed in range(4)]).reshape(2, 2, 6, 6).to(device)
+def test_batches_strides_and_nan(device):
+    A = torch.stack([symmetric(range(4), torch.float32, seed) for seed in range(4)]).reshape(2, 2, 4, 4).to(device)
     values, vectors = eigh(A)
     assert_solves(values, vectors, A)
     for view in (A.mT, torch.stack([A, A], -1)[..., 0]):
         found = eigh(view)
         assert torch.equal(found[0], values) and torch.equal(found[1], vectors)
-    A[0, 1, 3, 5] = A[0, 1, 5, 3] = value
+    A[0, 1, 1, 3] = A[0, 1, 3, 1] = torch.nan
+    A[1, 0, 0, 2] = A[1, 0, 2, 0] = torch.inf
     broken = eigh(A)
-    assert broken[0][0, 1].isnan().all() and broken[1][0, 1].isnan().all()
-    assert torch.equal(broken[0][1], values[1]) and torch.equal(broken[1][0, 0], vectors[0, 0])
-    assert eigh(A[:0])[1].shape == (0, 2, 6, 6)
+    for i, j in ((0, 1), (1, 0)):
+        assert broken[0][i, j].isnan().all() and broken[1][i, j].isnan().all()
+        assert torch.equal(broken[0][i, 1 - j], values[i, 1 - j])
+        assert torch.equal(broken[1][i, 1 - j], vectors[i, 1 - j])
+    assert eigh(A[:0])[1].shape == (0, 2, 4, 4)
 
 
 def test_the_reference():

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sosd_fast import kernels
-from sosd_fast.kernels.newton_schulz import COEFFICIENTS, iterate, newton_schulz, newton_schulz_ref
+from sosd_fast.kernels.newton_schulz import COEFFICIENTS, iterate, newton_schulz, newton_schulz_ref, triples_of
 from sosd_fast.testing import matrix
 
 
@@ -68,11 +68,17 @@ def test_bad_input(arguments, message):
 
 
 FORMS = [("plain", False), ("plain", True), ("gram", False), ("gram", True)]
+# The shape decides the form and the order of the products, the dtype their rounding: each with one of the other.
+CASES = [
+    *(((2, 37, 150), dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    ((1, 5), torch.float32),
+    ((40, 40), torch.bfloat16),
+    ((150, 37), torch.float16),
+]
 
 
 @pytest.mark.parametrize(("form", "symmetric"), FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 5), (40, 40), (2, 37, 150), (150, 37)], ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_every_form_keeps_the_band(device, shape, dtype, form, symmetric):
     G = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     before = G.clone()
@@ -85,7 +91,7 @@ def test_every_form_keeps_the_band(device, shape, dtype, form, symmetric):
     assert (X.double() - truth).norm() <= limit * truth.norm()
     S, S0 = torch.linalg.svdvals(X.double()), torch.linalg.svdvals(G.double())
     S0 /= torch.linalg.matrix_norm(G.double(), keepdim=True)[..., 0]
-    assert (S < 1.21).all() and ((S > (0.64 if own else 0.68)).sum(-1) >= (S0 > 3e-3).sum(-1)).all()
+    assert (S < 1.21).all() and ((S > (0.65 if own else 0.68)).sum(-1) >= (S0 > 3e-3).sum(-1)).all()
 
 
 @pytest.mark.parametrize("name", ["power", "log4", "rank_one", "zero"])
@@ -120,7 +126,7 @@ def test_the_scale_of_a_matrix_does_not_matter(device, shape, dtype, form, symme
     powers = [0, *EXTREMES[dtype]]
     batch = torch.stack([(G.double() * 2.0**power).to(dtype) for power in powers])
     assert batch.isfinite().all()
-    X = iterate(batch, COEFFICIENTS["muon"] * 5, 0.0, form, symmetric)
+    X = iterate(batch, COEFFICIENTS["muon"] * 2, 0.0, form, symmetric)  # the scale is gone before the first step
     assert X[0].abs().max() > 0.1
     for power, each in zip(powers, X, strict=True):
         assert torch.equal(each, X[0]), power
@@ -222,3 +228,19 @@ def test_products_by_strips(shape, form):
     triples = COEFFICIENTS["muon"] * 2
     found, whole = (iterate(G, triples, 1e-7, form, symmetric) for symmetric in (True, False))
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("coefficients", ["muon", "polar_express"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_the_gram_form_of_nearly_rank_one_matrices_stays_in_its_range(dtype, coefficients):
+    """As gradients are early in training. In bfloat16, restarted after three steps, values reached 9e4 in 5 steps."""
+    g, out = torch.Generator().manual_seed(0), []
+    for m in range(2, 9):
+        for n in (m, m + 3):
+            apart = 10.0 ** (-3 * torch.rand(16, 1, 1, generator=g))
+            left, right, rest = (torch.randn(16, *shape, generator=g) for shape in ((m, 1), (1, n), (m, n)))
+            for steps in (5, 6, 8):
+                triples, W = triples_of(steps, coefficients, 1e-7), (left * right + apart * rest).to(dtype)
+                X = iterate(W, triples, 1e-7, "gram", False, dtype)
+                out.append(float(torch.linalg.matrix_norm(X.double(), 2).max()))
+    assert max(out) < (1.5 if dtype == torch.bfloat16 else 1.3)

@@ -41,17 +41,20 @@ def readings():
     return found
 
 
+def reset():
+    """Makes every setting what a fresh process has; other tests, and torch's older setter, leave their own."""
+    torch.set_float32_matmul_precision("highest")  # which writes newer settings as well: they are put back after it
+    if precision._BY_BACKEND:
+        for key in KEYS:
+            put(key, "none")
+
+
 @pytest.fixture(autouse=True)
 def settings():
-    """Puts the settings back to what a fresh process has."""
+    """Gives each test the settings of a fresh process, and leaves them so."""
+    reset()
     yield
-    if precision._BY_BACKEND:
-        for key in KEYS:
-            put(key, "none")
-    torch.set_float32_matmul_precision("highest")
-    if precision._BY_BACKEND:
-        for key in KEYS:
-            put(key, "none")
+    reset()
 
 
 def inside(backend):

@@ -44,7 +44,7 @@ def test_gram(device, dtype, shape):
 
 @pytest.mark.parametrize("dtype", list(CONFIGS), ids=str)
 def test_any_strides(device, dtype):
-    A = normal(3, 90, 120, dtype=dtype, device=device)
+    A = normal(3, 20, 120, dtype=dtype, device=device)
     for view in (A.mT, A[:, ::2, 1::3], A.transpose(0, 1), A[1:, :, :70], A[:1].expand(2, -1, -1)):
         assert_close(syrk(view), view, view)
 

@@ -29,7 +29,7 @@ def assert_same_eigenvalues(d, e, A):
 
 
 @pytest.mark.parametrize("dtype", list(EPS), ids=str)
-@pytest.mark.parametrize("r", [1, 2, 3, 16, 37])  # 16 is a panel; 37 ends in the third
+@pytest.mark.parametrize("r", [1, 2, 3, 16, 35])  # 16 is a panel; 35 ends in the third
 def test_eigenvalues_survive(device, r, dtype):
     A = gram("gaussian", r, dtype, device)
     before = A.clone()
@@ -42,12 +42,12 @@ def test_eigenvalues_survive(device, r, dtype):
 
 @pytest.mark.parametrize("name", ["zero", "rank_one", "half_zeros", "repeated", "log10", "spikes"])
 def test_special_spectra(device, name):
-    A = gram(name, 18, torch.float32, device)
+    A = gram(name, 10, torch.float32, device)
     assert_same_eigenvalues(*tridiagonal(A), A)
 
 
 def test_several_programs_share_a_matrix(device):
-    A = gram("gaussian", 24, torch.float32, device)  # more than one panel
+    A = gram("gaussian", 18, torch.float32, device)  # more than one panel
     d, e = tridiagonal(A, programs=3)
     assert_same_eigenvalues(d, e, A)
     again = tridiagonal(A, programs=3)
@@ -58,7 +58,7 @@ def test_programs_of_an_event_do_not_depend_on_their_order(device, monkeypatch):
     """In the interpreter they run one after the other, so that a race would show as a dependence on the order."""
     if device == "cuda":
         pytest.skip("needs the interpreter")
-    A = gram("gaussian", 24, torch.float64)
+    A = gram("gaussian", 18, torch.float64)
     expected = tridiagonal(A, programs=3)
     builder = triton.runtime.interpreter.interpreter_builder
     monkeypatch.setattr(
@@ -95,21 +95,21 @@ def test_a_refused_cooperative_launch_is_made_alone(device, monkeypatch, caplog)
 
 
 def test_only_one_triangle_is_read(device):
-    A = gram("gaussian", 20, torch.float32, device)
+    A = gram("gaussian", 10, torch.float32, device)
     d, e = tridiagonal(A.triu() + torch.full_like(A, torch.nan).tril(-1))
     whole = tridiagonal(A)
     assert torch.equal(d, whole[0]) and torch.equal(e, whole[1])
 
 
 def test_batches_strides_and_nan(device):
-    A = torch.stack([gram("gaussian", 10, torch.float32, device, seed) for seed in range(4)]).reshape(2, 2, 10, 10)
+    A = torch.stack([gram("gaussian", 6, torch.float32, device, seed) for seed in range(4)]).reshape(2, 2, 6, 6)
     d, e = tridiagonal(A)
-    assert d.shape == (2, 2, 10) and e.shape == (2, 2, 9)
+    assert d.shape == (2, 2, 6) and e.shape == (2, 2, 5)
     for view in (A.mT, torch.stack([A, A], -1)[..., 0]):
         found = tridiagonal(view)
         assert torch.equal(found[0], d) and torch.equal(found[1], e)
-    A[0, 1, 5, 7] = A[0, 1, 7, 5] = torch.nan
+    A[0, 1, 2, 4] = A[0, 1, 4, 2] = torch.nan
     d2, e2 = tridiagonal(A.clone(), overwrite=True)
     assert (d2[0, 1].isnan().any() or e2[0, 1].isnan().any()) and torch.equal(d2[1], d[1]) and torch.equal(e2[1], e[1])
     assert torch.equal(d2[0, 0], d[0, 0])
-    assert tridiagonal(A[:0])[0].shape == (0, 2, 10)
+    assert tridiagonal(A[:0])[0].shape == (0, 2, 6)

@@ -250,11 +250,15 @@ def test_resumed_while_workers_of_a_killed_run_live(tmp_path):
 
 
 def test_nothing_is_said_when_the_interpreter_ends(tmp_path):
+    """A fresh one, in which the module `sosd_fast.track` was imported, and `track` is called again and again."""
     code = """
+import sosd_fast.track
+sosd_fast.track(net, method="full")
 a, b = sosd_fast.track(net, method="full", run_dir=run_dir), sosd_fast.track(net, method="topk", k=4)
 net.itself = [net, a]
 train(net, 3)
+print(b.latest()["0.weight"].step)
 """
     done = subprocess.run([sys.executable, "-c", START + code, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == "" and done.stderr == "", done.stdout + done.stderr
+    assert done.returncode == 0 and done.stdout == "3\n" and done.stderr == "", done.stdout + done.stderr
     assert max(r.step for r in sosd_fast.load(tmp_path).records) == 3

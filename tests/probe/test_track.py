@@ -1,8 +1,6 @@
 import gc
 import logging
 import math
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -337,19 +335,3 @@ def test_a_probe_names_what_cannot_be_measured(caplog):
     net[0].weight.data = torch.zeros(0)
     probe.step()
     assert "cannot be measured at present: 0.weight" in str(probe)
-
-
-def test_in_a_fresh_interpreter():
-    code = """
-import torch
-import sosd_fast.track
-net = torch.nn.Linear(6, 5)
-optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-sosd_fast.track(net, method="full")
-probe = sosd_fast.track(net, method="full")
-net(torch.ones(1, 6)).sum().backward()
-optimizer.step()
-print(probe.latest()["weight"].step)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "1\n" and done.stderr == ""

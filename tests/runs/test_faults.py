@@ -242,7 +242,7 @@ def test_a_damaged_event_is_one_line(tmp_path, more, capsys):
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
-    write(tmp_path / "run", range(2))
+    RunWriter(tmp_path / "run", {"matrices": ["a"]}).close()  # without a figure to draw
     os.mkfifo(tmp_path / "run" / "log.jsonl")
     os.mkfifo(tmp_path / "run" / "config.json")
     assert load(tmp_path / "run").log == []

@@ -178,8 +178,9 @@ def get(port, path="/", host=None):
 
 
 def test_the_report_is_served_fresh_and_to_this_machine_alone(tmp_path):
-    run = Growing(tmp_path)
-    run.train([1e-3] * 5)
+    run = RunWriter(tmp_path)
+    for step in range(6):
+        run.append([Record(step, "h.mlp.w", (4, 4), "gram32", 1, sd_variation=1e-3)])
     server = make_server([tmp_path])
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -187,7 +188,7 @@ def test_the_report_is_served_fresh_and_to_this_machine_alone(tmp_path):
         assert server.server_address[0] == "127.0.0.1"
         status, text = get(server.server_port)
         assert status == 200 and "5 steps" in text and "<svg" in text
-        run.train([1e-3])
+        run.append([Record(6, "h.mlp.w", (4, 4), "gram32", 1, sd_variation=1e-3)])
         assert "6 steps" in get(server.server_port)[1]
         assert get(server.server_port, "/etc/passwd")[0] == 404
         assert get(server.server_port, host="elsewhere.example")[0] == 403

@@ -13,14 +13,14 @@ from sosd_fast.spectra.svdvals import spectra
 def test_no_bound_is_broken(ordinary):
     """A small part of what `python -m bench.bounds` draws."""
     count = 0
-    for seed, dtype, kinds, matrices in batches(1200, ordinary, seed=20_000_000):
+    for seed, dtype, kinds, matrices in batches(600, ordinary, seed=20_000_000):
         for kind, (method, error, sd, value) in zip(kinds, check(matrices), strict=True):
             assert error <= 1e-6 and sd <= 1 and value <= 1, (seed, dtype, kind, method, error, sd, value)
             count += 1
-    assert count == 1200
+    assert count == 600
 
 
-@pytest.mark.parametrize("shape", [(256, 256), (384, 1000), (768, 768)], ids=str)
+@pytest.mark.parametrize("shape", [(256, 256), (256, 1300), (500, 500)], ids=str)
 def test_larger_ones_of_few_values(path, shape):
     g = torch.Generator().manual_seed(0)
     matrices = few_values(*shape, g)
@@ -43,7 +43,7 @@ def test_signs_at_a_thousand():
 def test_values_that_nearly_repeat(path, method, r):
     """LAPACK's erred by 118 units of rounding, twice their bound, and SD by 6 times `sd_error`."""
     g, own = torch.Generator().manual_seed(r), 160 * 2.0**-53  # of the truth, which is LAPACK's, too
-    for _ in range(40):
+    for _ in range(15):
         Q = torch.linalg.qr(torch.randn(4, r + 1, r, generator=g, dtype=torch.float64))[0]
         apart = 10.0 ** (-5 * torch.rand(4, 1, 1, generator=g, dtype=torch.float64))
         W = (Q * (1 + apart * torch.randn(4, 1, r, generator=g, dtype=torch.float64))).float()

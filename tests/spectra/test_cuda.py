@@ -37,7 +37,7 @@ def forbid_waiting():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("name", "shape"), [("gaussian", (11, 17)), ("log4", (12, 10))])
+@pytest.mark.parametrize(("name", "shape"), [("gaussian", (5, 9)), ("log4", (7, 6))])
 def test_spectra_meet_their_bounds(device, name, shape, dtype):
     matrices = [matrix(name, *shape, dtype=dtype).to(device)]
     for method, eps in (("gram32", 2.0**-24), ("gram64", 2.0**-53)):
@@ -51,7 +51,7 @@ def test_spectra_meet_their_bounds(device, name, shape, dtype):
             assert sd_distance(found.S[i].cpu(), truth(W)) <= found.sd_error[i]
 
 
-@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (1, 1), (2, 2, 9, 7), (0, 3, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5), (5, 1), (1, 1), (2, 2, 5, 3), (0, 3, 4)], ids=str)
 def test_shapes(device, shape):
     W = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
     before = W.clone()
@@ -62,7 +62,7 @@ def test_shapes(device, shape):
 
 
 def test_precision_follows_from_an_earlier_spectrum(device):
-    matrices = [matrix(name, 12, 12).to(device) for name in ("gaussian", "log4", "rank_one", "zero")]
+    matrices = [matrix(name, 8, 16).to(device) for name in ("gaussian", "log4", "rank_one", "zero")]
     first = spectra(matrices)
     assert first.methods == ("gram64",) * 4
     second = spectra(matrices, previous=first.S.cpu())
@@ -74,10 +74,10 @@ def test_precision_follows_from_an_earlier_spectrum(device):
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_scale_and_nan(device, size):
-    matrices = [matrix("gaussian", 6, 9, seed=seed).to(device) for seed in range(3)]
+    matrices = [matrix("gaussian", 3, 5, seed=seed).to(device) for seed in range(3)]
     expected = truth(matrices[0]) * size
     matrices[0] = matrices[0] * size
-    matrices[1][2, 3] = torch.nan if size < 1 else torch.inf
+    matrices[1][1, 3] = torch.nan if size < 1 else torch.inf
     for method in ("gram32", "gram64"):
         found = spectra(matrices, method)
         torch.testing.assert_close(found.S[0].cpu(), expected, rtol=1e-4, atol=0)
@@ -86,11 +86,11 @@ def test_scale_and_nan(device, size):
 
 
 def test_chunks_agree_with_the_whole(device, monkeypatch):
-    matrices = [matrix("gaussian", 7, 4, seed=seed).to(device) for seed in range(3)]
+    matrices = [matrix("gaussian", 5, 3, seed=seed).to(device) for seed in range(3)]
     whole = spectra(matrices, "gram32")
-    monkeypatch.setattr(sys.modules["sosd_fast.spectra.svdvals"], "CHUNK_BYTES", 2 * 4 * (7 * 4 + 4 * 4))
+    monkeypatch.setattr(sys.modules["sosd_fast.spectra.svdvals"], "CHUNK_BYTES", 2 * 4 * (5 * 3 + 3 * 3))
     parts = spectra(matrices, "gram32")
-    mixed = spectra([matrices[0], matrix("gaussian", 4, 9).to(device), matrices[2]], "gram32")
+    mixed = spectra([matrices[0], matrix("gaussian", 3, 7).to(device), matrices[2]], "gram32")
     assert torch.equal(mixed.S[::2], whole.S[::2])  # shapes with one short side go together
     assert torch.equal(parts.S, whole.S) and torch.equal(parts.bound, whole.bound)
 

@@ -1,6 +1,7 @@
 """The leading values of matrices that are odd in every way, one after the other in one state."""
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ KINDS = [
     "inf",
 ]
 PLACES = ["extension", "torch", "numpy", "device"]
+DRAWS = 15 * int(os.environ.get("SOSD_DRAWS", "1"))  # of shapes, each with some 10 matrices, in each place
 
 
 def odd_matrix(kind, m, n, dtype, rng):
@@ -80,7 +82,7 @@ def test_odd_matrices_that_change_from_step_to_step(place, monkeypatch):
     if place == "device":
         monkeypatch.setattr(topk, "on_host", lambda *_: False)
     rng = np.random.default_rng(PLACES.index(place))
-    for _ in range(60):
+    for _ in range(DRAWS):
         m, n, count = rng.integers(1, 30), rng.integers(1, 30), rng.integers(1, 5)
         dtype = rng.choice([np.float32, np.float64])
         k, spare = int(rng.integers(1, min(m, n) + 1)), int(rng.integers(0, 9))

@@ -300,11 +300,12 @@ def test_ctrl_c_ends_with_the_table(tmp_path, text):
     run_dir = tmp_path / "run"
     flags = ["--tracker=full", "--steps=1000", "--batch-size=1", "--eval-every=1", "--eval-sequences=1", "--device=cpu"]
     process = prepared.Process(RUN, *flags, f"--data={text}", f"--run-dir={run_dir}", folder=tmp_path)
-    for line in process.stdout:  # the first validation has been printed: the loop is under way
-        if line.startswith("step 1:"):
-            break
-    os.kill(process.pid, signal.SIGINT)
-    out = process.stdout.read()
+    with process.stdout as said:
+        for line in said:  # the first validation has been printed: the loop is under way
+            if line.startswith("step 1:"):
+                break
+        os.kill(process.pid, signal.SIGINT)
+        out = said.read()
     assert process.wait(60) == 130, out
     assert "Traceback" not in out
     assert "interrupted after step" in out and "attention" in out

@@ -1,13 +1,18 @@
 """training/run.py on tiny models; run by test_distributed.py, alone or under torchrun.
 
-"--next" separates the flags of runs that follow each other, in one process group; "--float64" before a run's flags
-trains it in that. DIE=rank:step kills that rank in that step, HANG=rank:step lets it sleep.
+"--next" separates the flags of runs that follow each other, in one process group, where ranks learn once how operations
+are spread; "--float64" before a run's flags trains it in that, "--half-of=from:to" copies a run as if it had been
+killed after its checkpoint of step 2. DIE=rank:step kills that rank in that step, HANG=rank:step lets it wait until
+another has ended.
 """
 
+import atexit
 import os
+import shutil
 import signal
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -31,8 +36,9 @@ def counted(self, *args):
         if int(os.environ.get("RANK", "0")) == rank and steps == step:
             if what == "DIE":
                 os.kill(os.getpid(), signal.SIGKILL)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # or torchrun waits 30 seconds for the step to end
-            time.sleep(1000)
+            while not Path(os.environ["UNTIL"]).exists():
+                time.sleep(0.05)
+            os._exit(1)
     return forward(self, *args)
 
 
@@ -49,11 +55,27 @@ if sys.argv.count("--next"):
     join, close = dist.init_process_group, dist.destroy_process_group
     dist.init_process_group = lambda *args, **kwargs: dist.is_initialized() or join(*args, **kwargs)
     dist.destroy_process_group = lambda: None
+if "UNTIL" in os.environ:
+    atexit.register(Path(os.environ["UNTIL"]).touch)
+
+
+def half_done(whole, to):
+    if os.environ.get("RANK", "0") == "0":
+        shutil.copytree(whole, to)
+        shutil.rmtree(Path(to, "checkpoints", "step-000004"))
+    if dist.is_initialized():
+        dist.barrier()
+
+
 status, argv = 0, []
 for flag in [*sys.argv[1:], "--next"]:
-    if flag == "--next":
-        torch.set_default_dtype(torch.float64 if "--float64" in argv else torch.float32)
-        status, argv = status or run.main([each for each in argv if each != "--float64"]), []
+    if flag == "--float64":
+        torch.set_default_dtype(torch.float64)
+    elif flag.startswith("--half-of="):
+        half_done(*flag.split("=")[1].split(":"))
+    elif flag == "--next":
+        status, argv = status or run.main(argv), []
+        torch.set_default_dtype(torch.float32)
     else:
         argv.append(flag)
 if "--next" in sys.argv and dist.is_initialized():
