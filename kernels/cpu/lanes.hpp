@@ -1,4 +1,4 @@
-// Eigenvalues of W W^T of many matrices with one short side r <= kLanesLargest: a lane of a vector holds a matrix.
+// Eigenvalues of W W^T of matrices of one shape with a short side of at most kLanesSide: a lane of a vector holds a matrix.
 //
 // Stages as of gram.hpp, tridiagonal.hpp and sturm.hpp, with their precision. No operation crosses lanes and no step depends
 // on another lane's values, so that a matrix gets the same bits whatever its neighbours are.
@@ -9,7 +9,10 @@
 
 namespace sosd_fast {
 
-constexpr int64_t kLanesLargest = 64;
+// Matrices of at most this side and so many entries go into lanes, a lone one too: its bits must not depend on how many
+// others come with it. us a matrix, here and by the other stages (AVX-512, float32, thread CPU time, 5 of them the call's
+// own): LONE_TABLE
+constexpr int64_t kLanesSide = 32, kLanesEntries = 1024;
 
 // One lane: W, finite and scaled to entries of at most 2, r >= 1.
 struct Lane {
@@ -18,274 +21,147 @@ struct Lane {
     GramSums sums;      // out
 };
 
-// Columns of W summed in registers, at most kChain: the interleaved rows have to stay in L2.
-constexpr int64_t depth_of(int64_t r) { return r <= 32 ? kChain : kChain / 2; }
-constexpr int64_t kPlainAdds = 16;  // chains added to G without keeping what rounding loses
-constexpr bool compensated(int64_t r, int64_t K) { return K > kPlainAdds * depth_of(r); }
-
 namespace SOSD_ISA {
 
-// Symmetric matrices are kept as their lower triangle in blocks of kRows rows, each block one column after the other, so
-// that they are read in one forward stream; diagonal blocks hold both halves.
+// Symmetric matrices are kept as their lower triangle in blocks of kRows rows, each block one column after the other;
+// diagonal blocks hold both halves.
 constexpr int kRows = 4;
 constexpr int64_t block_of(int64_t I) { return kRows * kRows * I * (I + 1) / 2; }
 constexpr int64_t at_lanes(int64_t i, int64_t j) { return block_of(i / kRows) + j * kRows + i % kRows; }
 
-template <class T> constexpr DType kNative = sizeof(T) == 4 ? DType::f32 : DType::f64;
+constexpr int64_t kChunkBytes = 1 << 15;  // of interleaved columns: more would not stay in a first-level cache of 48 KB
 
-inline bool rows_inner(const Source& w) { return w.stride_i == 1 && (w.stride_k != 1 || w.K == 1); }
-
-// A lane's W as the interleaving reads it: in T, with a stride of 1 along the inner side.
-template <class T> struct Columns {
-    const T* data;
-    int64_t outer;
-};
-
+// X[k * rows + i] <- W(i, k0 + k) of one lane, k < h. Scattered, for all it costs AA us of BB at 16 x 16.
 template <class T, class From>
-inline void convert(const From* w, int64_t s_outer, int64_t s_inner, int64_t outer, int64_t inner, double scale, T* out,
-                    int64_t ld) {
+inline void scatter(const From* w, const Source& of, int64_t h, T* X, int64_t rows) {
     using Wide = decltype(widen(From{}));
-    const Wide s = Wide(scale);
-    for (int64_t o = 0; o < outer; ++o)
-        for (int64_t i = 0; i < inner; ++i) out[o * ld + i] = T(widen(w[o * s_outer + i * s_inner]) * s);
-}
-
-template <class T>
-inline void convert(const Source& w, int64_t k0, int64_t h, bool i_inner, T* out, int64_t ld) {
-    const int64_t so = i_inner ? w.stride_k : w.stride_i, si = i_inner ? w.stride_i : w.stride_k;
-    const int64_t outer = i_inner ? h : w.r, inner = i_inner ? w.r : h, at = k0 * w.stride_k;
-    switch (w.dtype) {
-        case DType::f32: return convert(static_cast<const float*>(w.data) + at, so, si, outer, inner, w.scale, out, ld);
-        case DType::f64: return convert(static_cast<const double*>(w.data) + at, so, si, outer, inner, w.scale, out, ld);
-        case DType::bf16: return convert(static_cast<const bf16*>(w.data) + at, so, si, outer, inner, w.scale, out, ld);
-        case DType::f16: return convert(static_cast<const f16*>(w.data) + at, so, si, outer, inner, w.scale, out, ld);
-    }
-}
-
-// x[l] <- up to L elements of lane l, zero beyond `count[l]`; then transposed: x[q] holds element q of every lane.
-template <class T>
-inline void gather(const Columns<T>* from, int64_t o, int64_t at, const int64_t* outer, const int64_t* inner,
-                   typename Simd<T>::V* x) {
-    using S = Simd<T>;
-    for (int l = 0; l < S::L; ++l) {
-        const int64_t count = o < outer[l] ? inner[l] - at : 0;
-        const T* p = from[l].data + o * from[l].outer + at;
-        if (count >= S::L) {
-            __builtin_memcpy(&x[l], p, sizeof(x[l]));
-        } else {
-            alignas(kVectorBytes) T few[S::L] = {};
-            for (int64_t q = 0; q < count; ++q) few[q] = p[q];
-            x[l] = S::at(few);
-        }
-    }
-    transpose<T>(x);
-}
-
-// X[I][k][kRows] <- W(kRows I + u, k0 + k) of every lane, k < h; zero beyond a matrix.
-template <class T>
-inline void interleave(const Lane* const* lanes, int64_t k0, int64_t h, int64_t depth, T* X, T* staged) {
-    using S = Simd<T>;
-    using V = typename S::V;
-    const int64_t r = lanes[0]->w.r, rows = round_up(r, kRows);
-    const bool i_inner = rows_inner(lanes[0]->w);
-    Columns<T> from[S::L];
-    int64_t outer[S::L], inner[S::L];
-    alignas(kVectorBytes) T scales[S::L];
-    for (int l = 0; l < S::L; ++l) {
-        const Source& w = lanes[l]->w;
-        const int64_t here = max_of<int64_t>(0, min_of(h, w.K - k0));
-        outer[l] = i_inner ? here : r, inner[l] = i_inner ? r : here;
-        const int64_t so = i_inner ? w.stride_k : w.stride_i, si = i_inner ? w.stride_i : w.stride_k;
-        if (w.dtype == kNative<T> && (si == 1 || inner[l] == 1)) {
-            from[l] = {static_cast<const T*>(w.data) + k0 * w.stride_k, so};
-            scales[l] = T(w.scale);
-        } else {
-            const int64_t ld = i_inner ? r : depth;
-            T* own = staged + l * r * depth;
-            convert(w, k0, here, i_inner, own, ld);
-            from[l] = {own, ld};
-            scales[l] = 1;
-        }
-    }
-    const V scale = S::at(scales);
-    V x[S::L];
-    if (i_inner) {
+    const Wide s = Wide(of.scale);
+    for (int64_t i = 0; i < of.r; ++i)
         for (int64_t k = 0; k < h; ++k)
-            for (int64_t i = 0; i < rows; i += S::L) {
-                gather(from, k, i, outer, inner, x);
-                for (int64_t q = 0; q < min_of<int64_t>(S::L, rows - i); ++q)
-                    S::at(X + (((i + q) / kRows * depth + k) * kRows + (i + q) % kRows) * S::L) = x[q] * scale;
-            }
-        return;
-    }
-    for (int64_t i = 0; i < r; ++i)
-        for (int64_t k = 0; k < h; k += S::L) {
-            gather(from, i, k, outer, inner, x);
-            for (int64_t q = 0; q < min_of<int64_t>(S::L, h - k); ++q)
-                S::at(X + ((i / kRows * depth + k + q) * kRows + i % kRows) * S::L) = x[q] * scale;
-        }
-    for (int64_t i = r; i < rows; ++i)
-        for (int64_t k = 0; k < h; ++k) S::at(X + ((i / kRows * depth + k) * kRows + i % kRows) * S::L) = V{};
+            X[(k * rows + i) * Simd<T>::L] = T(widen(w[i * of.stride_i + k * of.stride_k]) * s);
 }
 
-// G (=, +=) X X^T of one chunk.
-template <class T, Store How> inline void add_chunk(const T* X, int64_t panels, int64_t h, int64_t depth, T* G, T* lost) {
+template <class T> inline void scatter(const Source& w, int64_t k0, int64_t h, T* X, int64_t rows) {
+    const int64_t at = k0 * w.stride_k;
+    switch (w.dtype) {
+        case DType::f32: return scatter(static_cast<const float*>(w.data) + at, w, h, X, rows);
+        case DType::f64: return scatter(static_cast<const double*>(w.data) + at, w, h, X, rows);
+        case DType::bf16: return scatter(static_cast<const bf16*>(w.data) + at, w, h, X, rows);
+        case DType::f16: return scatter(static_cast<const f16*>(w.data) + at, w, h, X, rows);
+    }
+}
+
+// G += X X^T of one chunk.
+template <class T> inline void add_chunk(const T* X, int64_t rows, int64_t h, T* G) {
     using S = Simd<T>;
-    using V = typename S::V;
     constexpr int C = kRegisters == 32 ? kRows : kRows / 2;  // columns at once
-    for (int64_t I = 0; I < panels; ++I)
-        for (int64_t j = 0; j < (I + 1) * kRows; j += C) {
-            const T *a = X + I * depth * kRows * S::L, *b = X + (j / kRows * depth * kRows + j % kRows) * S::L;
-            V acc[C][kRows];
+    for (int64_t i = 0; i < rows; i += kRows)
+        for (int64_t j = 0; j < i + kRows; j += C) {
+            typename S::V acc[C][kRows];
             for (int c = 0; c < C; ++c)
-                for (int u = 0; u < kRows; ++u) acc[c][u] = V{};
-            for (int64_t k = 0; k < h; ++k, a += kRows * S::L, b += kRows * S::L) {
+                for (int u = 0; u < kRows; ++u) acc[c][u] = typename S::V{};
+            for (int64_t k = 0; k < h; ++k) {
+                const T* x = X + k * rows * S::L;
 #pragma GCC unroll 4
                 for (int c = 0; c < C; ++c)
 #pragma GCC unroll 4
-                    for (int u = 0; u < kRows; ++u) acc[c][u] += S::at(a + u * S::L) * S::at(b + c * S::L);
+                    for (int u = 0; u < kRows; ++u) acc[c][u] += S::at(x + (i + u) * S::L) * S::at(x + (j + c) * S::L);
             }
-            const int64_t at = (block_of(I) + j * kRows) * S::L;
+            T* out = G + (block_of(i / kRows) + j * kRows) * S::L;
 #pragma GCC unroll 4
             for (int c = 0; c < C; ++c)
 #pragma GCC unroll 4
-                for (int u = 0; u < kRows; ++u) {
-                    V& out = S::at(G + at + (c * kRows + u) * S::L);
-                    const V x = acc[c][u];
-                    if constexpr (How == Store::set) {
-                        out = x;
-                    } else if constexpr (How == Store::add) {
-                        out += x;
-                    } else {
-                        const V before = out;
-                        out = before + x;
-                        const V added = out - before;
-                        S::at(lost + at + (c * kRows + u) * S::L) += (before - (out - added)) + (x - added);
-                    }
-                }
+                for (int u = 0; u < kRows; ++u) S::at(out + (c * kRows + u) * S::L) += acc[c][u];
         }
 }
 
-// squares += X_i X_i, cross += X_i X_(i + apart) of panel I and of the panel `other`, more precisely than in T.
+// squares += X_i X_i, cross += X_i X_(i + apart), more precisely than in T; squares and cross have `rows` rows.
 template <class T>
-inline void add_exact(const T* X, const T* other, int64_t h, double* squares, double* cross) {
+inline void add_exact(const T* X, int64_t rows, int64_t apart, int64_t h, double* squares, double* cross) {
     using D = Simd<double>;
-    constexpr int L = Simd<T>::L, Q = L / D::L;
+    constexpr int L = Simd<T>::L;
     using Sum = std::conditional_t<sizeof(T) == 4, PlainSum, CompensatedSum>;
-    for (int q = 0; q < Q; ++q) {
-        Sum s[kRows], c[kRows];
-        for (int64_t k = 0; k < h; ++k) {
+    for (int64_t i = 0; i < rows; i += kRows)
+        for (int q = 0; q < L; q += D::L) {
+            const bool pairs = i + apart < rows;
+            const T *x = X + i * L + q, *y = x + (pairs ? apart * L : 0);
+            Sum s[kRows], c[kRows];
+            for (int64_t k = 0; k < h; ++k) {
+#pragma GCC unroll 4
+                for (int u = 0; u < kRows; ++u) {
+                    const D::V xu = widened(x + (k * rows + u) * L);
+                    s[u].add(xu * xu);
+                    if (pairs) c[u].add(xu * widened(y + (k * rows + u) * L));
+                }
+            }
 #pragma GCC unroll 4
             for (int u = 0; u < kRows; ++u) {
-                const D::V x = widened(X + (k * kRows + u) * L + q * D::L);
-                s[u].add(x * x);
-                if (other) c[u].add(x * widened(other + (k * kRows + u) * L + q * D::L));
+                D::at(squares + (i + u) * L + q) += s[u].total();
+                if (pairs) D::at(cross + (i + u) * L + q) += c[u].total();
             }
         }
-#pragma GCC unroll 4
-        for (int u = 0; u < kRows; ++u) {
-            D::at(squares + u * L + q * D::L) += s[u].total();
-            if (other) D::at(cross + u * L + q * D::L) += c[u].total();
-        }
-    }
 }
 
 // `correct_gram` of every lane.
 template <class T>
-inline void correct_lanes(Lane* const* lanes, int64_t apart, T* G, const double* squares, const double* cross) {
+inline void correct_lanes(Lane* lanes, int64_t count, int64_t apart, T* G, const double* squares, const double* cross) {
     constexpr int L = Simd<T>::L;
-    const int64_t r = lanes[0]->w.r, count = max_of<int64_t>(0, r - apart);
+    const int64_t r = lanes[0].w.r, pairs = max_of<int64_t>(0, r - apart);
     double trace[L] = {}, products[L] = {}, sum[L] = {};
     for (int64_t i = 0; i < r; ++i)
         for (int l = 0; l < L; ++l) trace[l] += squares[i * L + l];
-    for (int64_t i = 0; i < count; ++i) {
-        const T* element = G + at_lanes(i + apart, i) * L;
+    for (int64_t i = 0; i < pairs; ++i)
         for (int l = 0; l < L; ++l) {
             const double g = cross[i * L + l];
-            products[l] += (double(element[l]) - g) * g;
+            products[l] += (double(G[at_lanes(i + apart, i) * L + l]) - g) * g;
             sum[l] += g * g;
         }
-    }
     double grown[L];
     for (int l = 0; l < L; ++l) {
-        const double mean = trace[l] / double(r);
-        const double least = double(count) * mean * mean / (16 * double(lanes[l]->w.K));
+        const double mean = trace[l] / double(r), least = double(pairs) * mean * mean / (16 * double(lanes[0].w.K));
         double drift = sum[l] + least > 0 ? products[l] / (sum[l] + least) : 0;
         drift = max_of(-kMostDrift, min_of(kMostDrift, drift));
-        lanes[l]->sums = {trace[l], drift};
         grown[l] = 1 + drift;
+        if (l < count) lanes[l].sums = {trace[l], drift};
     }
     for (int64_t i = 0; i < r; ++i)
         for (int l = 0; l < L; ++l) G[at_lanes(i, i) * L + l] = T(squares[i * L + l] * grown[l]);
 }
 
-// G <- (1 + drift) W W^T of every lane. All are compensated, or none.
-template <class T> void gram_lanes(Lane* const* lanes, T* G, Arena& arena) {
+// G <- (1 + drift) W W^T of `count` lanes; the others are zero.
+template <class T> void gram_lanes(Lane* lanes, int64_t count, T* G, Arena& arena) {
     const ArenaScope scope(arena);
-    constexpr int L = Simd<T>::L;
-    const int64_t r = lanes[0]->w.r, rows = round_up(r, kRows), panels = rows / kRows;
-    int64_t K = 0;
-    bool odd = false;
-    const bool i_inner = rows_inner(lanes[0]->w);
-    for (int l = 0; l < L; ++l) {
-        const Source& w = lanes[l]->w;
-        K = max_of(K, w.K);
-        odd |= w.dtype != kNative<T> || (i_inner ? w.stride_i : w.stride_k) != 1;
-    }
-    const int64_t depth = depth_of(r), apart = max_of<int64_t>(1, panels / 2) * kRows;
-    const bool keep = compensated(r, lanes[0]->w.K);
-    T* X = take<T>(arena, rows * depth * L);
-    T* staged = odd ? take<T>(arena, r * depth * L) : nullptr;
-    const int64_t size = block_of(panels) * L;
-    T* lost = keep ? take<T>(arena, size) : nullptr;
-    if (lost)
-        for (int64_t i = 0; i < size; ++i) lost[i] = 0;
+    constexpr int64_t L = Simd<T>::L;
+    const int64_t r = lanes[0].w.r, K = lanes[0].w.K, rows = round_up(r, kRows);
+    const int64_t depth = min_of(min_of(kChain, K), kChunkBytes / int64_t(sizeof(T)) / (rows * L));
+    const int64_t apart = max_of<int64_t>(1, rows / kRows / 2) * kRows;
+    T* X = take<T>(arena, depth * rows * L);
     double *squares = take<double>(arena, rows * L), *cross = take<double>(arena, rows * L);
+    for (int64_t i = 0; i < depth * rows * L; ++i) X[i] = 0;
     for (int64_t i = 0; i < rows * L; ++i) squares[i] = cross[i] = 0;
-    for (int64_t k0 = 0; k0 < K; k0 += depth) {
-        const int64_t h = min_of(depth, K - k0);
-        interleave(lanes, k0, h, depth, X, staged);
-        for (int64_t I = 0; I < panels; ++I) {
-            const int64_t other = I + apart / kRows;
-            add_exact(X + I * depth * kRows * L, other < panels ? X + other * depth * kRows * L : nullptr, h,
-                      squares + I * kRows * L, cross + I * kRows * L);
-        }
-        if (k0 == 0)
-            add_chunk<T, Store::set>(X, panels, h, depth, G, lost);
-        else if (keep)
-            add_chunk<T, Store::compensate>(X, panels, h, depth, G, lost);
-        else
-            add_chunk<T, Store::add>(X, panels, h, depth, G, lost);
+    for (int64_t i = 0; i < block_of(rows / kRows) * L; ++i) G[i] = 0;
+    for (int64_t k = 0; k < K; k += depth) {
+        const int64_t h = min_of(depth, K - k);
+        for (int64_t l = 0; l < count; ++l) scatter(lanes[l].w, k, h, X + l, rows);
+        add_exact(X, rows, apart, h, squares, cross);
+        add_chunk(X, rows, h, G);
     }
-    if (lost)
-        for (int64_t i = 0; i < size; ++i) G[i] += lost[i];
-    correct_lanes(lanes, apart, G, squares, cross);
+    correct_lanes(lanes, count, apart, G, squares, cross);
 }
 
 template <class T> inline typename Simd<T>::V root(typename Simd<T>::V x) {
-#if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4) return typename Simd<T>::V(_mm512_sqrt_ps(__m512(x)));
-    else return typename Simd<T>::V(_mm512_sqrt_pd(__m512d(x)));
-#elif defined(__AVX2__)
-    if constexpr (sizeof(T) == 4) return typename Simd<T>::V(_mm256_sqrt_ps(__m256(x)));
-    else return typename Simd<T>::V(_mm256_sqrt_pd(__m256d(x)));
-#else
-    for (int l = 0; l < Simd<T>::L; ++l) x[l] = __builtin_sqrt(x[l]);
-    return x;
-#endif
+    alignas(kVectorBytes) T out[Simd<T>::L];
+    Simd<T>::at(out) = x;
+    for (T& each : out) each = sizeof(T) == 4 ? T(__builtin_sqrtf(float(each))) : T(__builtin_sqrt(each));
+    return Simd<T>::at(out);
 }
 
 // Whether any lane of a comparison is true.
-template <class VI> inline bool any(VI x) {
-#if defined(__AVX512F__)
-    return _mm512_movepi32_mask(__m512i(x)) != 0;
-#elif defined(__AVX2__)
-    return _mm256_movemask_epi8(__m256i(x)) != 0;
-#else
-    bool out = false;
-    for (size_t l = 0; l < sizeof(x) / sizeof(x[0]); ++l) out |= x[l] != 0;
-    return out;
-#endif
+template <class T> inline bool any(typename Simd<T>::VI x) {
+    alignas(kVectorBytes) typename Simd<T>::I each[Simd<T>::L], out = 0;
+    __builtin_memcpy(each, &x, sizeof(x));
+    for (int l = 0; l < Simd<T>::L; ++l) out |= each[l];
+    return out != 0;
 }
 
 // A <- A - v w^T - w v^T and y <- A u over rows and columns >= first; u is zero below first.
@@ -493,10 +369,9 @@ inline void narrow(Bracket<T>& b, typename Simd<T>::VI open, typename Simd<T>::V
     b.at_high.exponent = lower ? at_x.exponent : b.at_high.exponent;
 }
 
-// The eigenvalues of every lane's tridiag(d, e), as `sturm` finds those of one. Lane l has matrix l % matrices, and shares
-// its eigenvalues with the other lanes of this matrix. d and e are not modified.
+// The eigenvalues of the first `count` lanes' tridiag(d, e), as `sturm` finds those of one. d and e are not modified.
 template <class T>
-void sturm_lanes(const T* d, const T* e, int64_t n, double tolerance, Lane* const* lanes, int64_t matrices, Arena& arena) {
+void sturm_lanes(const T* d, const T* e, int64_t n, double tolerance, Lane* lanes, int64_t count, Arena& arena) {
     const ArenaScope scope(arena);
     using S = Simd<T>;
     using V = typename S::V;
@@ -504,6 +379,9 @@ void sturm_lanes(const T* d, const T* e, int64_t n, double tolerance, Lane* cons
     using Lim = SturmLimits<T>;
     using I = typename S::I;
     constexpr int L = S::L, N = kChains;
+    // Few matrices share the lanes: matrix m has the lanes l % matrices = m, a copy of it and some eigenvalues in each.
+    int64_t matrices = 1;
+    while (matrices < count) matrices *= 2;
     const int64_t copies = L / matrices, padded = round_up(n, Lim::kRescale);
     // Probes and brackets p of a matrix: slot p / copies, in the lane of its copy p % copies.
     const int64_t probes = 2 * n, probe_slots = round_up((probes + copies - 1) / copies, N);
@@ -521,17 +399,17 @@ void sturm_lanes(const T* d, const T* e, int64_t n, double tolerance, Lane* cons
         norm = sum > norm ? sum : norm;
     }
     alignas(kVectorBytes) T to_unit[L];
-    VI copy;
+    VI matrix, copy;
     for (int l = 0; l < L; ++l) {
         int exponent;
         __builtin_frexp(double(norm[l]), &exponent);
         to_unit[l] = T(__builtin_ldexp(1.0, -exponent));
-        copy[l] = I(l / matrices);
+        matrix[l] = I(l % matrices), copy[l] = I(l / matrices);
     }
-    const V unit = S::at(to_unit), top = norm * unit * T(1 + 1e-6);
+    const V unit = S::at(to_unit), top = __builtin_shuffle(norm * unit, matrix) * T(1 + 1e-6);
     for (int64_t i = 0; i < padded; ++i) {
-        S::at(ds + i * L) = i < n ? S::at(d + i * L) * unit : S::splat(2);
-        const V off = i > 0 && i < n ? S::at(e + (i - 1) * L) * unit : V{}, squared = off * off;
+        S::at(ds + i * L) = i < n ? __builtin_shuffle(S::at(d + i * L) * unit, matrix) : S::splat(2);
+        const V off = i > 0 && i < n ? __builtin_shuffle(S::at(e + (i - 1) * L) * unit, matrix) : V{}, squared = off * off;
         S::at(es + i * L) = i > 0 ? (squared > Lim::kFloor ? squared : S::splat(Lim::kFloor)) : V{};
     }
     // The square roots of eigenvalues of a Gram matrix lie more evenly than these do.
@@ -540,10 +418,10 @@ void sturm_lanes(const T* d, const T* e, int64_t n, double tolerance, Lane* cons
         x[s] = part < 1 ? top * (part * part) : top;
     }
     for (int64_t s = 0; s < probe_slots; s += N) count_lanes<T, N>(ds, es, padded, x + s, counts + s, values + s);
-    for (int64_t l = 0; l < matrices; ++l) {
+    for (int64_t m = 0; m < matrices; ++m) {
         int64_t k = 0, seen = 0;
         for (int64_t i = 0; i < slots * copies; ++i) {
-            const auto lane = [&](int64_t p) { return l + p % copies * matrices; };
+            const auto lane = [&](int64_t p) { return m + p % copies * matrices; };
             const auto next = [&] { return max_of(seen, int64_t(counts[k / copies][lane(k)])); };
             while (k < probes && next() <= i) seen = next(), ++k;
             Bracket<T>& b = brackets[i / copies];
@@ -566,39 +444,35 @@ void sturm_lanes(const T* d, const T* e, int64_t n, double tolerance, Lane* cons
             Value<T> found[N];
 #pragma GCC unroll 4
             for (int u = 0; u < N; ++u) more |= open[u] = next_point(b[u], wide, step % kBisected == 0, at[u]);
-            if (!any(more)) break;
+            if (!any<T>(more)) break;
             count_lanes<T, N>(ds, es, padded, at, below, found);
 #pragma GCC unroll 4
             for (int u = 0; u < N; ++u) narrow(b[u], open[u], at[u], below[u], found[u]);
         }
     }
-    for (int64_t l = 0; l < matrices; ++l) {
+    for (int64_t m = 0; m < count; ++m) {
         double last = 0;
         for (int64_t i = 0; i < n; ++i) {
             const Bracket<T>& b = brackets[i / copies];
-            const int64_t at = l + i % copies * matrices;
-            last = max_of(last, (double(b.low[at]) + double(b.high[at])) / (2 * double(to_unit[l])));
-            lanes[l]->ascending[i] = last;
+            const int64_t at = m + i % copies * matrices;
+            last = max_of(last, (double(b.low[at]) + double(b.high[at])) / (2 * double(to_unit[m])));
+            lanes[m].ascending[i] = last;
         }
     }
 }
 
 template <class T> constexpr int64_t kLanes = Simd<T>::L;
 
-// Fills ascending and sums of 1 <= count <= kLanes<T> lanes of one r, all `compensated` or none.
+// Fills ascending and sums of 1 <= count <= kLanes<T> lanes of one r and K.
 template <class T> void eigenvalues_lanes(Lane* lanes, int64_t count, Arena& arena) {
     const ArenaScope scope(arena);
     constexpr int L = Simd<T>::L;
-    const int64_t r = lanes[0].w.r, panels = round_up(r, kRows) / kRows;
-    int64_t matrices = 1;  // a power of two, so that the lanes divide among them; those beyond `count` repeat the first
-    while (matrices < count) matrices *= 2;
-    Lane* of[L];
-    for (int64_t l = 0; l < L; ++l) of[l] = lanes + (l % matrices < count ? l % matrices : 0);
-    T* G = take<T>(arena, block_of(panels) * L);
+    const int64_t r = lanes[0].w.r;
+    T* G = take<T>(arena, block_of(round_up(r, kRows) / kRows) * L);
     T *d = take<T>(arena, r * L), *e = take<T>(arena, (r - 1) * L);
-    gram_lanes(of, G, arena);
+    gram_lanes(lanes, count, G, arena);
     tridiagonal_lanes(G, r, d, e, arena);
-    sturm_lanes(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, of, matrices, arena);
+    sturm_lanes(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, lanes, count, arena);
 }
 
 }  // namespace SOSD_ISA

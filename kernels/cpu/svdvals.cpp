@@ -5,8 +5,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <numeric>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -77,12 +77,22 @@ struct Scaled {
     int exponent;
 };
 
+bool fits_lanes(const SvdvalsTask& t) {
+    const int64_t r = std::min(t.m, t.n), K = std::max(t.m, t.n);
+    return r > 0 && r <= kLanesSide && K <= kLanesEntries / r;
+}
+
+// Of small Gaussian matrices whose sides differ by less than this, 55 (32 x 32) to 100 % (4 x 4) climb to float64, and
+// float64 takes 1.2 to 1.5 times as long; of 16 x 18 14 % do.
+constexpr int64_t kNearlySquare = 2;
+
 // The method that a task starts with.
 Method first_method(const SvdvalsTask& t) {
     if (!t.automatic) return t.method;
     Method method = t.dtype == DType::f64 ? Method::gram64 : Method::gram32;  // what comes in double is expected in double
-    if (!t.previous || !(t.previous[0] > 0)) return method;
     const int64_t r = std::min(t.m, t.n);
+    if (!t.previous || !(t.previous[0] > 0))
+        return fits_lanes(t) && std::max(t.m, t.n) < r + kNearlySquare ? Method::gram64 : method;
     const double unit = std::ldexp(1.0, -std::ilogb(t.previous[0]));  // whose squares stay in range
     std::vector<double> previous(t.previous, t.previous + r);
     for (double& value : previous) value *= unit;
@@ -163,20 +173,15 @@ void climb(SvdvalsTask& t, const Scaled& from, Arena& arena, const Parallel& par
     finish(t, from);
 }
 
-constexpr int64_t kLanesTogether = 4;  // vectors: matrices that need float64 fill vectors of their own
-
-// One matrix, or some whose lanes go through the stages together.
-using Work = std::vector<SvdvalsTask*>;
-
 struct Ready {
     SvdvalsTask* task;
     Scaled from;
 };
 
-// Solves matrices of one r by one Gram method, and returns those whose method did not stand, each with its next one.
-template <class T> std::vector<Ready> solve_lanes(const Stages<T>& stages, std::vector<Ready>& ready, Arena& arena) {
-    std::vector<Ready> left;
-    if (ready.empty()) return left;
+// Solves matrices of one shape by one Gram method; those whose method does not stand go to `left`, each with its next one.
+template <class T>
+void solve_lanes(const Stages<T>& stages, std::vector<Ready>& ready, std::vector<Ready>& left, Arena& arena) {
+    if (ready.empty()) return;
     const int64_t r = ready[0].from.w.r;
     std::vector<Lane> lanes(stages.lanes);
     std::vector<double> ascending(r * stages.lanes);
@@ -185,45 +190,35 @@ template <class T> std::vector<Ready> solve_lanes(const Stages<T>& stages, std::
         for (; count < stages.lanes && at + count < ready.size(); ++count)
             lanes[count] = {ready[at + count].from.w, ascending.data() + count * r, {}};
         stages.eigenvalues_lanes(lanes.data(), count, arena);
-        for (int64_t i = 0; i < count; ++i) {
-            Ready& one = ready[at + i];
-            if (accept(*one.task, one.from, lanes[i].ascending, settle(lanes[i].ascending, r, lanes[i].sums)))
-                finish(*one.task, one.from);
+        for (int64_t i = 0; i < count; ++i, ++at) {
+            SvdvalsTask& t = *ready[at].task;
+            if (accept(t, ready[at].from, lanes[i].ascending, settle(lanes[i].ascending, r, lanes[i].sums)))
+                finish(t, ready[at].from);
             else
-                one.task->method = next(one.task->method), left.push_back(one);
+                t.method = next(t.method), left.push_back(ready[at]);
         }
-        at += count;
     }
-    return left;
 }
 
-// A lone matrix fills every lane with itself. That costs it no time up to these sizes (AVX-512, thread CPU time): 19 us
-// against 27 us at 16 x 16, 17 and 17 at 16 x 64, 14 and 14 at 8 x 128, but 53 against 44 at 32 x 32 and 130 against 42 at
-// 64 x 64. The choice depends on the matrix alone, for its bits must not depend on how many others come with it.
-constexpr int64_t kLanesSide = 16, kLanesEntries = 1024;
-static_assert(kLanesSide <= kLanesLargest);
-
-bool fits_lanes(const SvdvalsTask& t, Method start) {
-    const int64_t r = std::min(t.m, t.n), K = std::max(t.m, t.n);
-    return r > 0 && r <= kLanesSide && K <= kLanesEntries / r && start != Method::bidiag64;
-}
+// One matrix, or some of one shape whose lanes go through the stages together.
+using Work = std::vector<SvdvalsTask*>;
 
 void solve(const Work& work, Arena& arena, const Parallel& parallel) {
-    std::vector<Ready> ready;
+    std::vector<Ready> of[3];  // by method
     for (SvdvalsTask* t : work) {
         const Method start = first_method(*t);
         Scaled from;
         if (!prepare(*t, from)) continue;
         t->method = start;
-        ready.push_back({t, from});
+        of[int(start)].push_back({t, from});
     }
-    if (ready.empty()) return;
-    if (fits_lanes(*ready[0].task, ready[0].task->method)) {
-        const Kernels& k = kernels();
-        if (ready[0].task->method == Method::gram32) ready = solve_lanes(k.f32, ready, arena);
-        if (!ready.empty() && ready[0].task->method == Method::gram64) ready = solve_lanes(k.f64, ready, arena);
+    if (fits_lanes(*work[0])) {
+        solve_lanes(kernels().f32, of[0], of[1], arena);
+        solve_lanes(kernels().f64, of[1], of[2], arena);
+        of[0].clear(), of[1].clear();
     }
-    for (Ready& one : ready) climb(*one.task, one.from, arena, parallel);
+    for (std::vector<Ready>& each : of)
+        for (Ready& one : each) climb(*one.task, one.from, arena, parallel);
 }
 
 template <class T>
@@ -250,57 +245,27 @@ void solve(const Stages<T>& stages, const GramTask& t, Arena& arena, const Paral
 
 double cost(const SvdvalsTask& t) {
     const double r = double(std::min(t.m, t.n)), K = double(std::max(t.m, t.n));
-    return r * r * (K + 2 * r + 100);
+    return fits_lanes(t) ? r * (5e3 + 400 * r) : r * r * (K + 2 * r + 100);
 }
 
-// Matrices whose lanes may go together: in one arithmetic, of one short side, of sums of one kind; and best together: read
-// along the same side, as long.
-struct Kind {
-    bool lanes;
-    Method method;
-    int64_t r;
-    bool compensated, rows_inner;
-    int64_t K;
-    bool operator<(const Kind& other) const { return tie() < other.tie(); }
-    bool together(const Kind& o) const {
-        return lanes && o.lanes && method == o.method && r == o.r && compensated == o.compensated && rows_inner == o.rows_inner;
-    }
-
-private:
-    std::tuple<bool, Method, int64_t, bool, bool, int64_t> tie() const { return {lanes, method, r, compensated, rows_inner, K}; }
-};
-
-Kind kind_of(const SvdvalsTask& t) {
-    const bool wide = t.m <= t.n;
-    const int64_t r = wide ? t.m : t.n, K = wide ? t.n : t.m, si = wide ? t.row_stride : t.col_stride;
-    const Method start = first_method(t);
-    return {fits_lanes(t, start), start, r, compensated(r, K), si == 1, K};
-}
+constexpr int64_t kLanesTogether = 4;  // vectors: matrices that climb to float64 fill vectors of their own
 
 // The units of work: matrices that go alone, and groups of at most a few vectors of lanes, for each thread some.
 std::vector<Work> share_out(SvdvalsTask* tasks, int64_t count, int n_threads) {
     std::vector<Work> works;
-    std::vector<std::pair<Kind, int64_t>> small;
-    for (int64_t i = 0; i < count; ++i) {
-        const Kind kind = kind_of(tasks[i]);
-        if (kind.lanes)
-            small.emplace_back(kind, i);
+    std::map<std::pair<int64_t, int64_t>, Work> small;  // by shape
+    for (SvdvalsTask* t = tasks; t < tasks + count; ++t) {
+        if (fits_lanes(*t))
+            small[{std::min(t->m, t->n), std::max(t->m, t->n)}].push_back(t);
         else
-            works.push_back({tasks + i});
+            works.push_back({t});
     }
-    std::stable_sort(small.begin(), small.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
-    for (size_t at = 0; at < small.size();) {
-        size_t end = at;
-        while (end < small.size() && small[end].first.together(small[at].first)) ++end;
-        const Method method = small[at].first.method;
-        const int64_t lanes = method == Method::gram32 ? kernels().f32.lanes : kernels().f64.lanes;
-        const int64_t share = round_up(int64_t(end - at) / (2 * std::max(n_threads, 1)) + 1, lanes);
-        const size_t most = size_t(std::min(share, kLanesTogether * lanes));
-        while (at < end) {
-            Work work;
-            for (; at < end && work.size() < most; ++at) work.push_back(tasks + small[at].second);
-            works.push_back(std::move(work));
-        }
+    const int64_t lanes = kernels().f32.lanes;
+    for (const auto& [shape, all] : small) {
+        const int64_t share = round_up(int64_t(all.size()) / (2 * std::max(n_threads, 1)) + 1, lanes);
+        const int64_t most = std::min(share, kLanesTogether * lanes);
+        for (auto at = all.begin(); at < all.end(); at += std::min<int64_t>(most, all.end() - at))
+            works.emplace_back(at, at + std::min<int64_t>(most, all.end() - at));
     }
     return works;
 }
