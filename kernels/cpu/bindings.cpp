@@ -126,18 +126,18 @@ double sd_error(const py::object& S, const std::string& method, int64_t inner, d
 }
 
 // matrices: B tensors (m, n) of one dtype, any strides, or one (B, m, n): to open tensors takes longer than the spectra of
-// small matrices do. S, bound and previous: (B, min(m, n)) float64, contiguous; S and
-// bound are written. Returns (the method that stood, sd_error) of each.
-std::vector<std::pair<const char*, double>> svdvals(const py::object& matrices, const std::string& method,
-                                                    const py::object& previous, const py::object& S,
-                                                    const py::object& bound, int threads, const py::object& model) {
+// small matrices do. S, bound and previous: (B, min(m, n)) float64, contiguous; S and bound are written.
+// Returns the methods that stood, and the sd_errors.
+std::pair<py::list, std::vector<double>> svdvals(const py::object& matrices, const std::string& method,
+                                                 const py::object& previous, const py::object& S, const py::object& bound,
+                                                 int threads, const py::object& model) {
     const bool automatic = method == "auto";
     const Method asked = automatic ? Method::gram32 : to_method("svdvals", method);
     const ErrorModel constants = to_model(model);
     const bool separate = PyList_Check(matrices.ptr()) || PyTuple_Check(matrices.ptr());
     const std::vector<Tensor> opened = separate ? open_matrices("svdvals", matrices) : open_stack("svdvals", matrices);
     const int64_t count = separate ? int64_t(opened.size()) : opened[0].size[0];
-    if (count == 0) return {};
+    if (count == 0) return {py::list(), {}};
     const int64_t m = opened[0].size[separate ? 0 : 1], n = opened[0].size[separate ? 1 : 2], r = std::min(m, n);
     const Tensor values(S, "S"), bounds(bound, "bound");
     const std::vector<Tensor> before = open_optional(previous, "previous");
@@ -162,9 +162,15 @@ std::vector<std::pair<const char*, double>> svdvals(const py::object& matrices, 
         py::gil_scoped_release release;
         sosd_fast::svdvals(tasks.data(), count, threads);
     }
-    std::vector<std::pair<const char*, double>> found;
-    for (const auto& t : tasks) found.emplace_back(kMethods[size_t(t.method)].first, t.sd_error);
-    return found;
+    std::vector<py::str> names;
+    for (const auto& known : kMethods) names.emplace_back(known.first);
+    py::list methods(static_cast<size_t>(count));
+    std::vector<double> errors;
+    for (const auto& t : tasks) {
+        methods[errors.size()] = names[size_t(t.method)];
+        errors.push_back(t.sd_error);
+    }
+    return {methods, errors};
 }
 
 // G: (B, r, r) float32 or float64, of any strides. values: (B, r) float64, contiguous, is written.

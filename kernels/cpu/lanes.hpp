@@ -325,31 +325,45 @@ template <class T> struct Bracket {
     typename Simd<T>::VI index, kept;  // kept: 1 where the last step kept low, -1 where high, else 0
 };
 
-constexpr int kBisected = 5;  // every so many steps halve the bracket, whatever the polynomial looks like
+// In float64 secants take 17 steps where halves take 48 (Gaussian), in float32 19 where halves take 22, and each costs half
+// as much again to twice as much. So many steps apart, the bracket is halved whatever the polynomial looks like: of 2, 3 and
+// 8, none was faster.
+constexpr int kHalvedEvery = 5;
+template <class T> constexpr bool kSecants = sizeof(T) == 8;
 
-// The next point to count at: where the polynomial's secant is zero (regula falsi), if one of its zeros is known to lie
-// between; else the middle. Returns which lanes are not yet narrow enough; the others stay as they are, however many steps
-// their neighbours need.
+// The next point to count at: where the polynomial's secant is zero (regula falsi), if `secants` and one of its zeros is
+// known to lie between; else the middle. Returns which lanes are not yet narrow enough; the others stay as they are, however
+// many steps their neighbours need.
 template <class T>
-inline typename Simd<T>::VI next_point(const Bracket<T>& b, T wide, bool bisect, typename Simd<T>::V& x) {
-    using S = Simd<T>;
-    using V = typename S::V;
-    using VI = typename S::VI;
+inline typename Simd<T>::VI next_point(const Bracket<T>& b, T wide, bool secants, typename Simd<T>::V& x) {
+    using V = typename Simd<T>::V;
+    using VI = typename Simd<T>::VI;
     using Lim = SturmLimits<T>;
-    using I = typename S::I;
-    constexpr I most = sizeof(T) == 4 ? 26 : 60;  // of exponents, so that products stay in range
     const V width = b.high - b.low, middle = b.low + width / 2;
-    VI apart = b.at_high.exponent - b.at_low.exponent;
-    apart = apart > most ? VI{} + most : apart < -most ? VI{} - most : apart;
-    const V high = b.at_high.value * V((apart + Lim::kBias) << Lim::kMantissa);
-    const V step = width * (b.at_low.value / (b.at_low.value - high));
-    // A step of half the tolerance at least: the other end then comes near, too.
-    const V least = V{} + wide * T(0.75), limit = width - least;
-    V secant = b.low + (step < least ? least : step > limit ? limit : step);
-    const VI crosses = (VI(b.at_low.value) ^ VI(b.at_high.value)) < 0;
-    const VI usable = crosses & (secant > b.low) & (secant < b.high);
-    x = usable & (bisect ? VI{} : ~VI{}) ? secant : middle;
+    x = middle;
+    if (secants) {
+        constexpr typename Simd<T>::I most = 60;  // of exponents, so that products stay in range
+        VI apart = b.at_high.exponent - b.at_low.exponent;
+        apart = apart > most ? VI{} + most : apart < -most ? VI{} - most : apart;
+        const V high = b.at_high.value * V((apart + Lim::kBias) << Lim::kMantissa);
+        const V step = width * (b.at_low.value / (b.at_low.value - high));
+        // A step of half the tolerance at least: the other end then comes near, too.
+        const V least = V{} + wide * T(0.75), limit = width - least;
+        const V secant = b.low + (step < least ? least : step > limit ? limit : step);
+        const VI crosses = (VI(b.at_low.value) ^ VI(b.at_high.value)) < 0;
+        x = crosses & (secant > b.low) & (secant < b.high) ? secant : middle;
+    }
     return (middle > b.low) & (middle < b.high) & (width > wide);
+}
+
+template <class T>
+inline void set_end(typename Simd<T>::V& end, Value<T>& at_end, typename Simd<T>::VI where, typename Simd<T>::V x,
+                    const Value<T>& at_x) {
+    end = where ? x : end;
+    if constexpr (kSecants<T>) {
+        at_end.value = where ? at_x.value : at_end.value;
+        at_end.exponent = where ? at_x.exponent : at_end.exponent;
+    }
 }
 
 template <class T>
@@ -357,16 +371,13 @@ inline void narrow(Bracket<T>& b, typename Simd<T>::VI open, typename Simd<T>::V
                    const Value<T>& at_x) {
     using VI = typename Simd<T>::VI;
     const VI raise = open & (count <= b.index), lower = open & (count > b.index);
-    // Illinois: an end kept twice counts half
-    b.at_high.exponent -= raise & (b.kept < 0) & 1;
-    b.at_low.exponent -= lower & (b.kept > 0) & 1;
-    b.kept = raise ? VI{} - 1 : lower ? VI{} + 1 : b.kept;
-    b.low = raise ? x : b.low;
-    b.at_low.value = raise ? at_x.value : b.at_low.value;
-    b.at_low.exponent = raise ? at_x.exponent : b.at_low.exponent;
-    b.high = lower ? x : b.high;
-    b.at_high.value = lower ? at_x.value : b.at_high.value;
-    b.at_high.exponent = lower ? at_x.exponent : b.at_high.exponent;
+    if constexpr (kSecants<T>) {  // Illinois: an end kept twice counts half
+        b.at_high.exponent -= raise & (b.kept < 0) & 1;
+        b.at_low.exponent -= lower & (b.kept > 0) & 1;
+        b.kept = raise ? VI{} - 1 : lower ? VI{} + 1 : b.kept;
+    }
+    set_end(b.low, b.at_low, raise, x, at_x);
+    set_end(b.high, b.at_high, lower, x, at_x);
 }
 
 // The eigenvalues of the first `count` lanes' tridiag(d, e), as `sturm` finds those of one. d and e are not modified.
@@ -380,9 +391,10 @@ void sturm_lanes(const T* d, const T* e, int64_t n, double tolerance, Lane* lane
     using I = typename S::I;
     constexpr int L = S::L, N = kChains;
     // Few matrices share the lanes: matrix m has the lanes l % matrices = m, a copy of it and some eigenvalues in each.
-    int64_t matrices = 1;
-    while (matrices < count) matrices *= 2;
-    const int64_t copies = L / matrices, padded = round_up(n, Lim::kRescale);
+    int64_t copies = L, shift = 0;
+    while (L / copies < count) copies /= 2;
+    while (1 << shift < copies) ++shift;
+    const int64_t matrices = L / copies, padded = round_up(n, Lim::kRescale);
     // Probes and brackets p of a matrix: slot p / copies, in the lane of its copy p % copies.
     const int64_t probes = 2 * n, probe_slots = round_up((probes + copies - 1) / copies, N);
     const int64_t slots = round_up((n + copies - 1) / copies, N);
@@ -418,32 +430,34 @@ void sturm_lanes(const T* d, const T* e, int64_t n, double tolerance, Lane* lane
         x[s] = part < 1 ? top * (part * part) : top;
     }
     for (int64_t s = 0; s < probe_slots; s += N) count_lanes<T, N>(ds, es, padded, x + s, counts + s, values + s);
-    for (int64_t m = 0; m < matrices; ++m) {
-        int64_t k = 0, seen = 0;
-        for (int64_t i = 0; i < slots * copies; ++i) {
-            const auto lane = [&](int64_t p) { return m + p % copies * matrices; };
-            const auto next = [&] { return max_of(seen, int64_t(counts[k / copies][lane(k)])); };
-            while (k < probes && next() <= i) seen = next(), ++k;
-            Bracket<T>& b = brackets[i / copies];
-            const int64_t to = lane(i), below = max_of<int64_t>(k - 1, 0), above = min_of(k, probes - 1);
-            const int64_t lo = lane(below), hi = lane(above);
-            b.low[to] = x[below / copies][lo], b.high[to] = i < n ? x[above / copies][hi] : b.low[to];
-            b.at_low.value[to] = values[below / copies].value[lo];
-            b.at_low.exponent[to] = values[below / copies].exponent[lo];
-            b.at_high.value[to] = values[above / copies].value[hi];
-            b.at_high.exponent[to] = values[above / copies].exponent[hi];
-            b.index[to] = I(i), b.kept[to] = 0;
+    // Each bracket lies between the last probe with at most as many eigenvalues below it as its index, and the next one.
+    // Counts rise with x up to rounding; the running maximum makes the brackets consistent.
+    for (int64_t s = 0; s < slots; ++s)
+        brackets[s] = {V{}, top, values[0], values[0], copy + I(s * copies), VI{}};
+    VI seen = VI{};
+    for (int64_t p = 0; p < probes; ++p) {
+        const int64_t slot = p >> shift;
+        const VI lane = matrix + I((p & (copies - 1)) * matrices), before = seen, count = __builtin_shuffle(counts[slot], lane);
+        const V at = __builtin_shuffle(x[slot], lane);
+        const Value<T> value{__builtin_shuffle(values[slot].value, lane), __builtin_shuffle(values[slot].exponent, lane)};
+        seen = count > seen ? count : seen;
+        for (int64_t s = 0; s < slots; ++s) {
+            Bracket<T>& b = brackets[s];
+            set_end(b.low, b.at_low, seen <= b.index, at, value);
+            set_end(b.high, b.at_high, (before <= b.index) & (seen > b.index), at, value);
         }
     }
+    for (int64_t s = 0; s < slots; ++s) brackets[s].high = brackets[s].index < I(n) ? brackets[s].high : brackets[s].low;
     const T wide = T(2 * tolerance);
     for (int64_t s = 0; s < slots; s += N) {
         Bracket<T>* b = brackets + s;
-        for (int step = 1; step < 64 * kBisected; ++step) {
+        for (int step = 1; step < 64 * kHalvedEvery; ++step) {
+            const bool secants = kSecants<T> && step % kHalvedEvery != 0;
             V at[N];
             VI open[N], below[N], more = {};
             Value<T> found[N];
 #pragma GCC unroll 4
-            for (int u = 0; u < N; ++u) more |= open[u] = next_point(b[u], wide, step % kBisected == 0, at[u]);
+            for (int u = 0; u < N; ++u) more |= open[u] = next_point(b[u], wide, secants, at[u]);
             if (!any<T>(more)) break;
             count_lanes<T, N>(ds, es, padded, at, below, found);
 #pragma GCC unroll 4
@@ -452,10 +466,11 @@ void sturm_lanes(const T* d, const T* e, int64_t n, double tolerance, Lane* lane
     }
     for (int64_t m = 0; m < count; ++m) {
         double last = 0;
+        const double back = 1 / (2 * double(to_unit[m]));
         for (int64_t i = 0; i < n; ++i) {
-            const Bracket<T>& b = brackets[i / copies];
-            const int64_t at = m + i % copies * matrices;
-            last = max_of(last, (double(b.low[at]) + double(b.high[at])) / (2 * double(to_unit[m])));
+            const Bracket<T>& b = brackets[i >> shift];
+            const int64_t at = m + (i & (copies - 1)) * matrices;
+            last = max_of(last, (double(b.low[at]) + double(b.high[at])) * back);
             lanes[m].ascending[i] = last;
         }
     }

@@ -185,7 +185,7 @@ def _compiled(matrices: Sequence[Tensor] | Tensor, method: str, previous: Tensor
     """`spectra` by the C++ kernels, which choose and climb by the same error model."""
     S = torch.empty(len(matrices), min(matrices[0].shape), dtype=torch.float64, device="cpu")
     bound = torch.empty_like(S)
-    found = kernels._C.svdvals(
+    names, errors = kernels._C.svdvals(
         matrices=matrices,
         method=str(method),
         previous=None if previous is None else previous.to(torch.float64).contiguous(),
@@ -194,9 +194,8 @@ def _compiled(matrices: Sequence[Tensor] | Tensor, method: str, previous: Tensor
         threads=torch.get_num_threads(),
         model=MODELS[Backend.CPP],
     )
-    names, errors = zip(*found, strict=True)
+    methods = tuple(map(_METHOD_OF.__getitem__, names))
     # on the host whatever torch.set_default_device says
-    methods = tuple(_METHOD_OF[name] for name in names)
     return Spectra(S, bound, torch.tensor(errors, dtype=torch.float64, device="cpu"), methods)
 
 
