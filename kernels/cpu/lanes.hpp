@@ -5,20 +5,25 @@
 #pragma once
 
 #include "gram.hpp"
-#include "sturm.hpp"
+#include "sturm_lanes.hpp"
 
 namespace sosd_fast {
 
 // Matrices of at most this side and so many entries go into lanes, a lone one too: its bits must not depend on how many
-// others come with it. us a matrix, here and by the other stages (AVX-512, float32, thread CPU time, 5 of them the call's
-// own): LONE_TABLE
+// others come with it. us a matrix by the other stages and in lanes (AVX-512, float32, thread CPU time; 5 us are the call):
+//             16 of them          alone
+//   8 x 8      6.1   0.9       11.3    8.9
+//   16 x 64    8.9   2.2       14.6   15.9
+//   32 x 32   13.8   5.2       21.0   30.4
+//   32 x 128  15.1   7.4       20.8   54.1
+//   64 x 64   29.5  18.6       35.5  137.2
+// A lone matrix leaves the other lanes of the first two stages empty, which 9 us at 32 x 32 are worth and 100 are not.
 constexpr int64_t kLanesSide = 32, kLanesEntries = 1024;
 
 // One lane: W, finite and scaled to entries of at most 2, r >= 1.
 struct Lane {
     Source w;
-    double* ascending;  // out: r eigenvalues
-    GramSums sums;      // out
+    GramSums sums;  // out
 };
 
 namespace SOSD_ISA {
@@ -31,7 +36,8 @@ constexpr int64_t at_lanes(int64_t i, int64_t j) { return block_of(i / kRows) + 
 
 constexpr int64_t kChunkBytes = 1 << 15;  // of interleaved columns: more would not stay in a first-level cache of 48 KB
 
-// X[k * rows + i] <- W(i, k0 + k) of one lane, k < h. Scattered, for all it costs AA us of BB at 16 x 16.
+// X[k * rows + i] <- W(i, k0 + k) of one lane, k < h. Scattered: reading rows and
+// transposing them took as long, all in all, at 16 x 16 (1.7 and 1.6 us a matrix) and 80 lines more.
 template <class T, class From>
 inline void scatter(const From* w, const Source& of, int64_t h, T* X, int64_t rows) {
     using Wide = decltype(widen(From{}));
@@ -156,14 +162,6 @@ template <class T> inline typename Simd<T>::V root(typename Simd<T>::V x) {
     return Simd<T>::at(out);
 }
 
-// Whether any lane of a comparison is true.
-template <class T> inline bool any(typename Simd<T>::VI x) {
-    alignas(kVectorBytes) typename Simd<T>::I each[Simd<T>::L], out = 0;
-    __builtin_memcpy(each, &x, sizeof(x));
-    for (int l = 0; l < Simd<T>::L; ++l) out |= each[l];
-    return out != 0;
-}
-
 // A <- A - v w^T - w v^T and y <- A u over rows and columns >= first; u is zero below first.
 template <class T>
 inline void update_multiply(T* A, int64_t rows, int64_t first, const T* v, const T* w, const T* u, T* y) {
@@ -263,223 +261,10 @@ template <class T> void tridiagonal_lanes(T* A, int64_t r, T* d, T* e, Arena& ar
     }
 }
 
-// The characteristic polynomial at x up to a factor that is the same for all x: value * 2^exponent.
-template <class T> struct Value {
-    typename Simd<T>::V value;
-    typename Simd<T>::VI exponent;
-};
-
-// `sturm_count` at N points, where each lane has a matrix of its own; and the polynomial there.
-template <class T, int N>
-inline void count_lanes(const T* d, const T* e2, int64_t n, const typename Simd<T>::V* x, typename Simd<T>::VI* counts,
-                        Value<T>* values) {
-    using S = Simd<T>;
-    using V = typename S::V;
-    using VI = typename S::VI;
-    using VU = typename S::VU;
-    using Lim = SturmLimits<T>;
-    using U = typename S::U;
-    constexpr int sign = sizeof(T) * 8 - 1;
-    V at[N], before[N], now[N];
-    VU count[N], factors[N];
-#pragma GCC unroll 4
-    for (int u = 0; u < N; ++u) {
-        at[u] = x[u];
-        before[u] = V{};
-        now[u] = V(S::splat_word(U(Lim::kTarget) << Lim::kMantissa));
-        count[u] = factors[u] = VU{};
-    }
-    for (int64_t i = 0; i < n; i += Lim::kRescale) {
-#pragma GCC unroll 8
-        for (int k = 0; k < Lim::kRescale; ++k) {
-            const V di = S::at(d + (i + k) * S::L), ei = S::at(e2 + (i + k) * S::L);
-#pragma GCC unroll 4
-            for (int u = 0; u < N; ++u) {
-                const V next = (di - at[u]) * now[u] - before[u] * ei;
-                count[u] += (VU(next) ^ VU(now[u])) >> sign;
-                before[u] = now[u];
-                now[u] = next;
-            }
-        }
-#pragma GCC unroll 4
-        for (int u = 0; u < N; ++u) {
-            const VU magnitude = S::splat_word(~(U(1) << sign));
-            const V p = V(VU(now[u]) & magnitude), q = V(VU(before[u]) & magnitude);
-            const VU exponent = VU(p > q ? p : q) >> Lim::kMantissa;
-            VU factor = (Lim::kTarget + Lim::kBias) - exponent;
-            if constexpr (Lim::kClamp) factor = factor < 2 * Lim::kBias ? factor : S::splat_word(2 * Lim::kBias);
-            const V scale = V(factor << Lim::kMantissa);
-            now[u] *= scale;
-            before[u] *= scale;
-            factors[u] += factor;
-        }
-    }
-#pragma GCC unroll 4
-    for (int u = 0; u < N; ++u) counts[u] = VI(count[u]), values[u] = {now[u], -VI(factors[u])};
-}
-
-// An eigenvalue's bracket: as many eigenvalues as its index are below low, more are below high.
-template <class T> struct Bracket {
-    typename Simd<T>::V low, high;
-    Value<T> at_low, at_high;
-    typename Simd<T>::VI index, kept;  // kept: 1 where the last step kept low, -1 where high, else 0
-};
-
-// In float64 secants take 17 steps where halves take 48 (Gaussian), in float32 19 where halves take 22, and each costs half
-// as much again to twice as much. So many steps apart, the bracket is halved whatever the polynomial looks like: of 2, 3 and
-// 8, none was faster.
-constexpr int kHalvedEvery = 5;
-template <class T> constexpr bool kSecants = sizeof(T) == 8;
-
-// The next point to count at: where the polynomial's secant is zero (regula falsi), if `secants` and one of its zeros is
-// known to lie between; else the middle. Returns which lanes are not yet narrow enough; the others stay as they are, however
-// many steps their neighbours need.
-template <class T>
-inline typename Simd<T>::VI next_point(const Bracket<T>& b, T wide, bool secants, typename Simd<T>::V& x) {
-    using V = typename Simd<T>::V;
-    using VI = typename Simd<T>::VI;
-    using Lim = SturmLimits<T>;
-    const V width = b.high - b.low, middle = b.low + width / 2;
-    x = middle;
-    if (secants) {
-        constexpr typename Simd<T>::I most = 60;  // of exponents, so that products stay in range
-        VI apart = b.at_high.exponent - b.at_low.exponent;
-        apart = apart > most ? VI{} + most : apart < -most ? VI{} - most : apart;
-        const V high = b.at_high.value * V((apart + Lim::kBias) << Lim::kMantissa);
-        const V step = width * (b.at_low.value / (b.at_low.value - high));
-        // A step of half the tolerance at least: the other end then comes near, too.
-        const V least = V{} + wide * T(0.75), limit = width - least;
-        const V secant = b.low + (step < least ? least : step > limit ? limit : step);
-        const VI crosses = (VI(b.at_low.value) ^ VI(b.at_high.value)) < 0;
-        x = crosses & (secant > b.low) & (secant < b.high) ? secant : middle;
-    }
-    return (middle > b.low) & (middle < b.high) & (width > wide);
-}
-
-template <class T>
-inline void set_end(typename Simd<T>::V& end, Value<T>& at_end, typename Simd<T>::VI where, typename Simd<T>::V x,
-                    const Value<T>& at_x) {
-    end = where ? x : end;
-    if constexpr (kSecants<T>) {
-        at_end.value = where ? at_x.value : at_end.value;
-        at_end.exponent = where ? at_x.exponent : at_end.exponent;
-    }
-}
-
-template <class T>
-inline void narrow(Bracket<T>& b, typename Simd<T>::VI open, typename Simd<T>::V x, typename Simd<T>::VI count,
-                   const Value<T>& at_x) {
-    using VI = typename Simd<T>::VI;
-    const VI raise = open & (count <= b.index), lower = open & (count > b.index);
-    if constexpr (kSecants<T>) {  // Illinois: an end kept twice counts half
-        b.at_high.exponent -= raise & (b.kept < 0) & 1;
-        b.at_low.exponent -= lower & (b.kept > 0) & 1;
-        b.kept = raise ? VI{} - 1 : lower ? VI{} + 1 : b.kept;
-    }
-    set_end(b.low, b.at_low, raise, x, at_x);
-    set_end(b.high, b.at_high, lower, x, at_x);
-}
-
-// The eigenvalues of the first `count` lanes' tridiag(d, e), as `sturm` finds those of one. d and e are not modified.
-template <class T>
-void sturm_lanes(const T* d, const T* e, int64_t n, double tolerance, Lane* lanes, int64_t count, Arena& arena) {
-    const ArenaScope scope(arena);
-    using S = Simd<T>;
-    using V = typename S::V;
-    using VI = typename S::VI;
-    using Lim = SturmLimits<T>;
-    using I = typename S::I;
-    constexpr int L = S::L, N = kChains;
-    // Few matrices share the lanes: matrix m has the lanes l % matrices = m, a copy of it and some eigenvalues in each.
-    int64_t copies = L, shift = 0;
-    while (L / copies < count) copies /= 2;
-    while (1 << shift < copies) ++shift;
-    const int64_t matrices = L / copies, padded = round_up(n, Lim::kRescale);
-    // Probes and brackets p of a matrix: slot p / copies, in the lane of its copy p % copies.
-    const int64_t probes = 2 * n, probe_slots = round_up((probes + copies - 1) / copies, N);
-    const int64_t slots = round_up((n + copies - 1) / copies, N);
-    T *ds = take<T>(arena, padded * L), *es = take<T>(arena, padded * L);
-    V* x = take<V>(arena, probe_slots);
-    VI* counts = take<VI>(arena, probe_slots);
-    Value<T>* values = take<Value<T>>(arena, probe_slots);
-    Bracket<T>* brackets = take<Bracket<T>>(arena, slots);
-    const auto absolute = [](V a) { return a < 0 ? -a : a; };
-    V norm = V{};
-    for (int64_t i = 0; i < n; ++i) {
-        const V left = i > 0 ? S::at(e + (i - 1) * L) : V{}, right = i + 1 < n ? S::at(e + i * L) : V{};
-        const V sum = absolute(S::at(d + i * L)) + absolute(left) + absolute(right);
-        norm = sum > norm ? sum : norm;
-    }
-    alignas(kVectorBytes) T to_unit[L];
-    VI matrix, copy;
-    for (int l = 0; l < L; ++l) {
-        int exponent;
-        __builtin_frexp(double(norm[l]), &exponent);
-        to_unit[l] = T(__builtin_ldexp(1.0, -exponent));
-        matrix[l] = I(l % matrices), copy[l] = I(l / matrices);
-    }
-    const V unit = S::at(to_unit), top = __builtin_shuffle(norm * unit, matrix) * T(1 + 1e-6);
-    for (int64_t i = 0; i < padded; ++i) {
-        S::at(ds + i * L) = i < n ? __builtin_shuffle(S::at(d + i * L) * unit, matrix) : S::splat(2);
-        const V off = i > 0 && i < n ? __builtin_shuffle(S::at(e + (i - 1) * L) * unit, matrix) : V{}, squared = off * off;
-        S::at(es + i * L) = i > 0 ? (squared > Lim::kFloor ? squared : S::splat(Lim::kFloor)) : V{};
-    }
-    // The square roots of eigenvalues of a Gram matrix lie more evenly than these do.
-    for (int64_t s = 0; s < probe_slots; ++s) {
-        const V part = __builtin_convertvector(copy + I(s * copies), V) / T(probes - 1);
-        x[s] = part < 1 ? top * (part * part) : top;
-    }
-    for (int64_t s = 0; s < probe_slots; s += N) count_lanes<T, N>(ds, es, padded, x + s, counts + s, values + s);
-    // Each bracket lies between the last probe with at most as many eigenvalues below it as its index, and the next one.
-    // Counts rise with x up to rounding; the running maximum makes the brackets consistent.
-    for (int64_t s = 0; s < slots; ++s)
-        brackets[s] = {V{}, top, values[0], values[0], copy + I(s * copies), VI{}};
-    VI seen = VI{};
-    for (int64_t p = 0; p < probes; ++p) {
-        const int64_t slot = p >> shift;
-        const VI lane = matrix + I((p & (copies - 1)) * matrices), before = seen, count = __builtin_shuffle(counts[slot], lane);
-        const V at = __builtin_shuffle(x[slot], lane);
-        const Value<T> value{__builtin_shuffle(values[slot].value, lane), __builtin_shuffle(values[slot].exponent, lane)};
-        seen = count > seen ? count : seen;
-        for (int64_t s = 0; s < slots; ++s) {
-            Bracket<T>& b = brackets[s];
-            set_end(b.low, b.at_low, seen <= b.index, at, value);
-            set_end(b.high, b.at_high, (before <= b.index) & (seen > b.index), at, value);
-        }
-    }
-    for (int64_t s = 0; s < slots; ++s) brackets[s].high = brackets[s].index < I(n) ? brackets[s].high : brackets[s].low;
-    const T wide = T(2 * tolerance);
-    for (int64_t s = 0; s < slots; s += N) {
-        Bracket<T>* b = brackets + s;
-        for (int step = 1; step < 64 * kHalvedEvery; ++step) {
-            const bool secants = kSecants<T> && step % kHalvedEvery != 0;
-            V at[N];
-            VI open[N], below[N], more = {};
-            Value<T> found[N];
-#pragma GCC unroll 4
-            for (int u = 0; u < N; ++u) more |= open[u] = next_point(b[u], wide, secants, at[u]);
-            if (!any<T>(more)) break;
-            count_lanes<T, N>(ds, es, padded, at, below, found);
-#pragma GCC unroll 4
-            for (int u = 0; u < N; ++u) narrow(b[u], open[u], at[u], below[u], found[u]);
-        }
-    }
-    for (int64_t m = 0; m < count; ++m) {
-        double last = 0;
-        const double back = 1 / (2 * double(to_unit[m]));
-        for (int64_t i = 0; i < n; ++i) {
-            const Bracket<T>& b = brackets[i >> shift];
-            const int64_t at = m + (i & (copies - 1)) * matrices;
-            last = max_of(last, (double(b.low[at]) + double(b.high[at])) * back);
-            lanes[m].ascending[i] = last;
-        }
-    }
-}
-
 template <class T> constexpr int64_t kLanes = Simd<T>::L;
 
-// Fills ascending and sums of 1 <= count <= kLanes<T> lanes of one r and K.
-template <class T> void eigenvalues_lanes(Lane* lanes, int64_t count, Arena& arena) {
+// Of 1 <= count <= kLanes<T> lanes of one r and K: their sums, and in ascending[l * r .. + r) the eigenvalues of lane l.
+template <class T> void eigenvalues_lanes(Lane* lanes, int64_t count, double* ascending, Arena& arena) {
     const ArenaScope scope(arena);
     constexpr int L = Simd<T>::L;
     const int64_t r = lanes[0].w.r;
@@ -487,7 +272,7 @@ template <class T> void eigenvalues_lanes(Lane* lanes, int64_t count, Arena& are
     T *d = take<T>(arena, r * L), *e = take<T>(arena, (r - 1) * L);
     gram_lanes(lanes, count, G, arena);
     tridiagonal_lanes(G, r, d, e, arena);
-    sturm_lanes(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, lanes, count, arena);
+    sturm_lanes(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, ascending, count, arena);
 }
 
 }  // namespace SOSD_ISA

@@ -188,11 +188,12 @@ void solve_lanes(const Stages<T>& stages, std::vector<Ready>& ready, std::vector
     for (size_t at = 0; at < ready.size();) {
         int64_t count = 0;
         for (; count < stages.lanes && at + count < ready.size(); ++count)
-            lanes[count] = {ready[at + count].from.w, ascending.data() + count * r, {}};
-        stages.eigenvalues_lanes(lanes.data(), count, arena);
+            lanes[count] = {ready[at + count].from.w, {}};
+        stages.eigenvalues_lanes(lanes.data(), count, ascending.data(), arena);
         for (int64_t i = 0; i < count; ++i, ++at) {
             SvdvalsTask& t = *ready[at].task;
-            if (accept(t, ready[at].from, lanes[i].ascending, settle(lanes[i].ascending, r, lanes[i].sums)))
+            double* found = ascending.data() + i * r;
+            if (accept(t, ready[at].from, found, settle(found, r, lanes[i].sums)))
                 finish(t, ready[at].from);
             else
                 t.method = next(t.method), left.push_back(ready[at]);
