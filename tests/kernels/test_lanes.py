@@ -15,7 +15,8 @@ pytestmark = pytest.mark.skipif(kernels._C is None, reason="the extension is not
 
 KINDS = ("gaussian", "log4", "rank_one", "spikes", "zero")
 # r = 1, 2, 3; around a block of four rows and a vector; the largest; beyond
-SHAPES = [(1, 1), (1, 1024), (2, 2), (3, 40), (5, 5), (8, 128), (16, 17), (16, 64), (16, 65), (17, 17), (7, 1500)]
+SHAPES = [(1, 1), (1, 1024), (2, 2), (3, 40), (5, 5), (8, 128), (16, 17), (16, 64), (23, 44), (32, 32)]
+SHAPES += [(16, 65), (32, 33), (33, 33), (7, 1500)]
 
 
 def truth(W):
@@ -62,6 +63,14 @@ def test_special_matrices_leave_their_neighbours_alone():
 def test_each_member_climbs_by_itself():
     W = torch.stack([matrix(name, 16, 64) for name in ("gaussian", "log4", "rank_one") * 9])
     assert spectra(W).methods == (Method.GRAM32, Method.GRAM64, Method.BIDIAG64) * 9
+
+
+def test_square_ones_start_in_float64_unless_an_earlier_spectrum_asks_for_less():
+    W = torch.linalg.qr(torch.randn(9, 16, 16)).Q
+    cold = spectra(W)
+    assert cold.methods == (Method.GRAM64,) * 9
+    warm = spectra(W, previous=cold.S)
+    assert warm.methods == (Method.GRAM32,) * 9 and ((warm.S - cold.S).abs() <= warm.bound + cold.bound).all()
 
 
 def test_one_tensor_and_its_matrices_give_the_same():
