@@ -75,7 +75,24 @@ double gram_values(const Stages<T>& stages, const Source& w, double* ascending, 
 struct Scaled {
     Source w;
     int exponent;
+    std::vector<double> copy;  // of a W whose power of two is beyond the range of its dtype
 };
+
+// W of subnormal entries, which no factor of its dtype scales so far that the squares of float32 stay in range.
+void copy_scaled(Scaled& to) {
+    const Source& w = to.w;
+    to.copy.resize(size_t(w.r * w.K));
+    for (int64_t i = 0; i < w.r; ++i)
+        for (int64_t k = 0; k < w.K; ++k) {
+            const int64_t at = i * w.stride_i + k * w.stride_k;
+            double x = 0;
+            if (w.dtype == DType::f64) x = static_cast<const double*>(w.data)[at];
+            if (w.dtype == DType::f32) x = static_cast<const float*>(w.data)[at];
+            if (w.dtype == DType::bf16) x = SOSD_ISA::widen(static_cast<const SOSD_ISA::bf16*>(w.data)[at]);
+            to.copy[size_t(i * w.K + k)] = std::ldexp(x, to.exponent);
+        }
+    to.w = {to.copy.data(), DType::f64, w.r, w.K, w.K, 1, 1};
+}
 
 bool fits_lanes(const SvdvalsTask& t) {
     const int64_t r = std::min(t.m, t.n), K = std::max(t.m, t.n);
@@ -118,8 +135,9 @@ bool prepare(SvdvalsTask& t, Scaled& to) {
         return false;
     }
     const int limit = t.dtype == DType::f64 ? 1000 : 120;
-    to.exponent = std::clamp(-std::ilogb(largest), -limit, limit);
+    to.exponent = std::max(-std::ilogb(largest), -limit);
     to.w.scale = std::ldexp(1.0, to.exponent);
+    if (to.exponent > limit) copy_scaled(to);
     return true;
 }
 
@@ -196,7 +214,7 @@ void solve_lanes(const Stages<T>& stages, std::vector<Ready>& ready, std::vector
             if (accept(t, ready[at].from, found, settle(found, r, lanes[i].sums)))
                 finish(t, ready[at].from);
             else
-                t.method = next(t.method), left.push_back(ready[at]);
+                t.method = next(t.method), left.push_back(std::move(ready[at]));
         }
     }
 }
@@ -211,7 +229,7 @@ void solve(const Work& work, Arena& arena, const Parallel& parallel) {
         Scaled from;
         if (!prepare(*t, from)) continue;
         t->method = start;
-        of[int(start)].push_back({t, from});
+        of[int(start)].push_back({t, std::move(from)});
     }
     if (fits_lanes(*work[0])) {
         solve_lanes(kernels().f32, of[0], of[1], arena);

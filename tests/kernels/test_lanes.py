@@ -60,6 +60,21 @@ def test_special_matrices_leave_their_neighbours_alone():
     assert torch.equal(found.S[9], 2.0**-100 * before.S[9])
 
 
+@pytest.mark.parametrize(("dtype", "exponent"), [(torch.float32, -143), (torch.bfloat16, -130), (torch.float64, -1061)])
+@pytest.mark.parametrize("shape", [(8, 8), (40, 70)], ids=str)
+def test_subnormal_entries_keep_the_bounds_in_every_precision(shape, dtype, exponent):
+    signs = torch.where(torch.rand(6, *shape) < 0.5, -1.0, 1.0).double() * (torch.rand(6, *shape) < 0.7)
+    W = torch.ldexp(torch.ldexp(signs, torch.tensor(exponent // 2)), torch.tensor(exponent - exponent // 2)).to(dtype)
+    truth = torch.linalg.svdvals(signs)
+    for method in ("gram32", "gram64", "bidiag64", "auto"):
+        found = spectra(W, method)
+        S, bound = (
+            torch.ldexp(torch.ldexp(x, torch.tensor(-exponent // 2)), torch.tensor(-exponent - (-exponent // 2)))
+            for x in (found.S, found.bound)
+        )
+        assert ((S - truth).abs() <= bound + 1e-14 * truth[:, :1]).all(), method
+
+
 def test_each_member_climbs_by_itself():
     W = torch.stack([matrix(name, 16, 64) for name in ("gaussian", "log4", "rank_one") * 9])
     assert spectra(W).methods == (Method.GRAM32, Method.GRAM64, Method.BIDIAG64) * 9
