@@ -269,7 +269,8 @@ def of_newton_schulz(W: Tensor, truths: list[Truth | None], rng: np.random.Gener
             assert found.isnan().all(), "no NaN"
             continue
         eps = float(truth.near_one(1e-7))
-        T, found = newton_schulz_ref(truth.X, triples, min(eps, 1e300)), found.double()
+        near = min(eps, 1e300)  # beyond it the smallest matrices are, on which the iteration is linear
+        T, found = newton_schulz_ref(truth.X, triples, near) * (near / eps), found.double()
         if half:
             error, bound = torch.linalg.matrix_norm(found, 2), largest_value(triples) * (1 + tolerance)
         else:

@@ -173,18 +173,52 @@ std::pair<py::list, std::vector<double>> svdvals(const py::object& matrices, con
     return {methods, errors};
 }
 
-// G: (B, r, r) float32 or float64, of any strides. values: (B, r) float64, contiguous, is written.
-void gram_eigenvalues(const py::object& G, const py::object& values, int threads) {
-    const Tensor grams(G, "G"), to(values, "values");
-    if (grams.dims() != 3 || grams.size[1] != grams.size[2] || grams.size[1] < 1 || grams.size[1] > kLongestShortSide ||
-        (grams.dtype != DType::f32 && grams.dtype != DType::f64))
-        refuse("gram_eigenvalues: expected G of shape (B, r, r) in float32 or float64, got shape " +
-               sosd_fast::to_string(grams.size) + ".");
-    const int64_t count = grams.size[0], r = grams.size[1], bytes = grams.dtype == DType::f32 ? 4 : 8;
+// Checks triangles (B, r (r + 1) / 2) in float32 or float64, contiguous.
+void expect_triangles(const char* function, const Tensor& triangles, int64_t count, int64_t r) {
+    if ((triangles.dtype == DType::f32 || triangles.dtype == DType::f64) && triangles.contiguous() && r > 0 &&
+        r <= kLongestShortSide && triangles.size == std::vector<int64_t>{count, r * (r + 1) / 2})
+        return;
+    refuse(std::string(function) + ": expected triangles contiguous of shape (B, r (r + 1) / 2) in float32 or float64, for B = " +
+           std::to_string(count) + " and r = " + std::to_string(r) + ", got shape " + sosd_fast::to_string(triangles.size) + ".");
+}
+
+// parts: B tensors (K_i, r) of one dtype, any strides, none empty. scale (B,) float64: powers of two. Written are
+// triangles (B, r (r + 1) / 2), whose dtype is the precision, squares (B, r) float64 and drift (B,) float64.
+void gram_triangles(const py::sequence& parts, const py::object& scale, const py::object& triangles,
+                    const py::object& squares, const py::object& drift, int threads) {
+    const Tensor scales(scale, "scale"), to(triangles, "triangles"), diagonals(squares, "squares"), drifts(drift, "drift");
+    const int64_t count = int64_t(parts.size()), r = diagonals.dims() == 2 ? diagonals.size[1] : 0;
+    expect_triangles("gram_triangles", to, count, r);
+    diagonals.expect("squares", DType::f64, {count, r});
+    scales.expect("scale", DType::f64, {count});
+    drifts.expect("drift", DType::f64, {count});
+    std::vector<Tensor> opened;
+    std::vector<sosd_fast::PartTask> tasks;
+    for (int64_t i = 0; i < count; ++i) {
+        opened.emplace_back(parts[size_t(i)], "parts");
+        const Tensor& A = opened.back();
+        if (A.dims() != 2 || A.size[0] < 1 || A.size[1] != r)
+            refuse("gram_triangles: expected parts of shape (K, " + std::to_string(r) + "), got shape " +
+                   sosd_fast::to_string(A.size) + ".");
+        tasks.push_back({A.data, A.dtype, r, A.size[0], A.stride[1], A.stride[0], scales.as<double>()[i], to.dtype,
+                         to.data + i * to.size[1] * (to.dtype == DType::f32 ? 4 : 8), diagonals.as<double>() + i * r, 0});
+    }
+    {
+        py::gil_scoped_release release;
+        sosd_fast::gram_triangles(tasks.data(), count, threads);
+    }
+    for (int64_t i = 0; i < count; ++i) drifts.as<double>()[i] = tasks[size_t(i)].drift;
+}
+
+// triangles: (B, r (r + 1) / 2), float32 or float64, contiguous. values: (B, r) float64, contiguous, is written.
+void gram_eigenvalues(const py::object& triangles, const py::object& values, int threads) {
+    const Tensor given(triangles, "triangles"), to(values, "values");
+    const int64_t count = given.dims() ? given.size[0] : 0, r = to.dims() == 2 ? to.size[1] : 0;
+    expect_triangles("gram_eigenvalues", given, count, r);
     to.expect("values", DType::f64, {count, r});
     std::vector<sosd_fast::GramTask> tasks;
     for (int64_t i = 0; i < count; ++i)
-        tasks.push_back({grams.data + i * grams.stride[0] * bytes, grams.dtype, r, grams.stride[1], grams.stride[2],
+        tasks.push_back({given.data + i * given.size[1] * (given.dtype == DType::f32 ? 4 : 8), given.dtype, r,
                          to.as<double>() + i * r});
     py::gil_scoped_release release;
     sosd_fast::gram_eigenvalues(tasks.data(), count, threads);
@@ -234,7 +268,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("svdvals", &svdvals, py::arg("matrices"), py::arg("method"), py::arg("previous"), py::arg("S"),
           py::arg("bound"), py::arg("threads"), py::arg("model"));
     m.def("sd_error", &sd_error, py::arg("S"), py::arg("method"), py::arg("inner"), py::arg("drift"), py::arg("model"));
-    m.def("gram_eigenvalues", &gram_eigenvalues, py::arg("G"), py::arg("values"), py::arg("threads"));
+    m.def("gram_triangles", &gram_triangles, py::arg("parts"), py::arg("scale"), py::arg("triangles"),
+          py::arg("squares"), py::arg("drift"), py::arg("threads"));
+    m.def("gram_eigenvalues", &gram_eigenvalues, py::arg("triangles"), py::arg("values"), py::arg("threads"));
     m.def("advance_subspaces", &advance_subspaces, py::arg("matrices"), py::arg("pace"), py::arg("V"), py::arg("P"),
           py::arg("next_V"), py::arg("next_P"), py::arg("squares"), py::arg("residual"), py::arg("threads"));
     m.def("singular_distribution", &any_distribution, py::arg("S"), py::arg("previous"), py::arg("reference"),

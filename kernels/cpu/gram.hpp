@@ -239,14 +239,17 @@ constexpr int64_t kSlabs = 4;       // depths packed at once when other threads 
 constexpr int64_t kCompensated = 16 * kDepth;  // a longer sum keeps what rounding loses: its terms may all drift one way
 
 // Puts right what equal products do to G, see rounding.hpp: the drift of its elements beside the diagonal is found by
-// regression on some, and the diagonal set to (1 + drift) times its precise value.
+// regression on some, and the diagonal set to (1 + drift) times its precise value, which goes to `diagonal` as well, if
+// that is not null.
 template <class T>
-inline GramSums correct_gram(const Tiles& tiles, T* G, int64_t r, int64_t K, const ExactProducts& exact) {
+inline GramSums correct_gram(const Tiles& tiles, T* G, int64_t r, int64_t K, const ExactProducts& exact,
+                             double* diagonal) {
     constexpr int P = kPanel<T>;
     double trace = 0, products = 0, squares = 0;
     int64_t count = 0;
     for (int64_t i = 0; i < r; ++i) {
         trace += exact.squares[i];
+        if (diagonal) diagonal[i] = exact.squares[i];
         if (i % P + kApart >= P || i + kApart >= r) continue;
         const double g = exact.cross[i];
         products += (G[tiles.at(i + kApart, i)] - g) * g;
@@ -261,8 +264,8 @@ inline GramSums correct_gram(const Tiles& tiles, T* G, int64_t r, int64_t K, con
     return {trace, drift};
 }
 
-// G <- W W^T (scaled). Every element of G is summed in the same order always.
-template <class T> GramSums gram(const Source& w, T* G, Arena& arena, const Parallel& parallel) {
+// G <- W W^T (scaled), squares, if not null, its diagonal. Every element of G is summed in the same order always.
+template <class T> GramSums gram(const Source& w, T* G, double* squares, Arena& arena, const Parallel& parallel) {
     const ArenaScope scope(arena);
     constexpr int P = kPanel<T>;
     const Tiles tiles = tiles_of(w.r);
@@ -313,7 +316,7 @@ template <class T> GramSums gram(const Source& w, T* G, Arena& arena, const Para
     }
     if (lost)
         for (int64_t i = 0; i < tiles.size(); ++i) G[i] += lost[i];
-    return correct_gram(tiles, G, w.r, w.K, exact);
+    return correct_gram(tiles, G, w.r, w.K, exact, squares);
 }
 
 }  // namespace SOSD_ISA

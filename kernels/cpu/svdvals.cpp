@@ -65,7 +65,7 @@ double gram_values(const Stages<T>& stages, const Source& w, double* ascending, 
     const ArenaScope scope(arena);
     const int64_t r = w.r;
     T *G = take<T>(arena, tiles_of(r).size()), *d = take<T>(arena, r), *e = take<T>(arena, r - 1);
-    const GramSums sums = stages.gram(w, G, arena, parallel);
+    const GramSums sums = stages.gram(w, G, nullptr, arena, parallel);
     stages.tridiagonal(G, r, d, e, arena);
     stages.sturm(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, ascending, arena, parallel);
     return settle(ascending, r, sums);
@@ -240,20 +240,46 @@ void solve(const Work& work, Arena& arena, const Parallel& parallel) {
         for (Ready& one : each) climb(*one.task, one.from, arena, parallel);
 }
 
+// f(i, count, offset of G(i, j) in the tiles) for the runs of column j of the lower triangle: what lies together of it.
+template <class F> void each_run(const Tiles& tiles, int64_t r, int64_t j, F f) {
+    for (int64_t i = j; i < r;) {
+        const int64_t count = std::min(r - i, kTileRows - i % kTileRows);
+        f(i, count, tiles.at(i, j));
+        i += count;
+    }
+}
+
+template <class T> void solve(const Stages<T>& stages, PartTask& t, Arena& arena, const Parallel& parallel) {
+    const ArenaScope scope(arena);
+    const Tiles tiles = tiles_of(t.r);
+    T *G = take<T>(arena, tiles.size()), *to = static_cast<T*>(t.triangle);
+    const Source a{t.data, t.dtype, t.r, t.K, t.stride_i, t.stride_k, t.scale};
+    t.drift = stages.gram(a, G, t.squares, arena, parallel).drift;
+    const double without = 1 / (1 + t.drift);  // in double, so that all of G is not rounded alike
+    for (int64_t j = 0; j < t.r; ++j)
+        each_run(tiles, t.r, j, [&](int64_t, int64_t count, int64_t at) {
+            for (int64_t q = 0; q < count; ++q) to[q] = T(double(G[at + q]) * without);
+            to += count;
+        });
+}
+
 template <class T>
 void solve(const Stages<T>& stages, const GramTask& t, Arena& arena, const Parallel& parallel) {
     const ArenaScope scope(arena);
     const Tiles tiles = tiles_of(t.r);
     T *G = take<T>(arena, tiles.size()), *d = take<T>(arena, t.r), *e = take<T>(arena, t.r - 1);
-    const T* given = static_cast<const T*>(t.data);
+    const T* given = static_cast<const T*>(t.triangle);
     std::fill_n(G, tiles.size(), T(0));
     T infinite = 0;  // NaN where an entry is NaN or infinite
     for (int64_t j = 0; j < t.r; ++j)
-        for (int64_t i = j; i < t.r; ++i) {
-            const T x = given[i * t.row_stride + j * t.col_stride];
-            infinite += x - x;
-            tiles.put(G, i, j, x);
-        }
+        each_run(tiles, t.r, j, [&](int64_t i, int64_t count, int64_t at) {
+            for (int64_t q = 0; q < count; ++q) {
+                infinite += given[q] - given[q];
+                G[at + q] = given[q];
+                if (i / kTileRows == j / kTileRows) G[tiles.at(j, i + q)] = given[q];  // those tiles hold both halves
+            }
+            given += count;
+        });
     if (infinite != 0) {
         std::fill_n(t.values, t.r, std::numeric_limits<double>::quiet_NaN());
         return;
@@ -326,6 +352,19 @@ void svdvals(SvdvalsTask* tasks, int64_t count, int n_threads) {
     });
 }
 
+void gram_triangles(PartTask* tasks, int64_t count, int n_threads) {
+    std::vector<double> costs(count);
+    std::transform(tasks, tasks + count, costs.begin(), [](const PartTask& t) {
+        const double r = double(t.r);
+        return r * r * (double(t.K) + 100);
+    });
+    const Kernels& k = kernels();
+    for_each(costs, n_threads, [&](int64_t i, Arena& arena, const Parallel& parallel) {
+        PartTask& t = tasks[i];
+        t.precision == DType::f64 ? solve(k.f64, t, arena, parallel) : solve(k.f32, t, arena, parallel);
+    });
+}
+
 void gram_eigenvalues(GramTask* tasks, int64_t count, int n_threads) {
     std::vector<double> costs(count);
     std::transform(tasks, tasks + count, costs.begin(), [](const GramTask& t) {
@@ -334,7 +373,8 @@ void gram_eigenvalues(GramTask* tasks, int64_t count, int n_threads) {
     });
     const Kernels& k = kernels();
     for_each(costs, n_threads, [&](int64_t i, Arena& arena, const Parallel& parallel) {
-        tasks[i].dtype == DType::f64 ? solve(k.f64, tasks[i], arena, parallel) : solve(k.f32, tasks[i], arena, parallel);
+        const GramTask& t = tasks[i];
+        t.precision == DType::f64 ? solve(k.f64, t, arena, parallel) : solve(k.f32, t, arena, parallel);
     });
 }
 

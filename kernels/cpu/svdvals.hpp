@@ -35,11 +35,27 @@ struct SvdvalsTask {
 // The threads are those of region.hpp; several callers do not meet.
 void svdvals(SvdvalsTask* tasks, int64_t count, int n_threads);
 
-// A Gram matrix G: element (i, j) is data[i * row_stride + j * col_stride], i, j < r; its lower triangle is read.
-struct GramTask {
+// Some of the columns of a matrix whose other columns are elsewhere, A (r, K): element (i, k) is
+// data[i * stride_i + k * stride_k]. The triangles and squares of all parts add up to those of the matrix.
+struct PartTask {
     const void* data = nullptr;
-    DType dtype = DType::f32;  // or f64
-    int64_t r = 0, row_stride = 0, col_stride = 0;
+    DType dtype = DType::f32;
+    int64_t r = 0, K = 0, stride_i = 0, stride_k = 0;
+    double scale = 1;              // a power of two: scale * A has squares of ordinary size
+    DType precision = DType::f32;  // of the products, or f64
+    void* triangle = nullptr;      // out: A A^T without the drift, its upper triangle row by row, in that precision
+    double* squares = nullptr;     // out: r, its diagonal, in f64
+    double drift = 0;              // out: by how much rounding had moved all of A A^T together
+};
+
+// Fills the results of every task.
+void gram_triangles(PartTask* tasks, int64_t count, int n_threads);
+
+// A Gram matrix G (r, r).
+struct GramTask {
+    const void* triangle = nullptr;  // the upper one, row by row
+    DType precision = DType::f32;    // its, or f64
+    int64_t r = 0;
     double* values = nullptr;  // out: r eigenvalues, ascending; NaN where G holds NaN or infinity
 };
 

@@ -128,8 +128,8 @@ inline void add_thin_block(const T* a, const T* b, int64_t stride, int64_t K, T*
         S::at(sums + s * S::L) = first ? acc[s] : S::at(sums + s * S::L) + acc[s];
 }
 
-// G <- W W^T (scaled), r <= kMostThin.
-template <class T> GramSums thin_gram(const Source& w, T* G, Arena& arena) {
+// G <- W W^T (scaled), squares, if not null, its diagonal; r <= kMostThin.
+template <class T> GramSums thin_gram(const Source& w, T* G, double* squares, Arena& arena) {
     const ArenaScope scope(arena);
     using S = Simd<T>;
     constexpr int P = kPanel<T>;
@@ -180,11 +180,12 @@ template <class T> GramSums thin_gram(const Source& w, T* G, Arena& arena) {
     for (int64_t i = 0; i < tiles.size(); ++i) G[i] = 0;
     for (int64_t i = 0; i < w.r; ++i)
         for (int64_t j = 0; j <= i; ++j) tiles.put(G, i, j, total[i * kMostThin + j] + lost[i * kMostThin + j]);
-    return correct_gram(tiles, G, w.r, w.K, exact);
+    return correct_gram(tiles, G, w.r, w.K, exact, squares);
 }
 
-template <class T> GramSums any_gram(const Source& w, T* G, Arena& arena, const Parallel& parallel) {
-    return w.r <= kMostThin && w.K >= kThinAspect * w.r ? thin_gram(w, G, arena) : gram(w, G, arena, parallel);
+template <class T> GramSums any_gram(const Source& w, T* G, double* squares, Arena& arena, const Parallel& parallel) {
+    return w.r <= kMostThin && w.K >= kThinAspect * w.r ? thin_gram(w, G, squares, arena)
+                                                        : gram(w, G, squares, arena, parallel);
 }
 
 }  // namespace SOSD_ISA

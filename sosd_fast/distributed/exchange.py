@@ -75,10 +75,24 @@ class Exchange:
                 gloo hold those of some calls after these have returned, so several calls had better share them.
         """
         counts = [sum(each.numel() for each in part) for part in outgoing]
-        self.sent_bytes += like.itemsize * (sum(counts) - counts[self.rank])
-        sent, received = buffers or (like.new_empty(sum(counts)), like.new_empty(sum(sizes)))
-        sent, received = sent[: sum(counts)], received[: sum(sizes)]
+        sent, received = buffers or (like.new_empty(sum(counts)), None)
+        sent = sent[: sum(counts)]
         torch.cat([like.new_empty(0), *(each.reshape(-1) for part in outgoing for each in part)], out=sent)
+        return self.exchange(sent, counts, sizes, received)
+
+    def exchange(
+        self, sent: Tensor, counts: list[int], sizes: list[int], received: Tensor | None = None
+    ) -> list[Tensor]:
+        """Sends parts of a flat tensor to each rank; returns what came from each, flat, of the sizes given.
+
+        Args:
+            sent: what goes to each rank, one after the other.
+            counts: how many entries go to each.
+            sizes: how many come from each.
+            received: a flat buffer for what comes, at least as large; by default a new one.
+        """
+        self.sent_bytes += sent.itemsize * (sum(counts) - counts[self.rank])
+        received = sent.new_empty(sum(sizes)) if received is None else received[: sum(sizes)]
         self._dist.all_to_all_single(received, sent, sizes, counts, group=self._group)
         return list(received.split(sizes))
 

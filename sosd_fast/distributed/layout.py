@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from sosd_fast.matrices import Matrix
-from sosd_fast.spectra import gram
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -265,7 +264,7 @@ def cost(shape: tuple[int, int]) -> float:
 
 def gram_bytes(r: int, itemsize: int) -> int:
     """What a sender sends of its part of a Gram matrix (r, r): one triangle, and the elements known in float64."""
-    return r * (r + 1) // 2 * max(4, itemsize) + 8 * (r + min(r - 1, gram.PAIRS))
+    return r * (r + 1) // 2 * max(4, itemsize) + 8 * (r + 1)
 
 
 def products_pay(sent: int, gathered: int) -> bool:

@@ -29,7 +29,7 @@ from sosd_fast.spectra import gram
 from sosd_fast.spectra.norms import frobenius_norms
 from sosd_fast.spectra.precision import Method, choose, climb
 from sosd_fast.spectra.products import Products, State, cold_state, stacked
-from sosd_fast.spectra.svdvals import Spectra, finished, gram_eigenvalues, spectra
+from sosd_fast.spectra.svdvals import Spectra, finished, spectra, triangle_eigenvalues
 from sosd_fast.spectra.topk import iterate, subspace_step, topk_svdvals
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ class Shards(Blocks):
         self, matrices: list[Matrix], boxes: Sequence[Box | None], spreads: Sequence[Spread], group: "ProcessGroup"
     ):
         super().__init__(matrices, boxes, spreads, group)
-        self._triangles: dict[int, Tensor] = {}
         self._said = False  # that a matrix could not be measured
         self._full = [full_way(*each)[0] for each in zip(self.shapes, self.sizes, spreads, strict=True)]
 
@@ -96,11 +95,11 @@ class Shards(Blocks):
         methods = choose(known, len(of), given, on_host=on_host) if method == "auto" else [Method(method)] * len(of)
         scale, finite = self._scales([self.local(i) for i in of], given)
 
-        def of_grams(G: Tensor, exact: Tensor, scale: Tensor, finite: Tensor, name: Method) -> tuple[Tensor, ...]:
-            dtype, known = name.dtype(given), gram.Products(*exact.split([n, exact.shape[1] - n], dim=1))
-            drift = gram.correct(G, known, inner)
-            S, drift = gram.singular_values(gram_eigenvalues(G), known, drift)
-            return finished(S, name, inner, kernels.Backend.TORCH, dtype, drift, scale, finite)
+        def of_sums(T: Tensor, exact: Tensor, scale: Tensor, finite: Tensor, name: Method) -> tuple[Tensor, ...]:
+            squares, drift = exact[:, :n], exact[:, n] / exact[:, :n].sum(-1)
+            gram.set_diagonal(T, squares)
+            S, drift = gram.singular_values(triangle_eigenvalues(T, n).double(), squares, drift)
+            return finished(S, name, inner, kernels.Backend.TORCH, name.dtype(given), drift, scale, finite)
 
         def compute(plan: dict[Method, list[int]]) -> list[float]:
             for name, at in plan.items():
@@ -113,13 +112,13 @@ class Shards(Blocks):
                     mine, parts = list[int](), list[tuple[Tensor, Tensor]]()
                     for first in range(0, len(chunk), at_once):
                         some = [at[c] for c in chunk[first : first + at_once]]
-                        own, *sums = self._grams([of[j] for j in some], scale[some], finite[some], dtype)
+                        own, *sums = self._sums([of[j] for j in some], scale[some], dtype)
                         mine += [some[o] for o in own]
                         parts.append((sums[0], sums[1]))
                     if mine:
-                        G, exact = (torch.cat(each) for each in zip(*parts, strict=True))
+                        T, exact = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
                         missing = exact[0, :n] * torch.nan, exact[0, :n] * torch.nan, exact[0, 0] * torch.nan
-                        results = self._survivors(of_grams, missing, G, exact, scale[mine], finite[mine], name)
+                        results = self._survivors(of_sums, missing, T, exact, scale[mine], finite[mine], name)
                         for j, values in zip(mine, results, strict=True):
                             _write(found, rows[j], *values, name=name)
             self._tell(found, rows, owners)
@@ -225,34 +224,35 @@ class Shards(Blocks):
         for of, part in zip(held, parts, strict=True):
             found[of] = part.view(-1, width)
 
-    def _grams(self, indices, scale, finite, dtype) -> tuple[list[int], Tensor, Tensor]:
-        """The positions of the Gram matrices that this rank owns, their lower triangles, and their exact products."""
+    def _sums(self, indices, scale, dtype) -> tuple[list[int], Tensor, Tensor]:
+        """The positions of the matrices whose Gram matrices this rank owns, and what it is sent of these, added up.
+
+        Returns:
+            The positions, B; upper triangles (B, n (n + 1) / 2), row by row; and float64 (B, n + 1): the diagonals, and
+            the traces times the drift that was taken out.
+        """
         n = min(self.shapes[indices[0]])
-        if n not in self._triangles:
-            self._triangles[n] = torch.tril_indices(n, n, device=self._device)
-        triangle = tuple(self._triangles[n])
-        sizes = n * (n + 1) // 2, n + min(n - 1, gram.PAIRS)
-        on_host = self._device.type == "cpu"  # a device would be waited for
-        plain = ((scale == 1) & finite).tolist() if on_host else [False] * len(indices)
-        outgoing: list[list[list[Tensor]]] = [[[] for _ in range(self.ranks)] for _ in sizes]
-        with kernels.full_precision(self._device.type):
-            for j, i in enumerate(indices):
-                if self.rank in self.spreads[i].senders:
-                    A = self._upright(i)
-                    A = A.to(dtype) if plain[j] else torch.where(finite[j], A.double() * scale[j], 0.0).to(dtype)
-                    outgoing[0][self.owner[i]].append(_lower_gram(A)[triangle])
-                    outgoing[1][self.owner[i]].append(torch.cat(gram.Products.of(A.mT)))
+        sending = [j for j, i in enumerate(indices) if self.rank in self.spreads[i].senders]
+        sending.sort(key=lambda j: self.owner[indices[j]])
+        to = [sum(self.owner[indices[j]] == p for j in sending) for p in range(self.ranks)]
+        sent = tuple(
+            torch.empty(len(sending), size, dtype=kind, device=self._device)
+            for size, kind in ((n * (n + 1) // 2, dtype), (n + 1, torch.float64))
+        )
+        if sending:
+            parts = [self._upright(indices[j]) for j in sending]
+            sent[1][:, :n], drift = gram.triangles(parts, scale[sending], sent[0])
+            sent[1][:, n] = drift.abs() * sent[1][:, :n].sum(-1)
         own = [j for j, i in enumerate(indices) if self.mine(i)]
         held = [[o for o, j in enumerate(own) if p in self.spreads[indices[j]].senders] for p in range(self.ranks)]
         sums = []
-        for size, sent, kind in zip(sizes, outgoing, (dtype, torch.float64), strict=True):
-            sums.append(total := torch.zeros(len(own), size, dtype=kind, device=self._device))
-            parts = self.deliver(sent, [size * len(of) for of in held], total)
-            for part, of in zip(parts, held, strict=True):
-                total[of] += part.view(-1, size)
-        G = torch.zeros(len(own), n, n, dtype=dtype, device=self._device)
-        G[:, triangle[0], triangle[1]] = sums[0]
-        return own, G, sums[1]
+        for each in sent:
+            size = each.shape[1]
+            sums.append(total := each.new_zeros(len(own), size))
+            received = self.exchange(each.view(-1), [count * size for count in to], [size * len(of) for of in held])
+            for part, of in zip(received, held, strict=True):
+                total[of if len(of) < len(own) else slice(None)] += part.view(-1, size)
+        return own, sums[0], sums[1]
 
     def _norms(self, own: list[Tensor], largest: Tensor) -> Tensor:
         """Frobenius norms (B,), float64, from each rank's entries."""
@@ -263,21 +263,12 @@ class Shards(Blocks):
     def _largest(self, rows: list[Tensor]) -> Tensor:
         """The largest entry of each matrix (B,), float64; Inf where one is not finite."""
         zero = torch.zeros((), dtype=torch.float64, device=self._device)
-        largest = torch.stack([torch.linalg.vector_norm(A, torch.inf).double() if A.numel() else zero for A in rows])
+        largest = torch.stack([kernels.largest_entry(A).double().view(()) if A.numel() else zero for A in rows])
         return self.maximum(largest.nan_to_num(torch.inf, torch.inf))
 
     def _scales(self, rows: list[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Powers of two that bring the matrices near 1, where they are not, and whether all entries are finite."""
         return kernels.scale_of(self._largest(rows), torch.float64 if dtype == torch.float64 else torch.float32)
-
-
-def _lower_gram(A: Tensor) -> Tensor:
-    """The lower triangle of A^T A and some of the upper one, for about half the operations of a whole product."""
-    n = A.shape[1]
-    G, step = A.new_empty(n, n), max(64, -(-n // 8))
-    for first in range(0, n, step):
-        torch.mm(A[:, first:].mT, A[:, first : first + step], out=G[first:, first : first + step])
-    return G
 
 
 def _write(found: Tensor, row: int, S: Tensor, bound: Tensor, sd_error: Tensor, name: Method):

@@ -7,10 +7,15 @@ computed in float64. The factor follows from the latter by regression; the diago
 factor, which leaves (1 + drift) W W^T and noise. The C++ kernels do the same (kernels/cpu/rounding.hpp).
 """
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from sosd_fast import kernels
+from sosd_fast.kernels import Backend, backend_of
 
 PAIRS = 256  # of neighbouring rows, at most, whose products are taken in float64
 MOST_DRIFT = 2.0**-18  # of elements beside the diagonal, relative
@@ -61,18 +66,79 @@ def correct(G: Tensor, known: Products, inner: int) -> Tensor:
     return drift
 
 
-def singular_values(eigenvalues: Tensor, known: Products, drift: Tensor) -> tuple[Tensor, Tensor]:
+def triangles(parts: Sequence[Tensor], scale: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes Gram matrices of some rows each of matrices, without drift: those of all rows are their sums.
+
+    Args:
+        parts: B tensors (K_i, r) of one dtype, none empty, on one device. Not modified.
+        scale: (B,) float64, powers of two: squares of scale * part are of ordinary size.
+        out: (B, r (r + 1) / 2), float32 or float64, is written: the upper triangles of A^T A row by row.
+
+    Returns:
+        The diagonals (B, r), and the drift (B,) that was taken out of each, float64.
+    """
+    r = parts[0].shape[1]
+    if backend_of("svdvals", parts[0]) is Backend.CPP:
+        squares, drift = scale.new_empty(len(parts), r), torch.empty_like(scale)
+        threads = torch.get_num_threads()
+        kernels._C.gram_triangles(
+            parts=parts, scale=scale, triangles=out, squares=squares, drift=drift, threads=threads
+        )
+        return squares, drift
+    found = []
+    with kernels.full_precision(out.device.type):
+        for A, factor, to in zip(parts, scale, out, strict=True):
+            A = (A.double() * factor).to(out.dtype)
+            known = Products.of(A.mT)
+            G = _upper(A)[None]
+            drift = correct(G, Products(*(each[None] for each in known)), len(A))
+            to.copy_(G[0][_indices(r, out.device)].double() / (1 + drift))
+            found.append((known.squares, drift[0]))
+    squares, drift = (torch.stack(each) for each in zip(*found, strict=True))
+    return squares, drift
+
+
+def _upper(A: Tensor) -> Tensor:
+    """The upper triangle of A^T A and some of the lower one, for about half the operations of a whole product."""
+    n = A.shape[1]
+    G, step = A.new_zeros(n, n), max(64, -(-n // 8))
+    for first in range(0, n, step):
+        torch.mm(A[:, first : first + step].mT, A[:, first:], out=G[first : first + step, first:])
+    G.diagonal(-1).copy_(G.diagonal(1))  # which `correct` reads
+    return G
+
+
+@functools.lru_cache(maxsize=8)
+def _indices(n: int, device: torch.device) -> tuple[Tensor, ...]:
+    return tuple(torch.triu_indices(n, n, device=device))
+
+
+def set_diagonal(triangles: Tensor, squares: Tensor):
+    """Writes the diagonals (B, r) of Gram matrices whose upper triangles (B, r (r + 1) / 2) lie row by row."""
+    r = squares.shape[1]
+    row = torch.arange(r, device=squares.device)
+    triangles[:, row * r - row * (row - 1) // 2] = squares.to(triangles.dtype)
+
+
+def whole(triangles: Tensor, r: int) -> Tensor:
+    """The matrices (B, r, r) whose upper triangles (B, r (r + 1) / 2) lie row by row; the rest of them is zero."""
+    G = triangles.new_zeros(len(triangles), r, r)
+    rows, columns = _indices(r, triangles.device)
+    G[:, columns, rows] = triangles  # as lower ones, which is what eigenvalues are taken of
+    return G
+
+
+def singular_values(eigenvalues: Tensor, squares: Tensor, drift: Tensor) -> tuple[Tensor, Tensor]:
     """Singular values from the eigenvalues of a corrected Gram matrix.
 
     Args:
-        eigenvalues: (B, r), ascending.
-        known: as of `correct`, whose trace is the sum of the true eigenvalues.
-        drift: as `correct` returned it.
+        eigenvalues: (B, r), ascending, float64, without the drift.
+        squares: (B, r) float64, the true diagonal, whose sum is that of the true eigenvalues.
+        drift: (B,) what was taken out.
 
     Returns:
         S (B, r) float64, descending, and the drift (B,) that may be left in them, relative to the mean eigenvalue.
     """
-    eigenvalues = eigenvalues.double() / (1 + drift[:, None])
-    mean = known.squares.mean(-1)
+    mean = squares.mean(-1)
     shift = (eigenvalues.mean(-1) / mean - 1).nan_to_num(0.0)
     return eigenvalues.flip(-1).clamp(min=0).sqrt(), torch.hypot(shift, DRIFT_LEFT * drift)

@@ -23,7 +23,7 @@ from sosd_fast.kernels.eigh import library
 from sosd_fast.kernels.sturm import sturm
 from sosd_fast.kernels.syrk import syrk
 from sosd_fast.kernels.tridiagonal import tridiagonal
-from sosd_fast.spectra.gram import Products, correct, singular_values
+from sosd_fast.spectra.gram import Products, correct, singular_values, whole
 from sosd_fast.spectra.precision import MODELS, Method, choose, climb, lapack_error, sd_error, value_bound
 
 METHODS = ("auto", "gram32", "gram64", "exact")
@@ -251,24 +251,28 @@ def _launched_alike(matrices: Sequence[Tensor], at: list[int], method: Method) -
     for (shape, some), part in zip(shapes.items(), parts, strict=True):
         known, drift, scale, finite = part
         own, values = values[: len(some)], values[len(some) :]
-        S, drift = singular_values(own, known, drift)
+        S, drift = singular_values(own.double() / (1 + drift[:, None]), known.squares, drift)
         found = finished(S, method, max(shape), backend, dtype, drift, scale, finite)
         rows |= dict(zip(some, zip(*found, strict=True), strict=True))
     return rows
 
 
 def gram_eigenvalues(G: Tensor) -> Tensor:
-    """Eigenvalues of Gram matrices (B, r, r), ascending, in float64 on the CPU. G is used up."""
-    backend = backend_of("svdvals", G)
-    if backend is Backend.CPP:
-        values = torch.empty(G.shape[:-1], dtype=torch.float64, device="cpu")
-        kernels._C.gram_eigenvalues(G=G, values=values, threads=torch.get_num_threads())
-        return values
+    """Eigenvalues of Gram matrices (B, r, r), whose lower triangles are read, ascending. G is used up."""
     if G.shape[-1] <= LARGEST_REDUCED and backend_of("tridiagonal", G) is Backend.TRITON:
         return sturm(*tridiagonal(G, overwrite=True))
     # LAPACK's float32 eigenvalues err more than a float32 Gram matrix does: the SD of a 611 x 790 matrix by 6e-7, 2.5
     # times its bound, against 1e-9 (LOG.md#one-planner). In float64 they take 1.5 times as long.
     return library("eigvalsh", G.double())
+
+
+def triangle_eigenvalues(triangles: Tensor, r: int) -> Tensor:
+    """Eigenvalues (B, r) of Gram matrices whose upper triangles (B, r (r + 1) / 2) lie row by row, ascending."""
+    if backend_of("svdvals", triangles) is Backend.CPP:
+        values = torch.empty(len(triangles), r, dtype=torch.float64, device="cpu")
+        kernels._C.gram_eigenvalues(triangles=triangles, values=values, threads=torch.get_num_threads())
+        return values
+    return gram_eigenvalues(whole(triangles.nan_to_num(0, 0, 0), r))  # LAPACK raises at what is not finite
 
 
 def _by_torch(matrices: Sequence[Tensor], method: Method) -> tuple[Tensor, Tensor, Tensor]:
@@ -294,7 +298,7 @@ def _by_torch(matrices: Sequence[Tensor], method: Method) -> tuple[Tensor, Tenso
                 known.append(Products.of(W))
             known = Products(*map(torch.stack, zip(*known, strict=True)))
             drift = correct(G, known, max(m, n))
-            S, drift = singular_values(gram_eigenvalues(G), known, drift)
+            S, drift = singular_values(gram_eigenvalues(G).double() / (1 + drift[:, None]), known.squares, drift)
         else:
             upright = [W if m >= n else W.mT for W in map(ready, range(len(matrices)))]  # the faster orientation
             S = torch.stack([torch.linalg.svdvals(W) for W in upright]).double()

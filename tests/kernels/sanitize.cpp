@@ -286,14 +286,25 @@ static void fuzz(int calls, unsigned seed) {
         for (const Case& c : cases)
             for (size_t k = 0; k < c.S.size(); ++k) CHECK(c.S[k] >= 0 && c.bound[k] >= 0 && (k == 0 || c.S[k] <= c.S[k - 1]));
         if (below(4)) continue;
-        const int64_t r = side(most);  // a Gram matrix that others have summed; any square one will do
-        Case G = make(r, r, below(2) ? DType::f32 : DType::f64, below(2), 1 + below(2), random());
-        std::vector<double> eigenvalues(size_t(2 * r));
+        // Parts of a matrix of any shapes, whose triangles are summed.
+        const int64_t r = side(most), size = r * (r + 1) / 2, parts = 1 + below(3);
+        const DType precision = below(2) ? DType::f32 : DType::f64;
+        std::vector<Case> blocks;
+        std::vector<double> triangles(size_t(parts * size)), squares(size_t(parts * r)), eigenvalues(size_t(parts * r));
+        std::vector<PartTask> sums;
         std::vector<GramTask> grams;
-        for (int64_t i = 0; i < 2; ++i)
-            grams.push_back({G.data.data(), G.task.dtype, r, G.task.row_stride, G.task.col_stride, eigenvalues.data() + i * r});
-        gram_eigenvalues(grams.data(), 2, 1 + below(3));
-        for (int64_t i = 0; i < r; ++i) CHECK(eigenvalues[i] == eigenvalues[r + i] && (i == 0 || eigenvalues[i] >= eigenvalues[i - 1]));
+        for (int64_t i = 0; i < parts; ++i) {
+            blocks.push_back(make(r, side(most), DType(below(4)), below(2), 1 + below(2), random()));
+            degrade(blocks.back(), unsigned(below(8)), random());
+            const SvdvalsTask& t = blocks.back().task;
+            sums.push_back({blocks.back().data.data(), t.dtype, r, t.n, t.row_stride, t.col_stride, 1, precision,
+                            triangles.data() + i * size, squares.data() + i * r, 0});
+            grams.push_back({sums.back().triangle, precision, r, eigenvalues.data() + i * r});
+        }
+        gram_triangles(sums.data(), parts, 1 + below(3));
+        gram_eigenvalues(grams.data(), parts, 1 + below(3));
+        for (int64_t i = 0; i < parts * r; ++i)
+            CHECK(squares[i] >= 0 && (i % r == 0 || eigenvalues[i] >= eigenvalues[i - 1]));
         const int64_t n = 2 + side(60), m = n + side(60), b = 1 + below(int(n) - 1), count = 1 + below(2);
         Case c = make(m, n, DType::f32, below(2), 1, random());
         degrade(c, unsigned(below(8)), random());
