@@ -290,7 +290,7 @@ static void fuzz(int calls, unsigned seed) {
         const int64_t r = side(most), size = r * (r + 1) / 2, parts = 1 + below(3);
         const DType precision = below(2) ? DType::f32 : DType::f64;
         std::vector<Case> blocks;
-        std::vector<double> triangles(size_t(parts * size)), squares(size_t(parts * r)), eigenvalues(size_t(parts * r));
+        std::vector<double> triangles(size_t(parts * size)), diagonal(size_t(parts * r)), eigenvalues(size_t(parts * r));
         std::vector<PartTask> sums;
         std::vector<GramTask> grams;
         for (int64_t i = 0; i < parts; ++i) {
@@ -298,13 +298,13 @@ static void fuzz(int calls, unsigned seed) {
             degrade(blocks.back(), unsigned(below(8)), random());
             const SvdvalsTask& t = blocks.back().task;
             sums.push_back({blocks.back().data.data(), t.dtype, r, t.n, t.row_stride, t.col_stride, 1, precision,
-                            triangles.data() + i * size, squares.data() + i * r, 0});
+                            triangles.data() + i * size, diagonal.data() + i * r, 0});
             grams.push_back({sums.back().triangle, precision, r, eigenvalues.data() + i * r});
         }
         gram_triangles(sums.data(), parts, 1 + below(3));
         gram_eigenvalues(grams.data(), parts, 1 + below(3));
         for (int64_t i = 0; i < parts * r; ++i)
-            CHECK(squares[i] >= 0 && (i % r == 0 || eigenvalues[i] >= eigenvalues[i - 1]));
+            CHECK(diagonal[i] >= 0 && (i % r == 0 || eigenvalues[i] >= eigenvalues[i - 1]));
         const int64_t n = 2 + side(60), m = n + side(60), b = 1 + below(int(n) - 1), count = 1 + below(2);
         Case c = make(m, n, DType::f32, below(2), 1, random());
         degrade(c, unsigned(below(8)), random());
