@@ -23,6 +23,22 @@ constexpr int64_t kLongestShortSide = int64_t(1) << 20;  // its Gram matrix woul
 
 [[noreturn]] void refuse(const std::string& message) { throw py::value_error("sosd_fast._C." + message); }
 
+void expect_short_side(const char* function, int64_t m, int64_t n) {
+    if (std::min(m, n) > kLongestShortSide)
+        refuse(std::string(function) + ": expected a short side of at most 2^20, got shape " + sosd_fast::to_string({m, n}) + ".");
+}
+
+// The matrices of one call as one tensor (B, m, n).
+std::vector<Tensor> open_stack(const char* function, const py::object& given) {
+    std::vector<Tensor> stack;
+    stack.emplace_back(given, "matrices");
+    if (stack[0].dims() != 3)
+        refuse(std::string(function) + ": expected a list of matrices or one tensor (B, m, n), got shape " +
+               sosd_fast::to_string(stack[0].size) + ".");
+    expect_short_side(function, stack[0].size[1], stack[0].size[2]);
+    return stack;
+}
+
 // The matrices of one call: of one shape and dtype.
 std::vector<Tensor> open_matrices(const char* function, const py::sequence& given) {
     std::vector<Tensor> matrices;
@@ -35,9 +51,7 @@ std::vector<Tensor> open_matrices(const char* function, const py::sequence& give
                    sosd_fast::to_string(W.size) + " after " + sosd_fast::to_string(matrices[0].size) +
                    ". Call it once for each shape and dtype.");
     }
-    if (!matrices.empty() && std::min(matrices[0].size[0], matrices[0].size[1]) > kLongestShortSide)
-        refuse(std::string(function) + ": expected a short side of at most 2^20, got shape " +
-               sosd_fast::to_string(matrices[0].size) + ".");
+    if (!matrices.empty()) expect_short_side(function, matrices[0].size[0], matrices[0].size[1]);
     return matrices;
 }
 
@@ -111,29 +125,32 @@ double sd_error(const py::object& S, const std::string& method, int64_t inner, d
                                to_model(model));
 }
 
-// matrices: B tensors (m, n) of one dtype, any strides. S, bound and previous: (B, min(m, n)) float64, contiguous; S and
-// bound are written. Returns (the method that stood, sd_error) of each.
-std::vector<std::pair<const char*, double>> svdvals(const py::sequence& matrices, const std::string& method,
-                                                    const py::object& previous, const py::object& S,
-                                                    const py::object& bound, int threads, const py::object& model) {
+// matrices: B tensors (m, n) of one dtype, any strides, or one (B, m, n): to open tensors takes longer than the spectra of
+// small matrices do. S, bound and previous: (B, min(m, n)) float64, contiguous; S and bound are written.
+// Returns the methods that stood, and the sd_errors.
+std::pair<py::list, std::vector<double>> svdvals(const py::object& matrices, const std::string& method,
+                                                 const py::object& previous, const py::object& S, const py::object& bound,
+                                                 int threads, const py::object& model) {
     const bool automatic = method == "auto";
     const Method asked = automatic ? Method::gram32 : to_method("svdvals", method);
     const ErrorModel constants = to_model(model);
-    const std::vector<Tensor> opened = open_matrices("svdvals", matrices);
-    if (opened.empty()) return {};
-    const int64_t m = opened[0].size[0], n = opened[0].size[1], r = std::min(m, n), count = int64_t(opened.size());
+    const bool separate = PyList_Check(matrices.ptr()) || PyTuple_Check(matrices.ptr());
+    const std::vector<Tensor> opened = separate ? open_matrices("svdvals", matrices) : open_stack("svdvals", matrices);
+    const int64_t count = separate ? int64_t(opened.size()) : opened[0].size[0];
+    if (count == 0) return {py::list(), {}};
+    const int64_t m = opened[0].size[separate ? 0 : 1], n = opened[0].size[separate ? 1 : 2], r = std::min(m, n);
     const Tensor values(S, "S"), bounds(bound, "bound");
     const std::vector<Tensor> before = open_optional(previous, "previous");
     values.expect("S", DType::f64, {count, r});
     bounds.expect("bound", DType::f64, {count, r});
     for (const Tensor& t : before) t.expect("previous", DType::f64, {count, r});
-    std::vector<sosd_fast::SvdvalsTask> tasks(opened.size());
+    std::vector<sosd_fast::SvdvalsTask> tasks(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i) {
-        const Tensor& W = opened[size_t(i)];
+        const Tensor& W = opened[separate ? size_t(i) : 0];
         sosd_fast::SvdvalsTask& t = tasks[size_t(i)];
-        t.data = W.data;
         t.dtype = W.dtype;
-        t.m = m, t.n = n, t.row_stride = W.stride[0], t.col_stride = W.stride[1];
+        t.data = separate ? W.data : W.data + i * W.stride[0] * sosd_fast::bytes_of(W.dtype);
+        t.m = m, t.n = n, t.row_stride = W.stride[separate ? 0 : 1], t.col_stride = W.stride[separate ? 1 : 2];
         t.automatic = automatic;
         t.method = asked;
         t.model = &constants;
@@ -145,9 +162,15 @@ std::vector<std::pair<const char*, double>> svdvals(const py::sequence& matrices
         py::gil_scoped_release release;
         sosd_fast::svdvals(tasks.data(), count, threads);
     }
-    std::vector<std::pair<const char*, double>> found;
-    for (const auto& t : tasks) found.emplace_back(kMethods[size_t(t.method)].first, t.sd_error);
-    return found;
+    std::vector<py::str> names;
+    for (const auto& known : kMethods) names.emplace_back(known.first);
+    py::list methods(static_cast<size_t>(count));
+    std::vector<double> errors;
+    for (const auto& t : tasks) {
+        methods[errors.size()] = names[size_t(t.method)];
+        errors.push_back(t.sd_error);
+    }
+    return {methods, errors};
 }
 
 // Checks triangles (B, r (r + 1) / 2) in float32 or float64, contiguous.

@@ -13,7 +13,7 @@ namespace sosd_fast {
 namespace SOSD_ISA {
 
 template <class T> constexpr Stages<T> stages() {
-    return {any_gram<T>, tridiagonal<T>, sturm<T>};
+    return {any_gram<T>, tridiagonal<T>, sturm<T>, eigenvalues_lanes<T>, kLanes<T>};
 }
 
 extern const Kernels table;

@@ -1,6 +1,7 @@
 // The stages as compiled for one instruction set, and the choice among them at run time.
 #pragma once
 
+#include "lanes.hpp"
 #include "subspace.hpp"
 
 namespace sosd_fast {
@@ -9,6 +10,8 @@ template <class T> struct Stages {
     GramSums (*gram)(const Source&, T* G, double* squares, Arena&, const Parallel&);
     void (*tridiagonal)(T* G, int64_t r, T* d, T* e, Arena&);
     void (*sturm)(const T* d, const T* e, int64_t n, double tolerance, double* values, Arena&, const Parallel&);
+    void (*eigenvalues_lanes)(Lane*, int64_t count, double* ascending, Arena&);
+    int64_t lanes;  // that take as long as one
 };
 
 struct Kernels {

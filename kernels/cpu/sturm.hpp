@@ -29,35 +29,47 @@ constexpr int kRescaleMost = 8;
 constexpr int kChains = 4;
 template <class T> constexpr int64_t kSturmBlock = kChains * Simd<T>::L;
 
-// counts[l] = number of eigenvalues below x[l], kSturmBlock values at once. n is padded to kRescale.
-template <class T> inline void sturm_count(const T* d, const T* e2, int64_t n, const T* x, T* counts) {
+// The characteristic polynomial at x up to a factor that is the same for all x: value * 2^exponent.
+template <class T> struct Value {
+    typename Simd<T>::V value;
+    typename Simd<T>::VI exponent;
+};
+
+// counts[u] <- number of eigenvalues below x[u], u < N, and the polynomial there. With Lanes each lane has a matrix of its
+// own, d and e2 hold vectors. n is padded to kRescale.
+template <class T, int N, bool Lanes>
+inline void count_below(const T* d, const T* e2, int64_t n, const typename Simd<T>::V* x, typename Simd<T>::VU* counts,
+                        Value<T>* values) {
     using S = Simd<T>;
     using V = typename S::V;
+    using VI = typename S::VI;
     using VU = typename S::VU;
     using Lim = SturmLimits<T>;
     using U = typename S::U;
     constexpr int sign = sizeof(T) * 8 - 1;
-    V at[kChains], before[kChains], now[kChains];
-    VU count[kChains];
-    for (int u = 0; u < kChains; ++u) {
-        at[u] = S::at(x + u * S::L);
+    const auto at = [](const T* p, int64_t i) { return Lanes ? S::at(p + i * S::L) : S::splat(p[i]); };
+    V before[N], now[N];
+    VU count[N], factors[N];
+#pragma GCC unroll 4
+    for (int u = 0; u < N; ++u) {
         before[u] = V{};
         now[u] = V(S::splat_word(U(Lim::kTarget) << Lim::kMantissa));
-        count[u] = VU{};
+        count[u] = factors[u] = VU{};
     }
     for (int64_t i = 0; i < n; i += Lim::kRescale) {
 #pragma GCC unroll 8
         for (int k = 0; k < Lim::kRescale; ++k) {
+            const V di = at(d, i + k), ei = at(e2, i + k);
 #pragma GCC unroll 4
-            for (int u = 0; u < kChains; ++u) {
-                const V next = (d[i + k] - at[u]) * now[u] - before[u] * e2[i + k];
+            for (int u = 0; u < N; ++u) {
+                const V next = (di - x[u]) * now[u] - before[u] * ei;
                 count[u] += (VU(next) ^ VU(now[u])) >> sign;
                 before[u] = now[u];
                 now[u] = next;
             }
         }
 #pragma GCC unroll 4
-        for (int u = 0; u < kChains; ++u) {
+        for (int u = 0; u < N; ++u) {
             const VU magnitude = S::splat_word(~(U(1) << sign));
             const V p = V(VU(now[u]) & magnitude), q = V(VU(before[u]) & magnitude);
             const VU exponent = VU(p > q ? p : q) >> Lim::kMantissa;
@@ -66,9 +78,22 @@ template <class T> inline void sturm_count(const T* d, const T* e2, int64_t n, c
             const V scale = V(factor << Lim::kMantissa);
             now[u] *= scale;
             before[u] *= scale;
+            factors[u] += factor;
         }
     }
-    for (int u = 0; u < kChains; ++u) S::at(counts + u * S::L) = __builtin_convertvector(count[u], V);
+#pragma GCC unroll 4
+    for (int u = 0; u < N; ++u) counts[u] = count[u], values[u] = {now[u], -VI(factors[u])};
+}
+
+// counts[l] = number of eigenvalues below x[l], kSturmBlock values at once.
+template <class T> inline void sturm_count(const T* d, const T* e2, int64_t n, const T* x, T* counts) {
+    using S = Simd<T>;
+    typename S::V at[kChains];
+    typename S::VU count[kChains];
+    Value<T> unused[kChains];
+    for (int u = 0; u < kChains; ++u) at[u] = S::at(x + u * S::L);
+    count_below<T, kChains, false>(d, e2, n, at, count, unused);
+    for (int u = 0; u < kChains; ++u) S::at(counts + u * S::L) = __builtin_convertvector(count[u], typename S::V);
 }
 
 // values[0 .. n) <- the eigenvalues of tridiag(d, e), ascending, those below zero as zero: T comes from a Gram matrix.

@@ -8,9 +8,11 @@ namespace sosd_fast {
 
 namespace {
 
-// What of torch is compared with; looked up once and never freed, for the interpreter may end first.
+// What of torch is compared with, and names; looked up once and never freed, for the interpreter may end first.
 struct Torch {
     py::object tensor, parameter, strided;
+    py::str layout{"layout"}, device{"device"}, type{"type"}, dtype{"dtype"}, shape{"shape"}, stride{"stride"};
+    py::str untyped_storage{"untyped_storage"}, nbytes{"nbytes"}, storage_offset{"storage_offset"}, data_ptr{"data_ptr"};
     std::vector<py::object> dtypes;  // in the order of DType
 
     Torch() {
@@ -32,6 +34,12 @@ const Torch& torch() {
                           remedy);
 }
 
+py::object call(const py::handle& self, const py::str& method) {
+    PyObject* result = PyObject_CallMethodNoArgs(self.ptr(), method.ptr());
+    if (!result) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+}
+
 std::vector<int64_t> integers(const py::handle& tuple) {
     std::vector<int64_t> out;
     for (const py::handle& each : py::reinterpret_borrow<py::tuple>(tuple)) out.push_back(each.cast<int64_t>());
@@ -51,23 +59,23 @@ Tensor::Tensor(py::handle tensor, const char* name) {
     const py::handle type = reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr()));
     if (!type.is(t.tensor) && !type.is(t.parameter))
         refuse(name, "of type " + type.attr("__name__").cast<std::string>(), "Pass its dense values.");
-    const py::object layout = tensor.attr("layout"), device = tensor.attr("device");
-    if (!layout.is(t.strided) || device.attr("type").cast<std::string>() != "cpu")
+    const py::object layout = tensor.attr(t.layout), device = tensor.attr(t.device);
+    if (!layout.is(t.strided) || PyUnicode_CompareWithASCIIString(device.attr(t.type).ptr(), "cpu") != 0)
         refuse(name, "on " + py::str(device).cast<std::string>() + " of layout " + py::str(layout).cast<std::string>(),
                "Pass a dense copy on the CPU.");
-    const py::object given = tensor.attr("dtype");
+    const py::object given = tensor.attr(t.dtype);
     size_t found = 0;
     while (found < t.dtypes.size() && !given.is(t.dtypes[found])) ++found;
     if (found == t.dtypes.size())
         refuse(name, "of dtype " + py::str(given).cast<std::string>(), "Convert it with .float().");
     dtype = DType(found);
-    const int64_t bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+    const int64_t bytes = bytes_of(dtype);
     try {
-        size = integers(tensor.attr("shape"));
-        stride = integers(tensor.attr("stride")());
-        storage = tensor.attr("untyped_storage")();  // raises for what torch.func wraps
-        const auto held = storage.attr("nbytes")().cast<int64_t>();
-        int64_t first = tensor.attr("storage_offset")().cast<int64_t>(), last = first;  // element
+        size = integers(tensor.attr(t.shape));
+        stride = integers(call(tensor, t.stride));
+        storage = call(tensor, t.untyped_storage);  // raises for what torch.func wraps
+        const auto held = call(storage, t.nbytes).cast<int64_t>();
+        int64_t first = call(tensor, t.storage_offset).cast<int64_t>(), last = first;  // element
         bool empty = false, fits = first >= 0;
         for (size_t i = 0; i < size.size() && fits; ++i) {
             int64_t span = 0;
@@ -75,7 +83,7 @@ Tensor::Tensor(py::handle tensor, const char* name) {
             fits = size[i] >= 0 && stride[i] >= 0 && (size[i] == 0 || !__builtin_mul_overflow(size[i] - 1, stride[i], &span)) &&
                    !__builtin_add_overflow(last, span, &last);
         }
-        data = reinterpret_cast<char*>(storage.attr("data_ptr")().cast<uintptr_t>());
+        data = reinterpret_cast<char*>(call(storage, t.data_ptr).cast<uintptr_t>());
         if (!empty && !(fits && data && last < held / bytes))
             refuse(name, "of shape " + to_string(size) + " whose storage holds " + std::to_string(held) + " bytes",
                    "Its memory was freed or resized; gather it first.");

@@ -29,6 +29,7 @@ from sosd_fast.spectra.precision import MODELS, Method, choose, climb, lapack_er
 METHODS = ("auto", "gram32", "gram64", "exact")
 
 CHUNK_BYTES = 2**30  # of copies of weights and of Gram matrices at a time
+_METHOD_OF = {str(method): method for method in Method}  # Method(name) takes ten times as long
 
 
 class Spectra(NamedTuple):
@@ -89,8 +90,8 @@ class _Differentiable(torch.autograd.Function):
     def forward(W: Tensor, method: str) -> tuple[Tensor, Tensor]:
         *batch, m, n = W.shape
         dtype = _returned(W.dtype)
-        matrices = W.detach().reshape(-1, m, n).unbind(0)
-        if not matrices:
+        matrices = W.detach().reshape(-1, m, n)
+        if not len(matrices):
             empty = torch.empty(*batch, min(m, n), dtype=dtype, device=W.device)
             return empty, empty.clone()
         found = spectra(matrices, method)
@@ -138,11 +139,14 @@ def _returned(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def spectra(matrices: Sequence[Tensor], method: str | Method = "auto", previous: Tensor | None = None) -> Spectra:
+def spectra(
+    matrices: Sequence[Tensor] | Tensor, method: str | Method = "auto", previous: Tensor | None = None
+) -> Spectra:
     """Computes the spectra of B matrices of one shape, dtype and device, read in place.
 
     Args:
-        matrices: B tensors (m, n), on CUDA of any shapes with one short side. Not modified.
+        matrices: B tensors (m, n), on CUDA of any shapes with one short side, or one (B, m, n), which is faster for
+            small matrices on the CPU. Not modified.
         method: as in `svdvals`, or "bidiag64", on the CPU.
         previous: (B, r) float64, spectra of the same matrices a little earlier. They tell which precision to start
             from. For CUDA matrices pass them on the CPU: reading them from the device would wait for it.
@@ -155,6 +159,7 @@ def spectra(matrices: Sequence[Tensor], method: str | Method = "auto", previous:
     backend = Backend.TORCH if method == Method.EXACT else backend_of("svdvals", matrices[0])
     if backend is Backend.CPP:
         return _compiled(matrices, method, previous)
+    matrices = [*matrices]
     climbs = method == "auto" and on_host and backend is Backend.TORCH
     if method == "auto":
         methods = choose(previous, len(matrices), matrices[0].dtype, on_host=climbs)
@@ -175,11 +180,11 @@ def spectra(matrices: Sequence[Tensor], method: str | Method = "auto", previous:
     return Spectra(S, bound, error, methods)
 
 
-def _compiled(matrices: Sequence[Tensor], method: str, previous: Tensor | None) -> Spectra:
+def _compiled(matrices: Sequence[Tensor] | Tensor, method: str, previous: Tensor | None) -> Spectra:
     """`spectra` by the C++ kernels, which choose and climb by the same error model."""
     S = torch.empty(len(matrices), min(matrices[0].shape), dtype=torch.float64, device="cpu")
     bound = torch.empty_like(S)
-    found = kernels._C.svdvals(
+    names, errors = kernels._C.svdvals(
         matrices=matrices,
         method=str(method),
         previous=None if previous is None else previous.to(torch.float64).contiguous(),
@@ -188,9 +193,9 @@ def _compiled(matrices: Sequence[Tensor], method: str, previous: Tensor | None) 
         threads=torch.get_num_threads(),
         model=MODELS[Backend.CPP],
     )
-    names, errors = zip(*found, strict=True)
+    methods = tuple(map(_METHOD_OF.__getitem__, names))
     # on the host whatever torch.set_default_device says
-    return Spectra(S, bound, torch.tensor(errors, dtype=torch.float64, device="cpu"), tuple(map(Method, names)))
+    return Spectra(S, bound, torch.tensor(errors, dtype=torch.float64, device="cpu"), methods)
 
 
 def _launched(matrices: Sequence[Tensor], methods: list[Method]) -> Spectra:

@@ -141,6 +141,29 @@ static void check() {
         for (int k = 0; k < 90; ++k)
             CHECK(std::fabs(cold[0].S[k] - absurd[0].S[k]) <= cold[0].bound[k] + absurd[0].bound[k]);
     }
+    {   // special matrices among ordinary ones of one short side: each result is that of the matrix alone
+        std::vector<Case> all;
+        for (unsigned s = 0; s < 45; ++s) {
+            const int64_t K = 11 + s % 3 * 40;
+            all.push_back(make(s % 2 ? 11 : K, s % 2 ? K : 11, DType(s / 3 % 2 ? s % 4 : 0), s % 5 == 0, 1, s));
+            Case& c = all.back();
+            if (c.task.dtype != DType::f32 || s % 4) continue;
+            float* w = reinterpret_cast<float*>(c.data.data());
+            for (size_t i = 0; i < c.data.size() / 4; ++i)
+                w[i] *= s % 16 == 0 ? 0 : s % 16 == 4 ? 1e30f : s % 16 == 8 ? 1e-36f : i == 5 ? NAN : 1;
+        }
+        std::vector<Case> together = all;
+        solve(together, automatic, 2);
+        for (size_t i = 0; i < all.size(); ++i) {
+            std::vector<Case> alone{all[i]};
+            solve(alone, automatic, 1);
+            CHECK(alone[0].task.method == together[i].task.method && alone[0].task.finite == together[i].task.finite);
+            for (size_t k = 0; k < 11; ++k) {
+                CHECK(std::memcmp(&alone[0].S[k], &together[i].S[k], sizeof(double)) == 0);
+                CHECK(std::memcmp(&alone[0].bound[k], &together[i].bound[k], sizeof(double)) == 0);
+            }
+        }
+    }
     {   // NaN in one of three
         std::vector<Case> three;
         for (unsigned s = 0; s < 3; ++s) three.push_back(make(40, 50, DType::f32, false, 1, s));
@@ -175,7 +198,7 @@ static void check() {
 #if defined(__SANITIZE_ADDRESS__)
 // One matrix through every method and one step of a subspace, on this thread alone.
 static void one_of_everything() {
-    for (const auto& [m, n] : {std::array<int64_t, 2>{70, 130}, {9, 2100}}) {
+    for (const auto& [m, n] : {std::array<int64_t, 2>{70, 130}, {9, 2100}, {13, 70}}) {
         for (Method p : {Method::gram32, Method::gram64, Method::bidiag64}) {
             std::vector<Case> one;
             one.push_back(make(m, n, DType::f32, false, 1, 5));
@@ -247,7 +270,19 @@ static void fuzz(int calls, unsigned seed) {
             degrade(cases.back(), unsigned(below(8)), random());
         }
         const int method = below(4);
-        solve(cases, method == 3 ? automatic : std::optional(Method(method)), 1 + below(3));
+        const std::optional<Method> asked = method == 3 ? automatic : std::optional(Method(method));
+        const int64_t short_side = 1 + below(32), long_side = short_side + below(2) * below(40);
+        for (int i = 0, count = below(4) ? 0 : below(40); i < count; ++i) {  // that share vectors
+            const bool wide = below(2);
+            cases.push_back(make(wide ? short_side : long_side, wide ? long_side : short_side, DType(below(4)), below(2),
+                                 below(8) ? 1 : 2, random()));
+            degrade(cases.back(), unsigned(below(8)), random());
+        }
+        solve(cases, asked, 1 + below(3));
+        std::vector<Case> alone{cases[size_t(below(int(cases.size())))]};
+        const std::vector<double> S = alone[0].S, bound = alone[0].bound;
+        solve(alone, asked, 1);
+        CHECK(alone[0].S == S && alone[0].bound == bound);
         for (const Case& c : cases)
             for (size_t k = 0; k < c.S.size(); ++k) CHECK(c.S[k] >= 0 && c.bound[k] >= 0 && (k == 0 || c.S[k] <= c.S[k - 1]));
         if (below(4)) continue;
@@ -255,7 +290,7 @@ static void fuzz(int calls, unsigned seed) {
         const int64_t r = side(most), size = r * (r + 1) / 2, parts = 1 + below(3);
         const DType precision = below(2) ? DType::f32 : DType::f64;
         std::vector<Case> blocks;
-        std::vector<double> triangles(size_t(parts * size)), squares(size_t(parts * r)), eigenvalues(size_t(parts * r));
+        std::vector<double> triangles(size_t(parts * size)), diagonal(size_t(parts * r)), eigenvalues(size_t(parts * r));
         std::vector<PartTask> sums;
         std::vector<GramTask> grams;
         for (int64_t i = 0; i < parts; ++i) {
@@ -263,13 +298,13 @@ static void fuzz(int calls, unsigned seed) {
             degrade(blocks.back(), unsigned(below(8)), random());
             const SvdvalsTask& t = blocks.back().task;
             sums.push_back({blocks.back().data.data(), t.dtype, r, t.n, t.row_stride, t.col_stride, 1, precision,
-                            triangles.data() + i * size, squares.data() + i * r, 0});
+                            triangles.data() + i * size, diagonal.data() + i * r, 0});
             grams.push_back({sums.back().triangle, precision, r, eigenvalues.data() + i * r});
         }
         gram_triangles(sums.data(), parts, 1 + below(3));
         gram_eigenvalues(grams.data(), parts, 1 + below(3));
         for (int64_t i = 0; i < parts * r; ++i)
-            CHECK(squares[i] >= 0 && (i % r == 0 || eigenvalues[i] >= eigenvalues[i - 1]));
+            CHECK(diagonal[i] >= 0 && (i % r == 0 || eigenvalues[i] >= eigenvalues[i - 1]));
         const int64_t n = 2 + side(60), m = n + side(60), b = 1 + below(int(n) - 1), count = 1 + below(2);
         Case c = make(m, n, DType::f32, below(2), 1, random());
         degrade(c, unsigned(below(8)), random());
