@@ -208,13 +208,17 @@ class Shards(Blocks):
                 found += results(slice(i, i + 1))
             except Exception as error:
                 found.append(missing)
-                if not self._said:
-                    self._said = True
-                    kernels.log.warning(
-                        "sosd_fast: rank %d could not measure a matrix, which is recorded as NaN: %r. "
-                        "This is said once.", self.rank, error,
-                    )  # fmt: skip
+                self._warn(error)
         return found
+
+    def _warn(self, error: Exception):
+        if not self._said:
+            self._said = True
+            kernels.log.warning(
+                "sosd_fast: rank %d could not measure a matrix, which is recorded as NaN: %r. This is said once.",
+                self.rank,
+                error,
+            )
 
     def _tell(self, found: Tensor, rows: Sequence[int], owners: Sequence[int]):
         """Gives all ranks the rows that each owner has."""
@@ -240,9 +244,14 @@ class Shards(Blocks):
             for size, kind in ((n * (n + 1) // 2, dtype), (n + 1, torch.float64))
         )
         if sending:
-            parts = [self._upright(indices[j]) for j in sending]
-            sent[1][:, :n], drift = gram.triangles(parts, scale[sending], sent[0])
-            sent[1][:, n] = drift.abs() * sent[1][:, :n].sum(-1)
+            try:
+                parts = [self._upright(indices[j]) for j in sending]
+                sent[1][:, :n], drift = gram.triangles(parts, scale[sending], sent[0])
+                sent[1][:, n] = drift.abs() * sent[1][:, :n].sum(-1)
+            except Exception as error:  # the others wait for what this rank sends
+                self._warn(error)
+                for each in sent:
+                    each.fill_(torch.nan)
         own = [j for j, i in enumerate(indices) if self.mine(i)]
         held = [[o for o, j in enumerate(own) if p in self.spreads[indices[j]].senders] for p in range(self.ranks)]
         sums = []

@@ -168,5 +168,18 @@ dist.all_gather_object(told, warnings)
 assert any(told) and all(len(own) <= 1 for own in told), told
 assert all("recorded as NaN: _LinAlgError('did not converge')" in text for own in told for text in own), told
 
+# So does a rank that fails at its part of a Gram matrix
+tall = nn.Module()
+tall.weight = nn.Parameter(distribute_tensor(noisy(2000, 16), mesh, placements))
+held = sharing.share(tall, find_matrices(tall))
+shards = together(held)
+if held.matrices:
+    good = shards.spectra([0]).S
+    computed = module.gram.triangles
+    fails = MemoryError("no more") if dist.get_rank() in shards.spreads[0].senders[1:] else computed
+    with mock.patch.object(module.gram, "triangles", side_effect=fails):
+        assert shards.spectra([0]).S.isnan().all()
+    assert good.isfinite().all() and torch.equal(shards.spectra([0]).S, good)
+
 print("all as in one process", flush=True)
 dist.destroy_process_group()
