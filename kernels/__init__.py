@@ -141,16 +141,20 @@ def power_of_two(x: Tensor) -> Tensor:
 
 
 def scale_of(largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Powers of two to multiply matrices by, so that squares of their entries stay in the range of a dtype.
+    """Powers of two to multiply matrices by, so that the reduction of their Gram matrices stays in the range of a dtype.
+
+    The reduction squares the entries of a Gram matrix: in float32 those of a long matrix of entries near 2^29 overflowed.
 
     Args:
         largest: (B,), the largest |x| of each matrix.
-        dtype: float32 or float64, that the squares are taken in.
+        dtype: float32 or float64, of the Gram matrix.
 
     Returns:
         scale (B,) float64, 1 where all is well, and finite (B,), whether the matrix is: NaN or Inf also get 1.
     """
     finite = torch.isfinite(largest)
-    power = power_of_two(torch.where(finite & (largest > 0), largest, 1.0).to(dtype)).double()
-    tame = (power > 2.0**-30) & (power < 2.0**30)
+    power = power_of_two(torch.where(finite & (largest > 0), largest, 1.0).double())
+    if dtype == torch.float32:  # which has to hold the factor
+        power = power.clamp(2.0**-126, 2.0**126)
+    tame = (power > 2.0**-16) & (power < 2.0**16)
     return torch.where(tame, 1.0, 1 / power), finite

@@ -3,7 +3,7 @@ r"""Symmetric product: out = alpha s^2 A B^T + beta C + shift I, one triangle co
 With B = A = W or W^T it is the Gram matrix of the short side; with A = B = C = X X^T it is Newton-Schulz's b C + c C^2,
 and any product of its commuting polynomials in C.
 
-In float32 each product is three of TF32's on tensor cores (Ootomo & Yokota 2022, arXiv 2203.03341). Tensor cores round
+In float32 each product is three of TF32's on tensor cores, of NVIDIA (Ootomo & Yokota 2022, arXiv 2203.03341). Tensor cores round
 their sums towards zero, which would bias a long sum of squares by 1e-5, so the partial sum of each BLOCK_K columns is
 added to the total by ordinary, rounding additions.
 """
@@ -79,6 +79,7 @@ if triton is not None:
         stride_bm *= GRAIN
         stride_bk *= GRAIN
         stride_cm *= GRAIN
+        stride_cn *= GRAIN
         if A_UNIT == 1:
             stride_am = 1
         if A_UNIT == 2:
@@ -87,6 +88,8 @@ if triton is not None:
             stride_bm = 1
         if B_UNIT == 2:
             stride_bk = 1
+        if C_UNIT == 1:
+            stride_cm = 1
         if C_UNIT == 2:
             stride_cn = 1
         # tile 0 is (0, 0), tiles 1 and 2 are (1, 0) and (1, 1), ...

@@ -258,7 +258,7 @@ def tridiagonal(A: Tensor, *, overwrite: bool = False, programs: int | None = No
 
     Args:
         A: (..., r, r), float32 or float64, symmetric: one triangle is read. Not modified, unless `overwrite`.
-        overwrite: A may be used as workspace, which saves a copy if it is contiguous.
+        overwrite: A may be used as workspace, which saves a copy if it is contiguous and r a multiple of 16.
         programs: to share a matrix, on a GPU; None takes as many as fit.
 
     Returns:

@@ -12,6 +12,7 @@
 #include "tensor.hpp"
 
 namespace py = pybind11;
+using sosd_fast::bytes_of;
 using sosd_fast::DType;
 using sosd_fast::ErrorModel;
 using sosd_fast::Method;
@@ -149,7 +150,7 @@ std::pair<py::list, std::vector<double>> svdvals(const py::object& matrices, con
         const Tensor& W = opened[separate ? size_t(i) : 0];
         sosd_fast::SvdvalsTask& t = tasks[size_t(i)];
         t.dtype = W.dtype;
-        t.data = separate ? W.data : W.data + i * W.stride[0] * sosd_fast::bytes_of(W.dtype);
+        t.data = separate || !W.data ? W.data : W.data + i * W.stride[0] * bytes_of(W.dtype);  // none where W is empty
         t.m = m, t.n = n, t.row_stride = W.stride[separate ? 0 : 1], t.col_stride = W.stride[separate ? 1 : 2];
         t.automatic = automatic;
         t.method = asked;
@@ -201,7 +202,7 @@ void gram_triangles(const py::sequence& parts, const py::object& scale, const py
             refuse("gram_triangles: expected parts of shape (K, " + std::to_string(r) + "), got shape " +
                    sosd_fast::to_string(A.size) + ".");
         tasks.push_back({A.data, A.dtype, r, A.size[0], A.stride[1], A.stride[0], scales.as<double>()[i], to.dtype,
-                         to.data + i * to.size[1] * (to.dtype == DType::f32 ? 4 : 8), diagonals.as<double>() + i * r, 0});
+                         to.data + i * to.size[1] * bytes_of(to.dtype), diagonals.as<double>() + i * r, 0});
     }
     {
         py::gil_scoped_release release;
@@ -218,7 +219,7 @@ void gram_eigenvalues(const py::object& triangles, const py::object& values, int
     to.expect("values", DType::f64, {count, r});
     std::vector<sosd_fast::GramTask> tasks;
     for (int64_t i = 0; i < count; ++i)
-        tasks.push_back({given.data + i * given.size[1] * (given.dtype == DType::f32 ? 4 : 8), given.dtype, r,
+        tasks.push_back({given.data + i * given.size[1] * bytes_of(given.dtype), given.dtype, r,
                          to.as<double>() + i * r});
     py::gil_scoped_release release;
     sosd_fast::gram_eigenvalues(tasks.data(), count, threads);

@@ -7,7 +7,7 @@ namespace sosd_fast {
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
 
-// W seen along its short side: element (i, k) is data[i * stride_i + k * stride_k], i < r <= K.
+// W seen along its short side: element (i, k) is data[i * stride_i + k * stride_k], i < r.
 struct Source {
     const void* data;
     DType dtype;

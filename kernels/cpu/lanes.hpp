@@ -21,7 +21,7 @@ namespace sosd_fast {
 // two stages: a batch of 32 x 32 is worth those 9 us, one of 64 x 64 not those 100.
 constexpr int64_t kLanesSide = 32, kLanesEntries = 1024;
 
-// One lane: W, finite and scaled to entries of at most 2, r >= 1.
+// One lane: W, finite and scaled to entries whose squares stay in range, r >= 1.
 struct Lane {
     Source w;
     GramSums sums;  // out

@@ -99,6 +99,7 @@ class Shards(Blocks):
             squares, drift = exact[:, :n], exact[:, n] / exact[:, :n].sum(-1)
             gram.set_diagonal(T, squares)
             S, drift = gram.singular_values(triangle_eigenvalues(T, n).double(), squares, drift)
+            finite = finite & exact.isfinite().all(-1)  # NaN is what a rank that failed has sent
             return finished(S, name, inner, kernels.Backend.TORCH, name.dtype(given), drift, scale, finite)
 
         def compute(plan: dict[Method, list[int]]) -> list[float]:

@@ -108,7 +108,7 @@ def _upper(A: Tensor) -> Tensor:
     return G
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=1)  # 134 MB at r = 4096
 def _indices(n: int, device: torch.device) -> tuple[Tensor, ...]:
     return tuple(torch.triu_indices(n, n, device=device))
 

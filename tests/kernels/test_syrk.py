@@ -66,6 +66,23 @@ def test_the_symmetric_update(device, dtype):
     torch.testing.assert_close(product.double(), A.double() @ out.double(), rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("side", [32, 40], ids=["multiples of 16", "others"])
+@pytest.mark.parametrize("layout", ["transposed", "apart", "columns apart"])
+def test_any_strides_of_what_is_added(device, layout, side):
+    """A symmetric C has the same entries either way; its strides tell whether they are read where they are."""
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(2, side, 64, generator=generator).to(device)
+    C = torch.randn(2, side, side, generator=generator).to(device)
+    C = C + C.mT
+    if layout == "transposed":
+        given = C.mT.contiguous().mT
+    else:
+        rows = 16 if layout == "apart" else 1
+        memory = torch.full((2, side * rows, side * 16), torch.nan, device=device)
+        given = memory[:, ::rows, ::16].copy_(C)
+    torch.testing.assert_close(syrk(A, C=given, beta=0.5), syrk(A, C=C, beta=0.5), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_scale_keeps_squares_in_range(device, size, dtype):
