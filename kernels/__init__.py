@@ -141,9 +141,9 @@ def power_of_two(x: Tensor) -> Tensor:
 
 
 def scale_of(largest: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Powers of two to multiply matrices by, so that the reduction of their Gram matrices stays in the range of a dtype.
+    """Powers of two to multiply matrices by, so that the reduction of their Gram matrices stays in a dtype's range.
 
-    The reduction squares the entries of a Gram matrix: in float32 those of a long matrix of entries near 2^29 overflowed.
+    The reduction squares the entries of a Gram matrix: in float32, of a long matrix of entries near 2^29, to infinity.
 
     Args:
         largest: (B,), the largest |x| of each matrix.

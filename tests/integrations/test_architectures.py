@@ -287,4 +287,5 @@ def test_real_steps_of_a_fused_model():
         record = latest[f"gpt_neox.layers.1.attention.query_key_value.weight[{part}]"]
         assert record.step == 2 and record.shape == (32, 32)
         S = torch.linalg.svdvals(W[:, i].flatten(0, 1))
-        assert torch.allclose(torch.from_numpy(record.spectrum) / record.nuclear_norm, S / S.sum(), rtol=0, atol=record.sd_error)
+        SD = torch.from_numpy(record.spectrum) / record.nuclear_norm
+        assert torch.allclose(SD, S / S.sum(), rtol=0, atol=record.sd_error)
