@@ -3,9 +3,9 @@ r"""Symmetric product: out = alpha s^2 A B^T + beta C + shift I, one triangle co
 With B = A = W or W^T it is the Gram matrix of the short side; with A = B = C = X X^T it is Newton-Schulz's b C + c C^2,
 and any product of its commuting polynomials in C.
 
-In float32 each product is three of TF32's on NVIDIA's tensor cores (Ootomo & Yokota 2022, arXiv 2203.03341). These round
-their sums towards zero, which would bias a long sum of squares by 1e-5, so the partial sum of each BLOCK_K columns is
-added to the total by ordinary, rounding additions.
+In float32 each product is three of TF32's on NVIDIA's tensor cores (Ootomo & Yokota 2022, arXiv 2203.03341). These
+round their sums towards zero, which would bias a long sum of squares by 1e-5, so the partial sum of each BLOCK_K
+columns is added to the total by ordinary, rounding additions.
 """
 
 # pyright: reportPossiblyUnboundVariable=false
