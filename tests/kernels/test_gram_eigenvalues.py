@@ -116,10 +116,10 @@ def test_eigenvalues(path, dtype, r):
 
 def test_eigenvalues_by_triton(device):
     """The reduction there reads the triangle that LAPACK and the C++ kernels do not."""
-    A = torch.randn(2, 40, 33, generator=torch.Generator().manual_seed(0)).to(device)
+    A = torch.randn(1, 40, 21, generator=torch.Generator().manual_seed(0)).to(device)
     T = summed(list(A), torch.float32)[0]
     truth = torch.linalg.eigvalsh(A.double().mT @ A.double())
-    assert ((triangle_eigenvalues(T, 33).double() - truth).abs().amax(-1) <= 1e-5 * truth[:, -1]).all()
+    assert ((triangle_eigenvalues(T, 21).double() - truth).abs().amax(-1) <= 1e-5 * truth[:, -1]).all()
 
 
 def test_what_is_not_finite_is_alone(path):
