@@ -1,10 +1,9 @@
 """The loops of compiled kernels, as the assembler wrote them: how many instructions a turn takes, and of which kind."""
 
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
+
+from bench.timing_model import disassembled
 
 
 @dataclass(frozen=True)
@@ -26,30 +25,13 @@ class Loop:
         return sum(each.name.startswith(name) and modifier in each.name for each in self.body)
 
 
-def disassembled(cubin: bytes, tool: str, *options: str) -> str:
-    """What one of NVIDIA's tools, which Triton brings, says of a compiled kernel."""
-    import triton
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers of a thread, and what it keeps in memory for want of them: stack and local bytes."""
-    values = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", disassembled(cubin, "cuobjdump", "-res-usage")))
-    return {"registers": int(values["REG"]), "spill": int(values["STACK"]) + int(values["LOCAL"])}
-
-
 def innermost_loop(cubin: bytes, line: int) -> Loop:
     """The shortest loop that computes a line of the kernel's source."""
     code: list[Instruction] = []
     labels: dict[str, int] = {}
     loops: dict[str, Loop] = {}
     at = 0
-    for row in disassembled(cubin, "nvdisasm", "-g", "-c").splitlines():
+    for row in disassembled(cubin, "-g", "-c", tool="nvdisasm").splitlines():
         if label := re.match(r"(\.L_x_\d+):", row):
             labels[label[1]] = len(code)
         elif place := re.search(r'//## File "[^"]*", line (\d+)', row):

@@ -11,9 +11,10 @@ pytest.importorskip("triton")
 TARGETS = [target for target in os.environ.get("SOSD_TARGETS", "90").split() if target.isdigit()]
 MAIN = """
 import inspect, json, re, sys, triton
-for name in [name for name in sys.modules if name.split(".")[0] in ("sosd_fast", "kernels")]:
+for name in [name for name in sys.modules if name.split(".")[0] in ("sosd_fast", "kernels", "training", "bench")]:
     del sys.modules[name]  # those were imported without Triton, and have no kernels
-from sass import innermost_loop, resources
+from bench.compile_report import resources
+from sass import innermost_loop
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
