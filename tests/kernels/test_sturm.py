@@ -26,7 +26,7 @@ def tridiagonal(name, r, seed=0):
 @pytest.mark.parametrize("name", ["random", "toeplitz", "diagonal", "zero", "repeated", "graded", "wilkinson"])
 def test_against_lapack(device, name, dtype, monkeypatch):
     monkeypatch.setattr(sys.modules["sosd_fast.kernels.sturm"], "BLOCK", 16)  # several blocks
-    for r in {"random": (1, 2, 18), "wilkinson": (21,)}.get(name, (9,)):  # the interpreter takes a step for each row
+    for r in {"random": (1, 2, 17), "wilkinson": (17,)}.get(name, (7,)):  # the interpreter takes a step for each row
         d, e = (t.to(device, dtype) for t in tridiagonal(name, r))
         copies = d.clone(), e.clone()
         values = sturm(d, e)
@@ -49,20 +49,20 @@ def test_scale(device, size):
 
 
 def test_batches_strides_and_nan(device):
-    pairs = [tridiagonal("random", 4, seed) for seed in range(6)]
-    d = torch.stack([p[0] for p in pairs]).reshape(2, 3, 4).to(device)
-    e = torch.stack([p[1] for p in pairs]).reshape(2, 3, 3).to(device)
+    pairs = [tridiagonal("random", 4, seed) for seed in range(4)]
+    d = torch.stack([p[0] for p in pairs]).reshape(2, 2, 4).to(device)
+    e = torch.stack([p[1] for p in pairs]).reshape(2, 2, 3).to(device)
     whole = sturm(d, e)
     torch.testing.assert_close(whole, sturm_ref(d, e), rtol=0, atol=1e-13)
     wide_d, wide_e = (torch.stack([t, t], -1)[..., 0].transpose(0, 1) for t in (d, e))
     assert torch.equal(sturm(wide_d, wide_e), whole.transpose(0, 1))
-    d[0, 1, 3], e[1, 2, 0] = torch.nan, torch.inf
+    d[0, 1, 3], e[1, 0, 0] = torch.nan, torch.inf
     values = sturm(d, e)
-    for i, j in ((0, 1), (1, 2)):
+    for i, j in ((0, 1), (1, 0)):
         assert values[i, j].isnan().all()
         values[i, j] = whole[i, j]
     assert torch.equal(values, whole)
-    assert sturm(d[:0], e[:0]).shape == (0, 3, 4)
+    assert sturm(d[:0], e[:0]).shape == (0, 2, 4)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import sosd_fast
 from training import run as script
 
 KILLS = int(os.environ.get("SOSD_KILLS", "4"))  # hundreds to be sure
-FLAGS = ["--steps=60", "--batch-size=2", "--micro-batch-size=2", "--warmup=2", "--eval-every=20", "--quiet"]
+FLAGS = ["--steps=40", "--batch-size=2", "--micro-batch-size=2", "--warmup=2", "--eval-every=20", "--quiet"]
 FLAGS += ["--eval-sequences=2", "--device=cpu", "--checkpoint-every=5", "--tracker-k=4", "--tracker=full"]
 CLOCK = ("step_ms", "tokens_per_s", "overhead")
 
@@ -88,7 +88,7 @@ def test_kills_of_a_training_run(tmp_path):
     done = run(TRAINED.format(argv=[*argv, f"--run-dir={tmp_path / 'whole'}"]))
     assert done.returncode == 0, done.stderr
     expected = outcome(tmp_path / "whole")
-    assert len(expected[0]) == 60
+    assert len(expected[0]) == 40
     rng, kills, lives, resumed = np.random.default_rng(0), 0, 0, 0
     while kills < KILLS:
         run_dir, status = tmp_path / f"run-{lives}", None
