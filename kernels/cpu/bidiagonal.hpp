@@ -118,7 +118,7 @@ inline void svdvals_bidiagonal(const Source& w, double* S_out, Arena& arena, con
         }
     }
     for (int64_t i = 0; i < 2 * r; ++i) zero[i] = 0;
-    sturm<double>(zero, off, 2 * r, 0x1p-52, values, arena, parallel);
+    sturm<double>(zero, off, 2 * r, 0x1p-54, values, arena, parallel);
     for (int64_t i = 0; i < r; ++i) S_out[i] = values[r + i];
 }
 

@@ -127,23 +127,25 @@ double sd_error(const py::object& S, const std::string& method, int64_t inner, d
 }
 
 // matrices: B tensors (m, n) of one dtype, any strides, or one (B, m, n): to open tensors takes longer than the spectra of
-// small matrices do. S, bound and previous: (B, min(m, n)) float64, contiguous; S and bound are written.
-// Returns the methods that stood, and the sd_errors.
-std::pair<py::list, std::vector<double>> svdvals(const py::object& matrices, const std::string& method,
-                                                 const py::object& previous, const py::object& S, const py::object& bound,
-                                                 int threads, const py::object& model) {
+// small matrices do. S, bound and previous: (B, min(m, n)) float64, contiguous; sd_error: (B,). S, bound and sd_error are
+// written. methods: what stands for gram32, gram64 and bidiag64; returns it for each matrix, as the method that stood.
+py::tuple svdvals(const py::object& matrices, const std::string& method, const py::object& previous, const py::object& S,
+                  const py::object& bound, const py::object& sd_error, const py::tuple& methods, int threads,
+                  const py::object& model) {
     const bool automatic = method == "auto";
     const Method asked = automatic ? Method::gram32 : to_method("svdvals", method);
     const ErrorModel constants = to_model(model);
     const bool separate = PyList_Check(matrices.ptr()) || PyTuple_Check(matrices.ptr());
     const std::vector<Tensor> opened = separate ? open_matrices("svdvals", matrices) : open_stack("svdvals", matrices);
     const int64_t count = separate ? int64_t(opened.size()) : opened[0].size[0];
-    if (count == 0) return {py::list(), {}};
+    if (methods.size() != kMethods.size()) refuse("svdvals: expected three methods, got " + std::to_string(methods.size()) + ".");
+    if (count == 0) return py::tuple();
     const int64_t m = opened[0].size[separate ? 0 : 1], n = opened[0].size[separate ? 1 : 2], r = std::min(m, n);
-    const Tensor values(S, "S"), bounds(bound, "bound");
+    const Tensor values(S, "S"), bounds(bound, "bound"), errors(sd_error, "sd_error");
     const std::vector<Tensor> before = open_optional(previous, "previous");
     values.expect("S", DType::f64, {count, r});
     bounds.expect("bound", DType::f64, {count, r});
+    errors.expect("sd_error", DType::f64, {count});
     for (const Tensor& t : before) t.expect("previous", DType::f64, {count, r});
     std::vector<sosd_fast::SvdvalsTask> tasks(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i) {
@@ -163,15 +165,13 @@ std::pair<py::list, std::vector<double>> svdvals(const py::object& matrices, con
         py::gil_scoped_release release;
         sosd_fast::svdvals(tasks.data(), count, threads);
     }
-    std::vector<py::str> names;
-    for (const auto& known : kMethods) names.emplace_back(known.first);
-    py::list methods(static_cast<size_t>(count));
-    std::vector<double> errors;
-    for (const auto& t : tasks) {
-        methods[errors.size()] = names[size_t(t.method)];
-        errors.push_back(t.sd_error);
+    const py::object of[] = {methods[0], methods[1], methods[2]};
+    py::tuple stood(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; ++i) {
+        PyTuple_SET_ITEM(stood.ptr(), i, py::object(of[size_t(tasks[size_t(i)].method)]).release().ptr());
+        errors.as<double>()[i] = tasks[size_t(i)].sd_error;
     }
-    return {methods, errors};
+    return stood;
 }
 
 // Checks triangles (B, r (r + 1) / 2) in float32 or float64, contiguous.
@@ -267,7 +267,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "C++ kernels of sosd_fast for CPU tensors; call them through sosd_fast.kernels.";
     m.def("isa", [] { return sosd_fast::kernels().isa; });
     m.def("svdvals", &svdvals, py::arg("matrices"), py::arg("method"), py::arg("previous"), py::arg("S"),
-          py::arg("bound"), py::arg("threads"), py::arg("model"));
+          py::arg("bound"), py::arg("sd_error"), py::arg("methods"), py::arg("threads"), py::arg("model"));
     m.def("sd_error", &sd_error, py::arg("S"), py::arg("method"), py::arg("inner"), py::arg("drift"), py::arg("model"));
     m.def("gram_triangles", &gram_triangles, py::arg("parts"), py::arg("scale"), py::arg("triangles"),
           py::arg("squares"), py::arg("drift"), py::arg("threads"));

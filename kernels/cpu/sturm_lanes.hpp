@@ -6,76 +6,6 @@
 namespace sosd_fast {
 namespace SOSD_ISA {
 
-// Whether any lane of a comparison is true.
-template <class T> inline bool any(typename Simd<T>::VI x) {
-    alignas(kVectorBytes) typename Simd<T>::I each[Simd<T>::L], out = 0;
-    __builtin_memcpy(each, &x, sizeof(x));
-    for (int l = 0; l < Simd<T>::L; ++l) out |= each[l];
-    return out != 0;
-}
-
-// An eigenvalue's bracket: as many eigenvalues as its index are below low, more are below high.
-template <class T> struct Bracket {
-    typename Simd<T>::V low, high;
-    Value<T> at_low, at_high;
-    typename Simd<T>::VI index, kept;  // kept: 1 where the last step kept low, -1 where high, else 0
-};
-
-// In float64 secants take 16 steps at 16 x 16 (Gaussian) where halves would take 48; in float32 18 where halves take 21,
-// and were no faster. Every so many steps the bracket is halved whatever the polynomial looks like, which bounds their number:
-// every 2 or 3 made 22 and 24 steps of those 16, and 32 and 38 of the 45 of values over four decades.
-constexpr int kHalvedEvery = 5;
-template <class T> constexpr bool kSecants = sizeof(T) == 8;
-
-// The next point to count at: where the polynomial's secant is zero (regula falsi), if `secants` and one of its zeros is
-// known to lie between; else the middle. Returns which lanes are not yet narrow enough; the others stay as they are, however
-// many steps their neighbours need.
-template <class T>
-inline typename Simd<T>::VI next_point(const Bracket<T>& b, T wide, bool secants, typename Simd<T>::V& x) {
-    using V = typename Simd<T>::V;
-    using VI = typename Simd<T>::VI;
-    using Lim = SturmLimits<T>;
-    const V width = b.high - b.low, middle = b.low + width / 2;
-    x = middle;
-    if (secants) {
-        constexpr typename Simd<T>::I most = 60;  // of exponents, so that products stay in range
-        VI apart = b.at_high.exponent - b.at_low.exponent;
-        apart = apart > most ? VI{} + most : apart < -most ? VI{} - most : apart;
-        const V high = b.at_high.value * V((apart + Lim::kBias) << Lim::kMantissa);
-        const V step = width * (b.at_low.value / (b.at_low.value - high));
-        // A step of half the tolerance at least: the other end then comes near, too.
-        const V least = V{} + wide * T(0.75), limit = width - least;
-        const V secant = b.low + (step < least ? least : step > limit ? limit : step);
-        const VI crosses = (VI(b.at_low.value) ^ VI(b.at_high.value)) < 0;
-        x = crosses & (secant > b.low) & (secant < b.high) ? secant : middle;
-    }
-    return (middle > b.low) & (middle < b.high) & (width > wide);
-}
-
-template <class T>
-inline void set_end(typename Simd<T>::V& end, Value<T>& at_end, typename Simd<T>::VI where, typename Simd<T>::V x,
-                    const Value<T>& at_x) {
-    end = where ? x : end;
-    if constexpr (kSecants<T>) {
-        at_end.value = where ? at_x.value : at_end.value;
-        at_end.exponent = where ? at_x.exponent : at_end.exponent;
-    }
-}
-
-template <class T>
-inline void narrow(Bracket<T>& b, typename Simd<T>::VI open, typename Simd<T>::V x, typename Simd<T>::VI count,
-                   const Value<T>& at_x) {
-    using VI = typename Simd<T>::VI;
-    const VI raise = open & (count <= b.index), lower = open & (count > b.index);
-    if constexpr (kSecants<T>) {  // Illinois: an end kept twice counts half
-        b.at_high.exponent -= raise & (b.kept < 0) & 1;
-        b.at_low.exponent -= lower & (b.kept > 0) & 1;
-        b.kept = raise ? VI{} - 1 : lower ? VI{} + 1 : b.kept;
-    }
-    set_end(b.low, b.at_low, raise, x, at_x);
-    set_end(b.high, b.at_high, lower, x, at_x);
-}
-
 // eigenvalues[l * n .. + n) <- the eigenvalues of lane l's tridiag(d, e), l < count, as `sturm` finds those of one. d and e are not
 // modified.
 template <class T>
@@ -147,22 +77,7 @@ void sturm_lanes(const T* d, const T* e, int64_t n, double tolerance, double* ei
     }
     for (int64_t s = 0; s < slots; ++s) brackets[s].high = brackets[s].index < I(n) ? brackets[s].high : brackets[s].low;
     const T wide = T(2 * tolerance);
-    for (int64_t s = 0; s < slots; s += N) {
-        Bracket<T>* b = brackets + s;
-        for (int step = 1; step < 64 * kHalvedEvery; ++step) {
-            const bool secants = kSecants<T> && step % kHalvedEvery != 0;
-            V at[N];
-            VI open[N], more = {};
-            VU below[N];
-            Value<T> found[N];
-#pragma GCC unroll 4
-            for (int u = 0; u < N; ++u) more |= open[u] = next_point(b[u], wide, secants, at[u]);
-            if (!any<T>(more)) break;
-            count_below<T, N, true>(ds, es, padded, at, below, found);
-#pragma GCC unroll 4
-            for (int u = 0; u < N; ++u) narrow(b[u], open[u], at[u], VI(below[u]), found[u]);
-        }
-    }
+    for (int64_t s = 0; s < slots; s += N) find<T, true>(ds, es, padded, brackets + s, wide);
     for (int64_t m = 0; m < count; ++m) {
         double last = 0;
         const double back = 1 / (2 * double(to_unit[m]));

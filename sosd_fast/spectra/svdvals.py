@@ -29,7 +29,7 @@ from sosd_fast.spectra.precision import MODELS, Method, choose, climb, lapack_er
 METHODS = ("auto", "gram32", "gram64", "exact")
 
 CHUNK_BYTES = 2**30  # of copies of weights and of Gram matrices at a time
-_METHOD_OF = {str(method): method for method in Method}  # Method(name) takes ten times as long
+_COMPILED = (Method.GRAM32, Method.GRAM64, Method.BIDIAG64)  # what the C++ kernels know
 
 
 class Spectra(NamedTuple):
@@ -183,19 +183,19 @@ def spectra(
 def _compiled(matrices: Sequence[Tensor] | Tensor, method: str, previous: Tensor | None) -> Spectra:
     """`spectra` by the C++ kernels, which choose and climb by the same error model."""
     S = torch.empty(len(matrices), min(matrices[0].shape), dtype=torch.float64, device="cpu")
-    bound = torch.empty_like(S)
-    names, errors = kernels._C.svdvals(
+    bound, sd_error = torch.empty_like(S), torch.empty(len(S), dtype=torch.float64, device="cpu")
+    methods = kernels._C.svdvals(
         matrices=matrices,
         method=str(method),
         previous=None if previous is None else previous.to(torch.float64).contiguous(),
         S=S,
         bound=bound,
+        sd_error=sd_error,
+        methods=_COMPILED,
         threads=torch.get_num_threads(),
         model=MODELS[Backend.CPP],
     )
-    methods = tuple(map(_METHOD_OF.__getitem__, names))
-    # on the host whatever torch.set_default_device says
-    return Spectra(S, bound, torch.tensor(errors, dtype=torch.float64, device="cpu"), methods)
+    return Spectra(S, bound, sd_error, methods)
 
 
 def _launched(matrices: Sequence[Tensor], methods: list[Method]) -> Spectra:

@@ -15,6 +15,7 @@ from sosd_fast.spectra.svdvals import spectra
 
 pytestmark = pytest.mark.skipif(kernels._C is None, reason="the C++ extension is not built")
 CPP = MODELS[kernels.Backend.CPP]
+METHODS = ("gram32", "gram64", "bidiag64")
 STATISTICS = len(Distribution._fields) - 1  # columns, without the distribution itself
 
 
@@ -83,7 +84,7 @@ REFUSED = {
 def test_what_cannot_be_read_is_refused(kind):
     W, out = REFUSED[kind](), torch.empty(1, 6, dtype=torch.float64)
     with pytest.raises(ValueError, match="expected a plain tensor on the CPU, got matrices"):
-        kernels._C.svdvals([W], "auto", None, out, out.clone(), 1, CPP)
+        kernels._C.svdvals([W], "auto", None, out, out.clone(), out[:, 0].clone(), METHODS, 1, CPP)
     basis, values = torch.randn(1, 2, 6), torch.empty(1, 2)
     with pytest.raises(ValueError, match="expected a plain tensor on the CPU, got matrices"):
         kernels._C.advance_subspaces([W], 4.0, basis, basis, basis.clone(), basis.clone(), values, values.clone(), 1)
@@ -122,10 +123,10 @@ def test_a_storage_of_stride_zero_claims_no_memory():
 
 
 def test_matrices_of_one_call_are_of_one_shape_and_dtype():
-    out = torch.empty(2, 6, dtype=torch.float64)
+    out, errors = torch.empty(2, 6, dtype=torch.float64), torch.empty(2, dtype=torch.float64)
     for other in (torch.randn(9, 6), torch.randn(6, 9).double(), torch.randn(6)):
         with pytest.raises(ValueError, match="expected matrices of one shape and dtype"):
-            kernels._C.svdvals([torch.randn(6, 9), other], "auto", None, out, out.clone(), 1, CPP)
+            kernels._C.svdvals([torch.randn(6, 9), other], "auto", None, out, out.clone(), errors, METHODS, 1, CPP)
 
 
 def outputs(**changes):
@@ -135,6 +136,8 @@ def outputs(**changes):
         "previous": None,
         "S": torch.empty(2, 6, dtype=torch.float64),
         "bound": torch.empty(2, 6, dtype=torch.float64),
+        "sd_error": torch.empty(2, dtype=torch.float64),
+        "methods": METHODS,
         "threads": 1,
         "model": CPP,
     }
@@ -151,6 +154,8 @@ def outputs(**changes):
         {"S": torch.empty(1, dtype=torch.float64).expand(2, 6)},
         {"bound": torch.empty(6, 2, dtype=torch.float64)},
         {"bound": torch.empty(2, 6, dtype=torch.float64, device="meta")},
+        {"sd_error": torch.empty(3, dtype=torch.float64)},
+        {"sd_error": torch.empty(2)},
         {"previous": torch.ones(2, 5, dtype=torch.float64)},
         {"previous": torch.ones(2, 6)},
     ],
