@@ -1,0 +1,260 @@
+"""Launches that cover every Triton kernel, each with what its result errs by, and faults to plant in them."""
+
+import contextlib
+import importlib
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import interleaved
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+from bench.compile_report import target_of
+from bench.stub_gpu import Launch, launches, put_on
+from sosd_fast.kernels.distribution import singular_distribution, singular_distribution_ref
+from sosd_fast.kernels.eigh import eigh
+from sosd_fast.kernels.newton_schulz import newton_schulz
+from sosd_fast.kernels.sturm import sturm, sturm_ref
+from sosd_fast.kernels.syrk import syrk, syrk_ref
+from sosd_fast.kernels.tridiagonal import tridiagonal
+from sosd_fast.spectra.svdvals import spectra
+
+TARGET = target_of("90")
+FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+Edit = Callable[[str], str]
+
+# ---- launches
+
+
+def normal(*shape: int, dtype=FLOAT32) -> Tensor:
+    """Gaussian numbers on the stub, the same each time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=FLOAT64).to(dtype).cuda()
+
+
+def symmetric(*shape: int, dtype=FLOAT32) -> Tensor:
+    """Gram matrices."""
+    X = normal(*shape[:-1], shape[-1] + 3, dtype=FLOAT64)
+    return (X @ X.mT).to(dtype)
+
+
+def plain(t: Tensor) -> Tensor:
+    """On the CPU, in float64."""
+    return t.cpu().double()
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    """The largest one, relative to the largest entry."""
+    return float((plain(found) - plain(truth)).abs().max() / plain(truth).abs().max())
+
+
+def reduction(A: Tensor, programs: int | None = None) -> float:
+    """Of the eigenvalues of T."""
+    d, e = map(plain, tridiagonal(A, programs=programs))
+    T = torch.diag_embed(d) + torch.diag_embed(e, 1) + torch.diag_embed(e, -1)
+    return error(torch.linalg.eigvalsh(T), torch.linalg.eigvalsh(plain(A)))
+
+
+def eigenproblems(A: Tensor) -> float:
+    """Of V^T diag(values) V."""
+    values, vectors = map(plain, eigh(A))
+    return error(vectors.mT @ (values[..., None] * vectors), A)
+
+
+def bisection(r: int, dtype: torch.dtype) -> float:
+    """Of eigenvalues, from rows that lie apart in memory."""
+    d, e = normal(2, 2 * r, dtype=dtype)[:, ::2], normal(2, r, dtype=dtype)[:, 1:]
+    return error(sturm(d, e), sturm_ref(plain(d), plain(e)))
+
+
+def singular_values(dtype: torch.dtype, method: str, *shapes: tuple[int, int]) -> float:
+    """Of the singular values of matrices with one short side."""
+    Ws = [normal(*shape, dtype=dtype) for shape in shapes]
+    S = spectra(Ws, method).S
+    return max(error(S[i], torch.linalg.svdvals(plain(W))) for i, W in enumerate(Ws))
+
+
+def distributions(r: int, dtype: torch.dtype, others: int) -> float:
+    """Of p, and its statistics."""
+    rows = [normal(3, r + 1, dtype=dtype)[:, 1:].abs() for _ in range(1 + others)]
+    found, truth = singular_distribution(*rows), singular_distribution_ref(*map(plain, rows))
+    return max(error(a, b) for a, b in zip(found, truth, strict=True) if a is not None)
+
+
+def products(A: Tensor, C: Tensor | None = None, **factors) -> float:
+    """Of alpha s^2 A A^T + beta C + shift I."""
+    wide = {name: plain(value) if isinstance(value, Tensor) else value for name, value in factors.items()}
+    return error(syrk(A, None, C, **factors), syrk_ref(plain(A), None, None if C is None else plain(C), **wide))
+
+
+def polar(*shape: int, dtype: torch.dtype) -> float:
+    """Of an iteration in half precision."""
+    G = normal(*shape, dtype=dtype)
+    return error(newton_schulz(G, steps=2), newton_schulz(plain(G), steps=2))
+
+
+CASES: dict[str, tuple[Callable[[], float], float]] = {  # what its result may err by
+    "reduction, shared": (lambda: reduction(symmetric(1, 48, 48)), 1e-6),
+    "reduction, two matrices shared": (lambda: reduction(symmetric(2, 32, 32), 2), 1e-6),
+    "reduction, alone": (lambda: reduction(symmetric(2, 45, 45), 1), 1e-6),
+    "reduction, float64, shared": (lambda: reduction(symmetric(1, 45, 45, dtype=FLOAT64)), 1e-14),
+    "reduction, float64, alone": (lambda: reduction(symmetric(1, 32, 32, dtype=FLOAT64), 1), 1e-14),
+    "eigenproblems": (lambda: eigenproblems(symmetric(2, 21, 21)), 1e-5),
+    "eigenproblems, float64": (lambda: eigenproblems(symmetric(1, 20, 20, dtype=FLOAT64)), 1e-13),
+    "eigenproblems of 66": (lambda: eigenproblems(symmetric(1, 66, 66)), 2e-5),
+    "eigenvalues": (lambda: max(bisection(45, FLOAT32), bisection(150, FLOAT32), bisection(32, FLOAT64)), 1e-6),
+    "spectra": (lambda: singular_values(FLOAT32, "gram32", (48, 48), (48, 96), (80, 48)), 1e-5),
+    "spectra, float64": (lambda: singular_values(FLOAT32, "gram64", (32, 32), (32, 48)), 1e-6),
+    "spectra, bfloat16": (lambda: singular_values(BFLOAT16, "gram32", (45, 61), (61, 45)), 1e-5),
+    "distributions": (lambda: max(distributions(r, d, o) for r, d, o in
+                      ((45, FLOAT32, 2), (1100, FLOAT64, 2), (48, FLOAT64, 0), (16, FLOAT32, 1))), 1e-6),
+    "products": (lambda: max(products(normal(2, 48, 96)), products(normal(1, 70, 37)), products(normal(2, 37, 70).mT),
+                 products(normal(2, 80, 96)[:, ::2, ::2], symmetric(2, 40, 40), beta=0.5, shift=2.0),
+                 products(normal(2, 45, 45), scale=torch.tensor([0.5, 4.0]).cuda(), alpha=2.0)), 1e-5),
+    "products, split": (lambda: products(normal(1, 16, 3100)), 1e-5),
+    "products, half precision": (lambda: max(products(normal(1, 130, 200, dtype=FLOAT16)),
+                                 products(normal(2, 130, 96, dtype=BFLOAT16).mT), products(normal(1, 144, 336, dtype=BFLOAT16))), 1e-5),
+    "iterations": (lambda: max(polar(2, 48, 96, dtype=FLOAT16), polar(1, 45, 45, dtype=BFLOAT16)), 2e-2),
+}  # fmt: skip
+
+
+def kernels() -> set[str]:
+    """The Triton kernels in `kernels/`: its compiled functions that no other one calls."""
+    found: dict[str, JITFunction] = {}
+    for path in Path(sys.modules["sosd_fast.kernels"].__path__[0]).glob("[a-z]*.py"):
+        names = vars(importlib.import_module(f"sosd_fast.kernels.{path.stem}"))
+        found |= {name: each for name, each in names.items() if isinstance(each, JITFunction)}
+    called = {name for each in found.values() for name in each.fn.__code__.co_names}
+    return {name for name in found if name not in called}
+
+
+def recorded() -> list[Launch]:
+    """The launches of all cases, none of them run."""
+    with launches(TARGET, "cpu") as record:
+        for call, _ in CASES.values():
+            call()
+    return record
+
+
+class Enough(Exception):
+    """Something was found, where that is all that is asked for."""
+
+
+def check(case: str, edit: Edit = str, first: bool = False) -> tuple[Counter[str], float, int]:
+    """Runs a case, and tells what was found, what its result errs by, and how many launches were run."""
+    texts: dict[str, str] = {}
+    found: Counter[str] = Counter()
+    runs = []
+
+    def do(launch: Launch, arguments: dict):
+        if launch.key not in texts:
+            texts[launch.key] = edit(launch.compile(TARGET).asm["ttgir"])
+        found.update(interleaved.run(launch, texts[launch.key], arguments, seed=len(runs), first=first))
+        runs.append(launch)
+        if first and found:
+            raise Enough
+
+    errs = math.inf
+    torch.use_deterministic_algorithms(True)  # what nobody wrote is NaN
+    with launches(TARGET, "cpu", do), contextlib.suppress(Enough, torch.linalg.LinAlgError):
+        errs = CASES[case][0]()
+    return found, errs, len(runs)
+
+
+# ---- faults
+
+
+def without(text: str, what: str, n: int = 0) -> str:
+    """TTGIR without the n-th line that holds something."""
+    lines = text.splitlines(keepends=True)
+    del lines[[i for i, line in enumerate(lines) if what in line][n]]
+    return "".join(lines)
+
+
+def replaced(what: str, by: str) -> Edit:
+    """Puts something in another's place, which must be there."""
+
+    def edit(text: str) -> str:
+        found, count = re.subn(what, by, text)
+        assert count, f"nothing to replace: {what}"
+        return found
+
+    return edit
+
+
+@contextlib.contextmanager
+def source(file: str, *functions: str, what: str, by: str):
+    """Changes the source of the first of some functions of a file; the others call it, and are read again too."""
+    changed, *_ = found = [getattr(sys.modules[f"sosd_fast.kernels.{file}"], name) for name in functions]
+    before = changed.src
+    assert what in before, f"nothing to replace: {what}"
+
+    def put(text: str):
+        changed._unsafe_update_src(text)
+        for each in found:
+            each.hash = None
+
+    put(before.replace(what, by))
+    try:
+        yield
+    finally:
+        put(before)
+
+
+WAIT = ("tridiagonal", "_wait", "_tridiagonal_kernel")
+ACQUIRE = 'while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < arrivals:\n            pass\n'
+REDUCTION = ("tridiagonal", "_tridiagonal_kernel")
+FAULTS: dict[str, tuple[str, Edit, dict | None, str]] = {  # case, edit of TTGIR, of the source, what is to be found
+    "the release is relaxed": (
+        "reduction, shared", replaced("atomic_rmw add, release", "atomic_rmw add, relaxed"), None, "another program"),
+    "the acquire is relaxed": (
+        "reduction, shared", replaced("atomic_rmw add, acquire", "atomic_rmw add, relaxed"), None, "another program"),
+    "nobody uses what the acquire gives": (
+        "reduction, shared", str, {"at": WAIT, "what": ACQUIRE, "by": ACQUIRE[6:-30] + "\n"}, "another program"),
+    "a wait for one program fewer": (
+        "reduction, shared", str,
+        {"at": REDUCTION, "what": "programs * (event - first_event)", "by": "programs * (event - first_event) - 1"}, "another program"),
+    "a wait for one program more": (
+        "reduction, shared", str,
+        {"at": REDUCTION, "what": "programs * (event - first_event)", "by": "programs * (event - first_event) + 1"}, "waits for ever"),
+    "reads what programs write just now": (
+        "reduction, shared", str, {"at": REDUCTION, "what": "tl.load(y_last + part * pitch + i", "by": "tl.load(y_now + part * pitch + i"}, "another"),
+    "two programs with one part of y": (
+        "reduction, shared", str, {"at": REDUCTION, "what": "(program + 1) * pitch", "by": "(program // 2 + 1) * pitch"}, "another program"),
+    "rotations by tiles that several warps hold": ("eigenproblems of 66", str, {"PAIRS": 8}, "another warp"),
+    "a store of one value too many": (
+        "eigenvalues", str, {"at": ("sturm", "_sturm_kernel"), "what": "mask=wanted < r", "by": "mask=wanted <= r"}, "writes values_ptr out of bounds"),
+    "a load of one row too many": (
+        "products", str, {"at": ("syrk", "_syrk_kernel"), "what": "(rows[:, None] < m) & (inner", "by": "(rows[:, None] <= m) & (inner"},
+        "reads A_ptr out of bounds"),
+    "a load between rows": (
+        "distributions", str, {"at": ("distribution", "_singular_distribution_kernel"), "what": "S_ptr += row * stride_S", "by": "S_ptr += row * stride_S - 1"},
+        "reads S_ptr out of bounds"),
+    "a copy that is not waited for": ("products", replaced(r"num = 2 : i32", "num = 3 : i32"), None, "a copy is still on its way"),
+    "a copy over what a product reads": (
+        "products, half precision", replaced("pendings = 0", "pendings = 2"), None, "writes shared memory that a product still reads"),
+}  # fmt: skip
+
+
+def plant(name: str) -> tuple[Counter[str], str]:
+    """Plants a fault, and tells what was found and what should be."""
+    case, edit, change, wanted = FAULTS[name]
+    with contextlib.ExitStack() as stack:
+        if change and "at" in change:
+            stack.enter_context(source(*change["at"], what=change["what"], by=change["by"]))
+        elif change:
+            stack.enter_context(put_on(sys.modules["sosd_fast.kernels.eigh"], change))
+        return check(case, edit, first=True)[0], wanted
+
+
+def barriers(case: str) -> list[Counter[str]]:
+    """What is found without each of the barriers of a case's kernel."""
+    texts: list[str] = []
+    check(case, lambda text: texts.append(text) or text, first=True)
+    assert len(texts) == 1
+    count = texts[0].count("gpu.barrier")
+    return [check(case, lambda text, i=i: without(text, "gpu.barrier", i), first=True)[0] for i in range(count)]
