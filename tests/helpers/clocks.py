@@ -52,38 +52,40 @@ class Cells:
 
     def __init__(self, name: str, size: int, clocks: Clocks):
         self.name, self.clocks = name, clocks
+        self.untouched = True
         self.version = np.zeros(size, np.int32)
         shape = size, clocks.count
         self.wrote, self.read_at = np.zeros(shape, np.int32), np.zeros(shape, np.int32)  # times of agents
         self.wrote_version = np.full(shape, -1, np.int32)
         self.wrote_line, self.read_line = np.zeros(shape, np.int16), np.zeros(shape, np.int16)
 
-    def read(self, agent: int, cells: np.ndarray, line: int):
-        """A warp reads elements."""
-        now = self.wrote_version[cells] == self.version[cells, None]
-        known = now & (self.wrote[cells] <= self.clocks.known[agent])
-        wrong = now.any(1) & ~known.any(1)
-        for cell in cells[wrong]:
-            other = int(np.flatnonzero(self.wrote_version[cell] == self.version[cell])[0])
-            self._report("reads", line, "was written", int(self.wrote_line[cell, other]), agent, other)
-        self.read_at[cells, agent] = self.clocks.known[agent, agent]
-        self.read_line[cells, agent] = line
+    def read(self, agents: np.ndarray, cells: np.ndarray, line: int):
+        """Each of some warps reads an element."""
+        if not self.untouched:
+            now = self.wrote_version[cells] == self.version[cells, None]
+            known = now & (self.wrote[cells] <= self.clocks.known[agents])
+            for i in np.flatnonzero(now.any(1) & ~known.any(1)):
+                other = int(np.flatnonzero(now[i])[0])
+                self._report("reads", line, "was written", int(self.wrote_line[cells[i], other]), agents[i], other)
+        self.read_at[cells, agents] = self.clocks.known[agents, agents]
+        self.read_line[cells, agents] = line
 
-    def write(self, agent: int, cells: np.ndarray, same: np.ndarray, line: int):
-        """A warp writes elements; `same` says which of them already had that value."""
-        changed = cells[~same]
+    def write(self, agents: np.ndarray, cells: np.ndarray, same: np.ndarray, line: int):
+        """Each of some warps writes an element; `same` says which of them already had that value."""
+        self.untouched &= not cells.size
+        changed, by = cells[~same], agents[~same]
         for times, lines, what in (
             (self.wrote, self.wrote_line, "was written"),
             (self.read_at, self.read_line, "was read"),
         ):
-            unknown = times[changed] > self.clocks.known[agent]
-            unknown[:, agent] = False
-            for cell, other in zip(*np.nonzero(unknown), strict=True):
-                self._report("writes", line, what, int(lines[changed[cell], other]), agent, int(other))
+            unknown = times[changed] > self.clocks.known[by]
+            unknown[np.arange(by.size), by] = False
+            for i, other in zip(*np.nonzero(unknown), strict=True):
+                self._report("writes", line, what, int(lines[changed[i], other]), by[i], int(other))
         self.version[changed] += 1
-        self.wrote[cells, agent] = self.clocks.known[agent, agent]
-        self.wrote_version[cells, agent] = self.version[cells]
-        self.wrote_line[cells, agent] = line
+        self.wrote[cells, agents] = self.clocks.known[agents, agents]
+        self.wrote_version[cells, agents] = self.version[cells]
+        self.wrote_line[cells, agents] = line
 
     def _report(self, does: str, line: int, done: str, before: int, agent: int, other: int):
         warps, lines = self.clocks.warps, self.clocks.lines

@@ -3,8 +3,8 @@
 Programs really wait for one another. Each access to global memory is checked against the bounds of the tensor that its
 pointer belongs to, and, by vector clocks of warps, for an order with what other warps did there; which warp holds which
 element, the layouts of the compiled code say. Copies into shared memory arrive when they are waited for, and products
-on tensor cores read it until then. What is not seen: shared memory that the compiler uses on its own, within reductions
-and changes of layout, whose barriers it sets later; these count as no barriers here, though they hold some.
+on tensor cores read it until then. What is not seen: shared memory that the compiler uses on its own, for reductions,
+changes of layout and results of atomics, whose barriers it sets later; these count as none here, though they hold some.
 """
 
 import contextlib
@@ -140,7 +140,7 @@ class Program(LayoutInterp):
     def __init__(self, module, run: Run, me: int):
         super().__init__(module, self, run.grid, run.clocks.warps, 32)  # pyright: ignore
         self.whole, self.me = run, me
-        self.parts: dict[tuple, list[np.ndarray]] = {}
+        self.parts: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
         self.used = {name for op in _all(module) for name in op.operands}
         self.copies: deque[list[tuple]] = deque()  # groups: into shared memory, not yet there
         self.group: list[tuple] = []
@@ -195,35 +195,30 @@ class Program(LayoutInterp):
 
     # ---- memory
 
-    def elements_of_warps(self, alone: bool) -> list[np.ndarray]:
-        """For each warp, the elements of the present operation's pointers that it holds; `alone`: but once in all."""
+    def held(self, alone: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Warps, and elements of the present operation's pointers that they hold; each `alone`, or all copies."""
         kind = self.op.operand_types[0]
         shape, key = tuple(kind.shape or ()), (kind.encoding, kind.shape, alone)
         if key not in self.parts:
-            warps = self.whole.clocks.warps
-            if not shape:
-                self.parts[key] = [np.arange(1 if not (alone and warp) else 0) for warp in range(warps)]
-            else:
-                layout = self.layout_of(kind)
-                assert layout is not None, f"ttsem does not know the layout {kind.encoding}"
-                found, taken = [], np.zeros(np.prod(shape), bool)
-                sides = {d: layout.get_in_dim_size(d) if layout.has_in_dim(d) else 1 for d in ("register", "lane", "warp")}
-                for warp in range(warps):
-                    at = {
-                        "register": np.arange(sides["register"])[:, None],
-                        "lane": np.arange(sides["lane"])[None, :],
-                        "warp": warp % sides["warp"],
-                        "block": 0,
-                    }
-                    where = apply_many(layout, {d: value for d, value in at.items() if layout.has_in_dim(d)})
-                    axes = [np.broadcast_to(where[f"dim{i}"], (sides["register"], sides["lane"])) % side
-                            for i, side in enumerate(shape)]  # fmt: skip
-                    flat = np.unique(np.ravel_multi_index(axes, shape))
-                    if alone:  # one of the threads that hold a copy stores it
-                        flat = flat[~taken[flat]]
-                        taken[flat] = True
-                    found.append(flat)
-                self.parts[key] = found
+            found, warps = [], self.whole.clocks.warps
+            layout = self.layout_of(kind) if shape else None
+            assert layout is not None or not shape, f"ttsem does not know the layout {kind.encoding}"
+            for warp in range(warps):
+                elements = np.zeros(1, np.int64)
+                if layout is not None:
+                    sides = {d: layout.get_in_dim_size(d) for d in ("register", "lane") if layout.has_in_dim(d)}
+                    at = dict(zip(sides, np.ix_(*map(np.arange, sides.values())), strict=True))
+                    if layout.has_in_dim("warp"):
+                        at["warp"] = np.array(warp % layout.get_in_dim_size("warp"))
+                    where = apply_many(layout, at)
+                    axes = [where[f"dim{i}"].reshape(-1) % side for i, side in enumerate(shape)]
+                    elements = np.unique(np.ravel_multi_index(axes, shape))
+                found.append(elements)
+            elements, of = np.concatenate(found), np.repeat(np.arange(warps), [each.size for each in found])
+            if alone:  # one of the threads that hold a copy stores it
+                elements, first = np.unique(elements, return_index=True)
+                of = of[first]
+            self.parts[key] = of + self.me * warps, elements
         return self.parts[key]
 
     def find(self, pointers, mask, what: str) -> tuple[Buffer, np.ndarray, np.ndarray]:
@@ -254,9 +249,9 @@ class Program(LayoutInterp):
         found[...] = undefined(np.dtype(dtype)) if other is None else other
         found.reshape(-1)[live] = self.take(buffer, at[live], dtype)
         line = self.whole.clocks.number(self.line)
-        for warp, elements in enumerate(self.elements_of_warps(alone=False)):
-            cells = np.unique(at[elements[live[elements]]]) // buffer.item + buffer.first
-            buffer.cells.read(self.me * self.whole.clocks.warps + warp, cells, line)
+        warps, elements = self.held(alone=False)
+        asked = live[elements]
+        buffer.cells.read(warps[asked], at[elements[asked]] // buffer.item + buffer.first, line)
         return found
 
     def store(self, pointers, values, mask):
@@ -268,10 +263,10 @@ class Program(LayoutInterp):
         same = np.zeros(values.size, bool)
         same[live] = self.take(buffer, at[live], bits) == values[live].view(bits)
         line = self.whole.clocks.number(self.line)
-        for warp, elements in enumerate(self.elements_of_warps(alone=True)):
-            elements = elements[live[elements]]
-            cells, first = np.unique(at[elements] // buffer.item + buffer.first, return_index=True)
-            buffer.cells.write(self.me * self.whole.clocks.warps + warp, cells, same[elements][first], line)
+        warps, elements = self.held(alone=True)
+        asked = live[elements]
+        warps, elements = warps[asked], elements[asked]
+        buffer.cells.write(warps, at[elements] // buffer.item + buffer.first, same[elements], line)
         places = at[live] // buffer.item
         if np.unique(places).size < places.size:
             order = np.argsort(places, kind="stable")
@@ -282,7 +277,7 @@ class Program(LayoutInterp):
         buffer.bytes.view(values.dtype)[places] = values[live]
 
     def atomic(self, kind, pointers, values, mask, sem="", codec=None) -> np.ndarray:
-        """Adds to a counter, by the first thread; the others get the result behind a barrier."""
+        """Adds to a counter, by the first thread."""
         whole = self.whole
         whole.turns.step(self.me, waits=not np.any(values))
         assert kind == "add" and not np.shape(pointers), "only counters are known"
@@ -297,8 +292,6 @@ class Program(LayoutInterp):
         used, order = self.op.results[0] in self.used, self.op.attrs["sem"]
         # Triton leaves out an acquire whose result nobody uses
         whole.clocks.atomic(self.me, int(pointers), used and order in ACQUIRES, order in RELEASES)
-        if used:
-            whole.clocks.barrier(self.me)
         return found.reshape(())
 
 
