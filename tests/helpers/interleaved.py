@@ -123,7 +123,6 @@ class Run:
                 value = np.int64(self.buffers[-1].base)
             self.values.append(value if kind[0] == "*" else {"i": np.int32, "f": np.float32}[kind[0]](value))
 
-
     def found(self, text: str):
         """Keeps a finding; ends the launch with it where the first one is enough."""
         self.faults[text] += 1
@@ -224,7 +223,9 @@ class Program(LayoutInterp):
     def find(self, pointers, mask, what: str) -> tuple[Buffer, np.ndarray, np.ndarray]:
         """The tensor, the byte offsets of all pointers, and which of them are asked for and inside."""
         flat = np.asarray(pointers, np.int64).reshape(-1)
-        live = np.ones(flat.size, bool) if mask is None else np.broadcast_to(mask, np.shape(pointers)).reshape(-1).copy()
+        live = (
+            np.ones(flat.size, bool) if mask is None else np.broadcast_to(mask, np.shape(pointers)).reshape(-1).copy()
+        )
         owners = np.unique(flat[live] >> FAR) if live.any() else np.zeros(1, np.int64)
         assert owners.size == 1, "one access with pointers to several tensors"
         buffer = self.whole.buffers[int(owners[0])]
@@ -276,7 +277,7 @@ class Program(LayoutInterp):
                 self.fault(f"writes two values to one element of {buffer.name}")
         buffer.bytes.view(values.dtype)[places] = values[live]
 
-    def atomic(self, kind, pointers, values, mask, sem="", codec=None) -> np.ndarray:
+    def atomic(self, kind, pointers, values, mask, **_) -> np.ndarray:
         """Adds to a counter, by the first thread."""
         whole = self.whole
         whole.turns.step(self.me, waits=not np.any(values))

@@ -45,7 +45,10 @@ def symmetric(*shape: int, dtype=FLOAT32) -> Tensor:
 
 def diagonal(n: int, dtype=FLOAT32) -> Tensor:
     """A nearly diagonal matrix."""
-    return torch.diag_embed(torch.linspace(-1, 2, n, dtype=dtype).cuda())[None] + 1e-5 * symmetric(1, n, n, dtype=dtype) / n
+    return (
+        torch.diag_embed(torch.linspace(-1, 2, n, dtype=dtype).cuda())[None]
+        + 1e-5 * symmetric(1, n, n, dtype=dtype) / n
+    )
 
 
 def plain(t: Tensor) -> Tensor:
@@ -105,7 +108,7 @@ def polar(*shape: int, dtype: torch.dtype) -> float:
 
 SCALE = torch.tensor([0.5, 4.0], dtype=FLOAT64)
 CASES: dict[str, tuple[Callable[[], float], float]] = {  # what its result may err by
-    "reduction, shared": (lambda: reduction(symmetric(1, 48, 48)), 1e-6),
+    "reduction, shared": (lambda: max(reduction(symmetric(1, 48, 48)) for _ in range(3)), 1e-6),
     "reduction, two matrices shared": (lambda: reduction(symmetric(2, 32, 32), 2), 1e-6),
     "reduction, alone": (lambda: reduction(symmetric(2, 32, 32), 1), 1e-6),
     "spectra": (lambda: singular_values(FLOAT32, "gram32", (32, 32), (32, 48), (48, 32)), 1e-5),
@@ -174,7 +177,11 @@ def check(case: str, edit: Edit = str, first: bool = False) -> tuple[Counter[str
     def do(launch: Launch, arguments: dict):
         if launch.key not in texts:
             texts[launch.key] = edit(launch.compile(TARGET).asm["ttgir"])
-        found.update(interleaved.run(launch, texts[launch.key], arguments, seed=len(runs), first=first))
+        found.update(
+            interleaved.run(
+                launch, texts[launch.key], arguments, seed=len(runs), often=(0.1, 0.7, 0.02)[len(runs) % 3], first=first
+            )
+        )
         runs.append(launch)
         if first and found:
             raise Enough
