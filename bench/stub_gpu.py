@@ -301,12 +301,13 @@ def put_on(owner, values: dict[str, Any]) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def launches(target: GPUTarget, storage: str = "meta") -> Generator[list[Launch]]:
+def launches(target: GPUTarget, storage: str = "meta", do: Callable = _nothing) -> Generator[list[Launch]]:
     """Puts the stub in the place of a GPU, and yields the list that every launch is added to.
 
     Args:
         target: that kernels are compiled for.
         storage: where tensors on the stub really are; "meta" holds no values, so that they may be of any size.
+        do: called with every launch and its arguments.
     """
     found: list[Launch] = []
     current = {}
@@ -320,7 +321,7 @@ def launches(target: GPUTarget, storage: str = "meta") -> Generator[list[Launch]
     def compile(self, key, signature, device, constexprs, options, attrs, warmup):  # noqa: ARG001
         arguments = {k: tuple(v.shape) if isinstance(v, Tensor) else v for k, v in current["arguments"].items()}
         found.append(Launch(self, signature, constexprs, attrs, options, current["grid"], arguments))
-        return None  # and so nothing is launched
+        do(found[-1], current["arguments"])  # nothing is returned, and so nothing launched
 
     driver_before = driver._active
     driver.set_active(Driver(target))  # pyright: ignore

@@ -99,7 +99,6 @@ if triton is not None:
                 i = s * ROWS // ALIGNED * ALIGNED + tl.arange(0, ALIGNED)
                 left = i[None, :] < k[:, None]
                 tl.store(A_ptr + k[:, None] * r + i[None, :], tl.zeros([ROWS, ALIGNED], dtype), mask=left)
-            tl.debug_barrier()
 
         # Masks end at multiples of 16, so that accesses stay 16 bytes wide; what lies left of column j is selected
         # away. An event is a column, or the update before the first column of a panel.
