@@ -123,7 +123,7 @@ def newton_schulz(
         form = "gram" if long >= 2 * short and not (dtype in HALF and G.is_cuda) else "plain"
     else:
         form = method
-    if G.device.type == "cpu":  # by AMX the whole 768 x 768 takes 1.35 ms, by strips 1.5
+    if G.device.type == "cpu":  # by AMX only long products pay by strips: `_own_product`
         symmetric = short >= 2 * STRIP and not (dtype in HALF and "amx_bf16" in kernels.cpu_flags())
     differentiate = torch.is_grad_enabled() and G.requires_grad
     return (_Differentiable.apply if differentiate else iterate)(G, triples, eps, form, symmetric, dtype)
@@ -238,14 +238,23 @@ def _normalised(X: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
     """
     dtype = torch.promote_types(X.dtype, torch.float32)
     if X.device.type == "cpu":
-        norm = torch.linalg.matrix_norm(X, keepdim=True, dtype=dtype)
-        if all(1e-9 < value < 1e15 for value in norm.flatten().tolist()):
+        norm = _norm(X, dtype)
+        values = norm.flatten().tolist()
+        if all(1e-9 < value < 1e15 for value in values):
+            if len(values) == 1 and X.dtype == out_dtype:  # no pass in float32: 0.3 ms for 1.8 at 768 x 3072
+                return X / max(values[0], eps)
             return (X / norm.clamp_(min=eps)).to(out_dtype)
     power = kernels.power_of_two(kernels.largest_entry(X).to(dtype))
     X = X / power if X.dtype == torch.float16 else X / power.to(X.dtype)  # float16 holds few powers
-    norm = torch.linalg.matrix_norm(X, keepdim=True, dtype=dtype)
+    norm = _norm(X, dtype)
     norm = torch.maximum(norm, (eps / power).clamp(min=torch.finfo(dtype).tiny))  # a zero matrix stays zero
     return (X.div_(norm) if X.dtype == dtype else X / norm).to(out_dtype)
+
+
+def _norm(X: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns |X|_F, (..., 1, 1): of its rows first, which takes a CPU half the time of `matrix_norm`."""
+    rows = torch.linalg.vector_norm(X, dim=-1, keepdim=True, dtype=dtype)
+    return torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
 
 
 def _multiply(A: Tensor, B: Tensor, symmetric: bool) -> Tensor:
@@ -253,6 +262,13 @@ def _multiply(A: Tensor, B: Tensor, symmetric: bool) -> Tensor:
     if not symmetric:
         return A @ B.mT
     return syrk(A, B, out_dtype=A.dtype, rounded=False) if A.is_cuda or kernels.interpreted else _strips(A, B)
+
+
+def _own_product(X: Tensor, symmetric: bool) -> Tensor:
+    """Returns X X^T. By AMX that of 768 x 3072 takes 3.5 ms whole and 1.6 by strips, of 768 x 768 0.64 and 0.75."""
+    short, long = X.shape[-2:]
+    strips = X.device.type == "cpu" and not kernels.interpreted and short >= 2 * STRIP and long >= 2 * short
+    return _multiply(X, X, symmetric or strips)
 
 
 def _polynomial(A: Tensor, a: float, b: float, c: float, symmetric: bool) -> Tensor:
@@ -288,7 +304,7 @@ def _strips(A: Tensor, B: Tensor, C: Tensor | None = None, beta: float = 0.0, al
 
 def _plain(X: Tensor, triples, symmetric: bool) -> Tensor:
     for a, b, c in triples:
-        B = _polynomial(_multiply(X, X, symmetric), 0.0, b, c, symmetric)
+        B = _polynomial(_own_product(X, symmetric), 0.0, b, c, symmetric)
         X = _add_product(X, B, X, a)
     return X
 
@@ -299,7 +315,7 @@ def _gram(X: Tensor, triples, symmetric: bool) -> Tensor:
         steep = any(a > STEEP for a, _, _ in triples[first : first + RESTART])
         last = first + (LONGEST if X.dtype not in HALF else 1 if steep else RESTART)
         last = min(last, len(triples))
-        A, Q = _multiply(X, X, symmetric), None
+        A, Q = _own_product(X, symmetric), None
         for i, (a, b, c) in enumerate(triples[first:last], first):
             P = _polynomial(A, a, b, c, symmetric)
             Q = P if Q is None else _multiply(P, Q, symmetric)
