@@ -10,7 +10,7 @@ import sosd_fast
 from sosd_fast.runs.phases import Kink, Phases
 from training.flags import parse_args as parse_run_args
 from training.model import PRESETS, Config, Transformer
-from training.paper import claims, figures, reproduce, theory
+from training.paper import claims, figures, reproduce, scales, theory
 from training.paper.finished import Finished
 
 GPT2 = Config(n_layer=2, n_head=2, width=32, ff_width=64, context=32, vocab=256)
@@ -23,7 +23,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "gpt2-nano", GPT2)
     monkeypatch.setitem(PRESETS, "llama-nano", LLAMA)
     models = [(f"--model={name}", "--batch-size=1") for name in ("gpt2-nano", "llama-nano")]
-    scale = reproduce.Scale(*models, 30, 3, 5, ("--device=cpu",), theory_steps=400)
+    scale = scales.Scale(*models, 30, 3, 5, ("--device=cpu",), theory_steps=400)
     monkeypatch.setitem(reproduce.SCALES, "nano", scale)
     text = tmp_path / "text.txt"
     text.write_bytes(b"".join(b"%d times %d is %d\n" % (i, j, i * j) for i in range(60) for j in range(60)))
@@ -51,9 +51,9 @@ def test_all_ends_with_figures_numbers_and_every_claim(tiny, tmp_path, capsys):
     assert settings["seeds"] == [0] and settings["torch"] == torch.__version__ and len(settings["flags"]) == 5
     text = (out / "table.md").read_text()
     assert capsys.readouterr().out.count(text) == 1
-    for name in ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "T1", "T2", "T3"):
+    for name in ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "T1", "T2", "T3", "C1b", "T2b", "T3b"):
         assert f"| {name} |" in text and f"- **{name}**" in text
-    assert text.count("holds |") + text.count("holds weakly |") + text.count("at this scale |") == 12
+    assert text.count("holds |") + text.count("holds weakly |") + text.count("at this scale |") == 15
     for figure in figures.RUNS:
         png, numbers = (out / f"{figure}.png").read_bytes(), (out / f"{figure}.csv").read_text().splitlines()
         assert png[:4] == b"\x89PNG" and len(png) < 200_000
@@ -121,7 +121,7 @@ raise SystemExit(reproduce.main({argv!r}))
 @pytest.mark.slow
 def test_runs_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
     model = ("--model=gpt2-nano", "--batch-size=1")
-    monkeypatch.setitem(reproduce.SCALES, "nano", reproduce.Scale(model, model, 2, 1, 2, ("--device=cpu",)))
+    monkeypatch.setitem(reproduce.SCALES, "nano", scales.Scale(model, model, 2, 1, 2, ("--device=cpu",)))
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(range(256)) * 40)
     argv = ["fig1", "--seeds=1", "--jobs=2", f"--data={text}", f"--out={tmp_path / 'out'}"]
