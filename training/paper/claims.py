@@ -89,6 +89,30 @@ def c2(wsd: Seeds, llama: Seeds) -> Claim:
     )
 
 
+def c2_height(wsd: Seeds, llama: Seeds) -> Claim:
+    """The same by the whole height of the impulse."""
+    claim = Claim(
+        "C2b",
+        "the same by the impulse's height over the floor: the fall before an onset leaves out what the later slope, "
+        "that of growing weights, would have made of the same time",
+        "holds: in every module kind the largest SD variation is 10 times that of the later half or more, both divided "
+        "by their learning rates (in GPT-2 the later half at the peak rate); weakly: 3 times",
+    )
+    for model, seeds in (("GPT-2", wsd), ("LLaMA", llama)):
+        heights = []
+        for run in seeds:
+            last = run.decay_start if model == "GPT-2" else run.steps[-1]
+            over = []
+            for steps, values in run.kinds.values():
+                smooth = np.median(np.lib.stride_tricks.sliding_window_view(values, 5), axis=-1)  # no single value
+                rates = run.lr[steps - 1]
+                peak, later = int(smooth.argmax()), (steps > last / 2) & (steps <= last)
+                over.append(smooth[peak] / rates[peak + 2] / np.median(values[later] / rates[later]))
+            heights.append(float(min(over)))
+        claim.rows.append((f"{model}, impulse over floor, least of the kinds", heights))
+    return claim.judge(lambda a, b: min(a, b) >= 10, lambda a, b: min(a, b) >= 3)
+
+
 def c3(wsd: Seeds, llama: Seeds) -> Claim:
     """Onset and loss boundary."""
     claim = Claim(
@@ -278,6 +302,7 @@ CLAIMS = {  # claim -> the runs it is given, in order
     c1: ("gpt2-wsd", "llama-cosine"),
     c1_angle: ("gpt2-wsd", "llama-cosine"),
     c2: ("gpt2-wsd", "llama-cosine"),
+    c2_height: ("gpt2-wsd", "llama-cosine"),
     c3: ("gpt2-wsd", "llama-cosine"),
     c4: ("gpt2-wsd", "llama-cosine"),
     c5: ("gpt2-step", "gpt2-wsd"),

@@ -241,7 +241,7 @@ def settings(args: argparse.Namespace, steps: int, todo: dict[Path, list[str]]) 
         "cores": os.cpu_count(),
         **card(),
         "commits of the runs": sorted({str(mark["commit"]) for mark in marks}),
-        "flags": {path.name: " ".join(flags) for path, flags in todo.items()},
+        "flags": {path.name: " ".join(flags).replace(f"{args.out}/", "") for path, flags in todo.items()},
     }
 
 

@@ -38,6 +38,22 @@ SCALES = {
         20,
         ("--device=cpu",),
     ),
+    # Chosen by search (README.md, "How the scale laptop was chosen"): 16 million subwords in each of 15 runs.
+    "laptop": Scale(
+        ("--model=gpt2-nano", "--width=64", "--context=128", "--batch-size=64"),
+        ("--model=llama-nano", "--width=64", "--context=128", "--batch-size=64"),
+        2_000,
+        50,
+        50,
+        ("--device=cpu",),
+        eval_sequences=64,
+        lr=3e-3,
+        memory=1.0,
+        vocab=512,
+        theory_steps=48_000,
+        theory_levels=48,
+        theory_seeds=16,
+    ),
     # 5e16 and 1.5e17 FLOP a run, for 10 minutes of one data-centre GPU; --data should name token shards.
     "small": Scale(
         ("--model=gpt2-small", "--batch-size=32"),
