@@ -224,6 +224,15 @@ def test_verdicts_follow_their_rules():
     assert verdict(claims.c9, wsd, wsd) == NO
 
 
+def test_a_folder_of_results_may_move(tmp_path):
+    flags = [f"--data={tmp_path}/bpe300/shards", "--steps=8"]
+    (tmp_path / "run").mkdir()
+    assert reproduce.portable(flags, tmp_path) == ["--data=bpe300/shards", "--steps=8"]
+    (tmp_path / "run/finished.json").write_text(json.dumps({"flags": ["--data=bpe300/shards", "--steps=8"]}))
+    assert reproduce.is_finished(tmp_path / "run", flags)
+    assert not reproduce.is_finished(tmp_path / "run", ["--data=elsewhere/bpe300/shards", "--steps=8"])
+
+
 def test_second_rules_beside_the_first():
     NO, WEAK = "does not hold at this scale", "holds weakly"
     impulse = 1 + 30 * np.exp(-(((T - 30) / 10) ** 2))  # 31 times the floor

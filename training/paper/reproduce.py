@@ -149,16 +149,23 @@ def train(run_dir: Path, flags: list[str], steps: int) -> float:
     if status:
         raise RuntimeError(f"reproduce: expected {run_dir} to end well, got exit status {status} of run.py.")
     observer.save(run_dir / "observed.npz")
-    mark = {"flags": flags, "commit": commit()}
+    mark = {"flags": portable(flags, run_dir.parent), "commit": commit()}
     (run_dir / "finished.json").write_text(json.dumps(mark))  # last, so that what is there is whole
     return time.monotonic() - began
+
+
+def portable(flags: list[str], out: Path) -> list[str]:
+    """The flags with what lies in the results' folder named from there, so that the folder may move."""
+    return [flag.replace(f"{out}{os.sep}", "") for flag in flags]
 
 
 def is_finished(run_dir: Path, flags: list[str]) -> bool:
     """Whether this folder holds exactly this run, to its end."""
     mark = run_dir / "finished.json"
     kept = json.loads(mark.read_text()) if mark.exists() else None
-    return isinstance(kept, dict) and kept["flags"] == flags  # a list was written before commits were kept
+    return isinstance(kept, dict) and kept["flags"] == portable(
+        flags, run_dir.parent
+    )  # a list was written before commits were kept
 
 
 def train_all(todo: dict[Path, list[str]], steps: int, jobs: int, console: Console) -> list[str]:
@@ -241,7 +248,7 @@ def settings(args: argparse.Namespace, steps: int, todo: dict[Path, list[str]]) 
         "cores": os.cpu_count(),
         **card(),
         "commits of the runs": sorted({str(mark["commit"]) for mark in marks}),
-        "flags": {path.name: " ".join(flags).replace(f"{args.out}/", "") for path, flags in todo.items()},
+        "flags": {path.name: " ".join(portable(flags, args.out)) for path, flags in todo.items()},
     }
 
 
