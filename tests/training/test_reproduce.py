@@ -8,9 +8,10 @@ import torch
 
 import sosd_fast
 from sosd_fast.runs.phases import Kink, Phases
+from training.data import load_data, load_text
 from training.flags import parse_args as parse_run_args
 from training.model import PRESETS, Config, Transformer
-from training.paper import claims, figures, reproduce, theory
+from training.paper import claims, figures, reproduce, scales, theory
 from training.paper.finished import Finished
 
 GPT2 = Config(n_layer=2, n_head=2, width=32, ff_width=64, context=32, vocab=256)
@@ -23,7 +24,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "gpt2-nano", GPT2)
     monkeypatch.setitem(PRESETS, "llama-nano", LLAMA)
     models = [(f"--model={name}", "--batch-size=1") for name in ("gpt2-nano", "llama-nano")]
-    scale = reproduce.Scale(*models, 30, 3, 5, ("--device=cpu",), theory_steps=400)
+    scale = scales.Scale(*models, 30, 3, 5, ("--device=cpu",), theory_steps=400)
     monkeypatch.setitem(reproduce.SCALES, "nano", scale)
     text = tmp_path / "text.txt"
     text.write_bytes(b"".join(b"%d times %d is %d\n" % (i, j, i * j) for i in range(60) for j in range(60)))
@@ -51,9 +52,9 @@ def test_all_ends_with_figures_numbers_and_every_claim(tiny, tmp_path, capsys):
     assert settings["seeds"] == [0] and settings["torch"] == torch.__version__ and len(settings["flags"]) == 5
     text = (out / "table.md").read_text()
     assert capsys.readouterr().out.count(text) == 1
-    for name in ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "T1", "T2", "T3"):
+    for name in ("C1", "C2", "C3", "C4", "C5", "C6", "C7", "C8", "C9", "T1", "T2", "T3", "C1b", "C2b", "T2b", "T3b"):
         assert f"| {name} |" in text and f"- **{name}**" in text
-    assert text.count("holds |") + text.count("holds weakly |") + text.count("at this scale |") == 12
+    assert text.count("holds |") + text.count("holds weakly |") + text.count("at this scale |") == 16
     for figure in figures.RUNS:
         png, numbers = (out / f"{figure}.png").read_bytes(), (out / f"{figure}.csv").read_text().splitlines()
         assert png[:4] == b"\x89PNG" and len(png) < 200_000
@@ -122,7 +123,7 @@ raise SystemExit(reproduce.main({argv!r}))
 @pytest.mark.slow
 def test_runs_in_processes_of_their_own(tmp_path, monkeypatch, capsys):
     model = ("--model=gpt2-nano", "--batch-size=1")
-    monkeypatch.setitem(reproduce.SCALES, "nano", reproduce.Scale(model, model, 2, 1, 2, ("--device=cpu",)))
+    monkeypatch.setitem(reproduce.SCALES, "nano", scales.Scale(model, model, 2, 1, 2, ("--device=cpu",)))
     text = tmp_path / "text.txt"
     text.write_bytes(bytes(range(256)) * 40)
     argv = ["fig1", "--seeds=1", "--jobs=2", f"--data={text}", f"--out={tmp_path / 'out'}"]
@@ -222,6 +223,74 @@ def test_verdicts_follow_their_rules():
     assert verdict(claims.c9, wsd, Synthetic(WSD, 2e-5 * WSD, 1e-5 * WSD, final_loss=0.9)) == "holds"
     assert verdict(claims.c9, wsd, Synthetic(WSD, 1e-4 * WSD, 5e-5 * WSD, final_loss=1.1)) == WEAK
     assert verdict(claims.c9, wsd, wsd) == NO
+
+
+def test_a_folder_of_results_may_move(tmp_path):
+    flags = [f"--data={tmp_path}/bpe300/shards", "--steps=8"]
+    (tmp_path / "run").mkdir()
+    assert reproduce.portable(flags, tmp_path) == ["--data=bpe300/shards", "--steps=8"]
+    (tmp_path / "run/finished.json").write_text(json.dumps({"flags": ["--data=bpe300/shards", "--steps=8"]}))
+    assert reproduce.is_finished(tmp_path / "run", flags)
+    assert not reproduce.is_finished(tmp_path / "run", ["--data=elsewhere/bpe300/shards", "--steps=8"])
+
+
+def test_second_rules_beside_the_first():
+    NO, WEAK = "does not hold at this scale", "holds weakly"
+    impulse = 1 + 30 * np.exp(-(((T - 30) / 10) ** 2))  # 31 times the floor
+    wsd, llama = Synthetic(WSD, impulse * WSD, impulse * WSD), Synthetic(COSINE, impulse * COSINE, impulse * COSINE)
+    assert verdict(claims.c2_height, wsd, llama) == "holds"
+    low = Synthetic(COSINE, impulse * COSINE, impulse**0.5 * COSINE)  # 5.6 times in MLP
+    assert verdict(claims.c2_height, wsd, low) == WEAK
+    assert verdict(claims.c2_height, Synthetic(WSD, WSD, WSD), llama) == NO  # the rate falls, and nothing else
+    wsd.snapshots = llama.snapshots = low.snapshots = T
+    for run, early in ((wsd, 40), (llama, 40), (low, 150)):
+        run.spectrum_cosine = np.cos(0.1 * np.exp(-T / early))[:, None]  # near 1 from the start
+        run.parameter_cosine = np.cos(1.5 * np.exp(-T / 200))[:, None]
+    assert verdict(claims.c1_angle, wsd, llama) == "holds"
+    assert verdict(claims.c1_angle, wsd, low) == WEAK
+    low.spectrum_cosine = np.cos(0.1 * np.exp(-T / 300))[:, None]
+    assert verdict(claims.c1_angle, wsd, low) == NO
+
+
+def test_t2_and_t3_over_seeds():
+    def results(v, q, least=0.01, powers=(1.0, 1.1, 1.2)):
+        return [
+            {
+                "thresholds": {"exponent_V": {"exponent": a}, "exponent_QK": {"exponent": b}},
+                "phase_I": {"least decrease per step over lr": least},
+                "phase_II": {"largest exponent of a bound": power},
+            }
+            for a, b, power in zip(v, q, powers, strict=True)
+        ]
+
+    apart = results((0.40, 0.60, 0.50), (0.35, 0.54, 0.45))  # each pair differs, whatever the spread of the seeds
+    assert claims.t2_over_seeds(apart).verdict == "holds"
+    assert claims.t2_over_seeds(results((0.40, 0.60, 0.50), (0.45, 0.50, 0.45))).verdict == "holds weakly"
+    assert (
+        claims.t2_over_seeds(results((1.40, 1.60, 1.50), (0.45, 0.50, 0.45))).verdict == "does not hold at this scale"
+    )
+    assert claims.t3_over_seeds(apart).verdict == "holds"
+    assert claims.t3_over_seeds(results((1, 1, 1), (1, 1, 1), least=-0.01)).verdict == "holds weakly"
+    nothing = results((1, 1, 1), (1, 1, 1), powers=(0.0, 0.0, 0.5))
+    assert claims.t3_over_seeds(nothing).verdict == "does not hold at this scale"
+
+
+def test_subwords_are_written_once_and_again_where_they_were_interrupted(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    root = tmp_path / "source"
+    root.mkdir()
+    for i in range(60):
+        (root / f"{i}.txt").write_bytes(b"".join(b"%d times %d is %d\n" % (i, j, i * j) for j in range(200)))
+    monkeypatch.setattr(scales, "load_text", lambda: load_text(root))
+    shards = scales.subwords(tmp_path / "bpe", 300)
+    files = {path.name: path.read_bytes() for path in shards.iterdir()}
+    tokens = load_data(shards)
+    assert tokens.vocab == 300 and len(tokens.train) > 10 * len(tokens.val) > 100
+    before = (shards / "meta.json").stat().st_mtime_ns
+    assert scales.subwords(tmp_path / "bpe", 300) == shards and (shards / "meta.json").stat().st_mtime_ns == before
+    (shards / "meta.json").unlink()
+    scales.subwords(tmp_path / "bpe", 300)
+    assert {path.name: path.read_bytes() for path in shards.iterdir()} == files
 
 
 def test_one_seed_that_fails_makes_a_claim_weak_and_a_missing_number_makes_it_fail():

@@ -10,7 +10,6 @@ import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,47 +24,14 @@ from training import run
 from training.flags import number
 from training.machine import card, commit
 from training.model import Transformer
-from training.optimizers import DEFAULT_LR
 from training.paper import figures, theory
 from training.paper.claims import Claim, judge
 from training.paper.finished import Finished
+from training.paper.scales import SCALES, run_flags, subwords
 
 SNAPSHOTS = 40  # of the weights, for their cosine to the final state
 
 
-@dataclass(frozen=True)
-class Scale:
-    """Sizes: of the runs, and of the simplified model."""
-
-    gpt2: tuple[str, ...]  # flags of run.py
-    llama: tuple[str, ...]
-    steps: int
-    warmup: int
-    eval_every: int
-    flags: tuple[str, ...] = ()
-    theory_steps: int = 12_000
-
-
-SCALES = {
-    # 15 runs. A step takes a core 0.64 s (GPT-2), 0.79 s (LLaMA), 1.31 s (Muon): 42 min of 2 cores, and validation.
-    "nano": Scale(
-        ("--model=gpt2-nano", "--batch-size=8"),
-        ("--model=llama-nano", "--batch-size=8"),
-        400,
-        20,
-        20,
-        ("--device=cpu",),
-    ),
-    # 5e16 and 1.5e17 FLOP a run, for 10 minutes of one data-centre GPU; --data should name token shards.
-    "small": Scale(
-        ("--model=gpt2-small", "--batch-size=32"),
-        ("--model=llama-0.5b", "--batch-size=16"),
-        1_500,
-        75,
-        50,
-        ("--dtype=bfloat16",),
-    ),
-}
 PAPER = {  # the presets of run.py behind each figure
     "fig1": ("small-adamw-wsd",),
     "fig2": ("small-adamw-wsd", "medium-adamw-wsd", "llama-0.5b-cosine", "llama-2b-cosine"),
@@ -74,22 +40,6 @@ PAPER = {  # the presets of run.py behind each figure
     "fig5": ("llama-0.5b-cosine", "llama-0.5b-cosine-nodecay", "small-adamw-wsd", "small-muon-wsd"),
     "theory": (),
 }
-
-
-def run_flags(scale: Scale, steps: int) -> dict[str, list[str]]:
-    """The flags of each run, but seed and folder.
-
-    Weight decay gives the weights a memory 1 / (lr decay) of a quarter of the run at the peak learning rate, which is
-    what 0.1 does to 100,000 steps at 4e-4; at 0.1 a short run would not feel it.
-    """
-    decay = 4 / (DEFAULT_LR["adamw"] * steps)
-    return {
-        "gpt2-wsd": [*scale.gpt2, "--schedule=wsd"],
-        "gpt2-step": [*scale.gpt2, "--schedule=step"],
-        "gpt2-muon": [*scale.gpt2, "--schedule=wsd", "--optimizer=muon"],
-        "llama-cosine": [*scale.llama, "--schedule=cosine"],
-        "llama-cosine-decay": [*scale.llama, "--schedule=cosine", f"--weight-decay={decay:.4g}"],
-    }
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -111,7 +61,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--steps", type=positive, help="The number of optimizer steps of each run; by default that of the scale.")
     add("--jobs", type=number(int, 0),
         help="The number of runs at a time, 0 for all in this process; by default one on each core, or one on a GPU.")
-    add("--data", help="Token shards or text for run.py; by default the source of Python's standard library.")
+    add("--data",
+        help="Token shards or text for run.py; by default Python's standard library, in the scale's tokens.")
     add("--out", help="The folder for runs and results; by default runs/reproduce-SCALE.")
     add("--publish", help="A folder that figures, table and settings are copied to; by default none.")
     # fmt: on
@@ -198,16 +149,23 @@ def train(run_dir: Path, flags: list[str], steps: int) -> float:
     if status:
         raise RuntimeError(f"reproduce: expected {run_dir} to end well, got exit status {status} of run.py.")
     observer.save(run_dir / "observed.npz")
-    mark = {"flags": flags, "commit": commit()}
+    mark = {"flags": portable(flags, run_dir.parent), "commit": commit()}
     (run_dir / "finished.json").write_text(json.dumps(mark))  # last, so that what is there is whole
     return time.monotonic() - began
+
+
+def portable(flags: list[str], out: Path) -> list[str]:
+    """The flags with what lies in the results' folder named from there, so that the folder may move."""
+    return [flag.replace(f"{out}{os.sep}", "") for flag in flags]
 
 
 def is_finished(run_dir: Path, flags: list[str]) -> bool:
     """Whether this folder holds exactly this run, to its end."""
     mark = run_dir / "finished.json"
     kept = json.loads(mark.read_text()) if mark.exists() else None
-    return isinstance(kept, dict) and kept["flags"] == flags  # a list was written before commits were kept
+    return isinstance(kept, dict) and kept["flags"] == portable(
+        flags, run_dir.parent
+    )  # a list was written before commits were kept
 
 
 def train_all(todo: dict[Path, list[str]], steps: int, jobs: int, console: Console) -> list[str]:
@@ -254,9 +212,9 @@ def _lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def theory_results(out: Path, seeds: int, steps: int) -> list[dict]:
+def theory_results(out: Path, seeds: int, steps: int, levels: int) -> list[dict]:
     """Results of the simplified model at each seed, with its figure; reused where they are there."""
-    argv = [f"--steps={steps}", f"--seeds={seeds}", f"--out={out}"]
+    argv = [f"--steps={steps}", f"--seeds={seeds}", f"--levels={levels}", f"--out={out}"]
     kept = out / "theory.json"
     if not (kept.exists() and json.loads(kept.read_text()).get("argv") == argv):
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -290,7 +248,7 @@ def settings(args: argparse.Namespace, steps: int, todo: dict[Path, list[str]]) 
         "cores": os.cpu_count(),
         **card(),
         "commits of the runs": sorted({str(mark["commit"]) for mark in marks}),
-        "flags": {path.name: " ".join(flags) for path, flags in todo.items()},
+        "flags": {path.name: " ".join(portable(flags, args.out)) for path, flags in todo.items()},
     }
 
 
@@ -316,6 +274,12 @@ def main(argv=None) -> int:
         jobs = 1 if torch.cuda.is_available() and "--device=cpu" not in scale.flags else os.cpu_count() or 1
 
     # The runs
+    if scale.vocab and not args.data:
+        try:
+            args.data = str(subwords(args.out / f"bpe{scale.vocab}", scale.vocab))
+        except ImportError as error:
+            print(f"reproduce: {error}", file=sys.stderr)
+            return 2
     names = list(dict.fromkeys(name for figure in args.figures for name in figures.RUNS.get(figure, ())))
     common = [
         "--tracker=full",  # every matrix every step, whatever the machine's speed
@@ -323,7 +287,7 @@ def main(argv=None) -> int:
         f"--steps={steps}",
         f"--warmup={max(1, round(scale.warmup * steps / scale.steps))}",
         f"--eval-every={min(scale.eval_every, steps)}",
-        "--eval-sequences=16",
+        f"--eval-sequences={scale.eval_sequences}",
         *scale.flags,
         *([f"--data={args.data}"] if args.data else []),
         *args.run_flags,
@@ -346,7 +310,7 @@ def main(argv=None) -> int:
     # Theory, figures, verdicts
     results = None
     if "theory" in args.figures:
-        results = theory_results(args.out, args.seeds, scale.theory_steps)
+        results = theory_results(args.out, max(args.seeds, scale.theory_seeds), scale.theory_steps, scale.theory_levels)
     finished = {name: [Finished(args.out / f"{name}-s{seed}") for seed in range(args.seeds)] for name in names}
     for figure in (f for f in args.figures if f in figures.RUNS):
         drawn, curves = figures.draw(figure, finished)

@@ -30,7 +30,8 @@ from sosd_fast.runs.phases import onset, threshold_step
 from sosd_fast.spectra.bounds import theory_bound
 
 MATRICES = ("Q", "K", "V")
-LEVELS = 12  # of the grid of thresholds
+LABELS = ("common", "balanced")
+POWERS = np.arange(0, 3.01, 0.05)  # tried for the bound of phase II
 IMPULSE_END = 0.1  # phase II begins where every matrix's variation stays below this part of its peak
 
 
@@ -48,6 +49,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="The scale of the weights at the start, a factor of N(0, 1/d), %(default)s by default.")
     add("--steps", type=int, default=12000, help="The number of steps of gradient descent, %(default)s by default.")
     add("--seeds", type=int, default=3, help="The number of runs, with seeds 0, 1, ...; %(default)s by default.")
+    add("--levels", type=int, default=12, help="The number of thresholds in the grid, %(default)s by default.")
+    add("--labels", choices=LABELS, default="common",
+        help="Half of the positions have one label with common, all labels are as frequent with balanced; %(default)s "
+        "by default.")
     add("--out", default="runs/theory", help="The folder for theory.png and theory.json, %(default)s by default.")
     # fmt: on
     args = parser.parse_args(argv)
@@ -80,15 +85,21 @@ class Trace(NamedTuple):
     logit_margin: np.ndarray  # (T,)
 
 
-def make_problem(seed: int, positions: int, width: int, classes: int) -> tuple[Problem, torch.Generator]:
-    """Gaussian X and W_O; half of the positions have label 0, the others any of the rest."""
+def make_problem(
+    seed: int, positions: int, width: int, classes: int, labels: str = "common"
+) -> tuple[Problem, torch.Generator]:
+    """Gaussian X and W_O; label 0 at half of the positions, any other at the rest; "balanced": all as often."""
     g = torch.Generator().manual_seed(seed)
     X = torch.randn(positions, width, generator=g, dtype=torch.float64)
-    labels = torch.zeros(positions, dtype=torch.long)
-    others = torch.randperm(positions, generator=g)[: positions - positions // 2]
-    labels[others] = torch.randint(1, classes, (len(others),), generator=g)
+    order = torch.randperm(positions, generator=g)
+    of_position = torch.zeros(positions, dtype=torch.long)
+    if labels == "balanced":
+        of_position[order] = torch.arange(positions) % classes
+    else:
+        others = order[: positions - positions // 2]
+        of_position[others] = torch.randint(1, classes, (len(others),), generator=g)
     W_O = torch.randn(width, classes, generator=g, dtype=torch.float64) / width**0.5
-    return Problem(X, torch.nn.functional.one_hot(labels, classes).double(), W_O), g
+    return Problem(X, torch.nn.functional.one_hot(of_position, classes).double(), W_O), g
 
 
 def forward(problem: Problem, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,12 +124,12 @@ def gradients(problem: Problem, W: Tensor, A: Tensor, logits: Tensor) -> tuple[T
     return X.T @ torch.stack([dS @ K, dS.T @ Q, A.T @ dH]), dH
 
 
-def simulate(seed: int, width=32, positions=16, classes=8, lr=0.02, init=0.01, steps=12000) -> Trace:
+def simulate(seed: int, width=32, positions=16, classes=8, lr=0.02, init=0.01, steps=12000, labels="common") -> Trace:
     """Gradient descent from a small start, everything measured at each step, in float64 and on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same sums in the same order on every machine, and faster at this size
     try:
-        problem, g = make_problem(seed, positions, width, classes)
+        problem, g = make_problem(seed, positions, width, classes, labels)
         W = init * torch.randn(3, width, width, generator=g, dtype=torch.float64) / width**0.5
         S = torch.linalg.svdvals(W)
         first, rows = (S, forward(problem, W)[0]), []
@@ -165,7 +176,7 @@ def _margin(x: Tensor) -> Tensor:
     return (largest[:, 0] - largest[:, 1]).min()
 
 
-def thresholds(trace: Trace, values: np.ndarray) -> dict[str, np.ndarray]:
+def thresholds(trace: Trace, values: np.ndarray, count: int = 12) -> dict[str, np.ndarray]:
     """Steps after which V, and both Q and K, stay below each level of a grid common to both, from their peaks down.
 
     Levels whose threshold is not within the run, with a tenth of it to spare, are left out: there the end of the run
@@ -176,7 +187,7 @@ def thresholds(trace: Trace, values: np.ndarray) -> dict[str, np.ndarray]:
     bottom = max(c[int(0.9 * len(c)) :].max() for c in (V, QK))
     if bottom >= top:
         return {"level": np.empty(0), "V": np.empty(0), "QK": np.empty(0)}
-    levels = np.geomspace(top, bottom, LEVELS)
+    levels = np.geomspace(top, bottom, count)
     times = {name: np.array([threshold_step(trace.steps, c, e) for e in levels]) for name, c in (("V", V), ("QK", QK))}
     return {"level": levels, **times}
 
@@ -192,7 +203,7 @@ def power_law(x: np.ndarray, y: np.ndarray) -> dict[str, float]:
     return {"exponent": float(slope), "error": float(error), "correlation": correlation}
 
 
-def analyse(trace: Trace, lr: float) -> dict:
+def analyse(trace: Trace, lr: float, levels: int = 12) -> dict:
     """The numbers behind T1 to T3, as plain Python values."""
     drops = -np.diff(trace.loss)
     worst = trace.variation.max(axis=1)
@@ -206,7 +217,7 @@ def analyse(trace: Trace, lr: float) -> dict:
         "loss": [float(trace.loss[0]), float(trace.loss[-1])],
     }
     for name, values in (("thresholds", trace.variation), ("thresholds_of_bound", trace.bound)):
-        times = thresholds(trace, values)
+        times = thresholds(trace, values, levels)
         fits = {f"exponent_{m}": power_law(1 / times["level"], times[m]) for m in ("V", "QK")}
         result[name] = {k: v.tolist() for k, v in times.items()} | fits
     # The assumptions, over the whole run and before the loss has done nine tenths of its way
@@ -242,11 +253,18 @@ def analyse(trace: Trace, lr: float) -> dict:
         half = len(x) // 2
         fit = power_law(x[y > 0], y[y > 0])
         p = fit["exponent"]
-        constant = float((y[:half] / x[:half] ** p).max())  # a bound from the first half, checked on the second
+
+        def bound(power):
+            """The constant that bounds the first half, and the part of the second that it bounds."""
+            constant = (y[:half] / x[:half] ** power).max()
+            return float(constant), float((y[half:] <= constant * x[half:] ** power).mean())
+
+        constant, within = bound(p)
         result["phase_II"] = fit | {
             "falling steps": float((y > 0).mean()),
             "constant": constant,
-            "within it, later half": float((y[half:] <= constant * x[half:] ** p).mean()),
+            "within it, later half": within,
+            "largest exponent of a bound": max((float(q) for q in POWERS if bound(q)[1] >= 0.99), default=-math.inf),
         }
     return result
 
@@ -300,11 +318,11 @@ def draw(trace: Trace, result: dict):
 def main(argv=None) -> int:
     """Run the seeds, print the numbers, write figure and JSON."""
     args = parse_args(argv)
-    settings = {k: getattr(args, k) for k in ("width", "positions", "classes", "lr", "init", "steps")}
+    settings = {k: getattr(args, k) for k in ("width", "positions", "classes", "lr", "init", "steps", "labels")}
     results = []
     for seed in range(args.seeds):
         trace = simulate(seed, **settings)
-        results.append(analyse(trace, args.lr))
+        results.append(analyse(trace, args.lr, args.levels))
         if seed == 0:
             figure = draw(trace, results[0])
     out = Path(args.out)
