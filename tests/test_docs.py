@@ -280,8 +280,8 @@ def rows(title: str) -> dict[str, list[float]]:
     return {row[0]: [float(n) for n in re.findall(r"\d+\.?\d*", " ".join(row[1:]))] for row in cells[2:]}
 
 
-def kept(name: str):
-    return json.loads((ROOT / "bench/results/amd-epyc" / f"{name}.json").read_text())["rows"]
+def kept(name: str, machine="amd-epyc", part="rows"):
+    return json.loads((ROOT / "bench/results" / machine / f"{name}.json").read_text())[part]
 
 
 def test_the_tables_are_those_of_the_results():
@@ -303,6 +303,20 @@ def test_the_tables_are_those_of_the_results():
             values = [found[column]["ms"] if isinstance(found[column], dict) else found[column] for column in columns]
             assert table.pop(shape.replace("x", "×"))[: len(values)] == near(values), shape
         assert not table
+
+
+def test_the_tables_beside_others_are_those_of_the_results():
+    near = functools.partial(pytest.approx, rel=0.06)
+    xeon, table = "intel(r)-xeon(r)-processor", rows("And beside torch.optim.Muon")
+    for shape, found in kept("newton_schulz", xeon).items():
+        ours, theirs = found["bfloat16"]["ms"], found["torch.optim.Muon"]["ms"]
+        assert table.pop(shape.replace("x", "×")) == near([ours, theirs, theirs / ours]), shape
+    assert not table
+    table, spectra = rows("How do other tools"), kept("peers-nano", xeon, "spectra")
+    for name in ("sosd_fast", "WeightWatcher", "torch.linalg.svdvals"):
+        ms = spectra[name]["body_ms"]
+        shown = next(numbers for row, numbers in table.items() if row.strip("`") == name)
+        assert near(ms) in shown and near(ms / spectra["sosd_fast"]["body_ms"]) in shown, name
 
 
 def test_the_pictures_are_drawn_from_what_is_kept():
