@@ -128,7 +128,7 @@ double sd_error(const py::object& S, const std::string& method, int64_t inner, d
 
 // matrices: B tensors (m, n) of one dtype, any strides, or one (B, m, n): to open tensors takes longer than the spectra of
 // small matrices do. S, bound and previous: (B, min(m, n)) float64, contiguous; S and bound are written.
-// Returns the methods that stood, and the sd_errors.
+// band_from, for tests: see SvdvalsTask. Returns the methods that stood, and the sd_errors.
 std::pair<py::list, std::vector<double>> svdvals(const py::object& matrices, const std::string& method,
                                                  const py::object& previous, const py::object& S, const py::object& bound,
                                                  int threads, const py::object& model, int64_t band_from) {
@@ -213,6 +213,7 @@ void gram_triangles(const py::sequence& parts, const py::object& scale, const py
 }
 
 // triangles: (B, r (r + 1) / 2), float32 or float64, contiguous. values: (B, r) float64, contiguous, is written.
+// band_from, for tests: see SvdvalsTask.
 void gram_eigenvalues(const py::object& triangles, const py::object& values, int threads, int64_t band_from) {
     const Tensor given(triangles, "triangles"), to(values, "values");
     const int64_t count = given.dims() ? given.size[0] : 0, r = to.dims() == 2 ? to.size[1] : 0;
@@ -268,12 +269,12 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "C++ kernels of sosd_fast for CPU tensors; call them through sosd_fast.kernels.";
     m.def("isa", [] { return sosd_fast::kernels().isa; });
     m.def("svdvals", &svdvals, py::arg("matrices"), py::arg("method"), py::arg("previous"), py::arg("S"),
-          py::arg("bound"), py::arg("threads"), py::arg("model"), py::arg("band_from") = sosd_fast::kBandFrom);
+          py::arg("bound"), py::arg("threads"), py::arg("model"), py::arg("band_from") = 0);
     m.def("sd_error", &sd_error, py::arg("S"), py::arg("method"), py::arg("inner"), py::arg("drift"), py::arg("model"));
     m.def("gram_triangles", &gram_triangles, py::arg("parts"), py::arg("scale"), py::arg("triangles"),
           py::arg("squares"), py::arg("drift"), py::arg("threads"));
     m.def("gram_eigenvalues", &gram_eigenvalues, py::arg("triangles"), py::arg("values"), py::arg("threads"),
-          py::arg("band_from") = sosd_fast::kBandFrom);
+          py::arg("band_from") = 0);
     m.def("advance_subspaces", &advance_subspaces, py::arg("matrices"), py::arg("pace"), py::arg("V"), py::arg("P"),
           py::arg("next_V"), py::arg("next_P"), py::arg("squares"), py::arg("residual"), py::arg("threads"));
     m.def("singular_distribution", &any_distribution, py::arg("S"), py::arg("previous"), py::arg("reference"),

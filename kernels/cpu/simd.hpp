@@ -69,6 +69,11 @@ template <class T, int N, int G = Simd<T>::L> struct ReduceLanes {
     static void add(typename Simd<T>::V* acc, T* out) {
         if constexpr (G == 1) {
             constexpr int L = Simd<T>::L;
+            if constexpr (N % L == 0) {
+                typedef T Loose __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+                for (int k = 0; k < N; k += L) *reinterpret_cast<Loose*>(out + k) += acc[k / L];
+                return;
+            }
 #pragma GCC unroll 16
             for (int k = 0; k < N; ++k) out[k] += acc[k / L][k % L];
         } else {
