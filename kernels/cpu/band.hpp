@@ -171,11 +171,12 @@ template <class T> void factor_panel(T* P, int64_t m, T negligible, T* upper, T*
 }
 
 // A symmetric band with room for bulges: column j holds rows j - kBand .. j + 2 kBand - 1, both halves of what a square on
-// the diagonal sees.
-template <class T> struct BandMatrix {
-    T* data;
-    T* at(int64_t i, int64_t j) const { return data + i + kBand + j * (3 * kBand - 1); }
-    void put(int64_t i, int64_t j, T x) const {
+// the diagonal sees. In double for every G: a chase rounds each element as many times as there are columns. In float32
+// Gaussian matrices erred by four times as much as after one stage, flat ones by 1.2 times their bound.
+struct BandMatrix {
+    double* data;
+    double* at(int64_t i, int64_t j) const { return data + i + kBand + j * (3 * kBand - 1); }
+    void put(int64_t i, int64_t j, double x) const {
         *at(i, j) = x;
         if (i - j < kBand) *at(j, i) = x;
     }
@@ -185,7 +186,7 @@ template <class T> struct BandMatrix {
 constexpr int64_t kParts = 8;
 constexpr int64_t kRowsTogether = 256;
 template <class T>
-void reduce_to_band(T* G, int64_t r, T negligible, const BandMatrix<T>& band, Arena& arena, const Parallel& parallel) {
+void reduce_to_band(T* G, int64_t r, T negligible, const BandMatrix& band, Arena& arena, const Parallel& parallel) {
     const ArenaScope scope(arena);
     using S = Simd<T>;
     constexpr int B = kBand, P = kPanel<T>;
@@ -296,8 +297,8 @@ void reduce_to_band(T* G, int64_t r, T negligible, const BandMatrix<T>& band, Ar
 // One step of a sweep of the chase: takes the reflector of the step before from the right to the square below, makes the
 // one that clears that square's first column, and takes it to the square and, from both sides, to the next on the diagonal.
 // At step 0, where the square is a column, the reflector given is zero.
-template <class T>
-inline void chase_step(const BandMatrix<T>& band, int64_t sweep, int64_t step, T negligible, T* reflector, T& tau) {
+inline void chase_step(const BandMatrix& band, int64_t sweep, int64_t step, double negligible, double* reflector, double& tau) {
+    using T = double;
     using S = Simd<T>;
     using V = typename S::V;
     typedef T Loose __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
@@ -381,13 +382,13 @@ template <class T> void band_tridiagonal(T* G, int64_t r, T* d, T* e, Arena& are
     const T negligible = negligible_squares(tiles_of(r), G, r);
     constexpr int B = kBand;
     const int64_t size = (r + B) * 3 * B;
-    const BandMatrix<T> band{take<T>(arena, size)};
+    const BandMatrix band{take<double>(arena, size)};
     for (int64_t i = 0; i < size; ++i) band.data[i] = 0;
     reduce_to_band(G, r, negligible, band, arena, parallel);
     // Sweeps go together, each two steps behind the one before: the steps of a round do not wait for one another.
     constexpr int64_t kSweeps = 8;
-    alignas(kVectorBytes) T reflectors[kSweeps][B];
-    T tau[kSweeps];
+    alignas(kVectorBytes) double reflectors[kSweeps][B];
+    double tau[kSweeps];
     for (int64_t sweep = 0; sweep + 2 < r; sweep += kSweeps) {
         const int64_t count = min_of(kSweeps, r - 2 - sweep);
         for (int64_t q = 0; q < kSweeps; ++q) {
@@ -406,8 +407,8 @@ template <class T> void band_tridiagonal(T* G, int64_t r, T* d, T* e, Arena& are
             }
         }
     }
-    for (int64_t i = 0; i < r; ++i) d[i] = *band.at(i, i);
-    for (int64_t i = 0; i + 1 < r; ++i) e[i] = *band.at(i + 1, i);
+    for (int64_t i = 0; i < r; ++i) d[i] = T(*band.at(i, i));
+    for (int64_t i = 0; i + 1 < r; ++i) e[i] = T(*band.at(i + 1, i));
 }
 
 // The short side from which two stages are not slower on one thread (Xeon, AVX-512): 14.9 against 15.5 ms at 1024 in float32,
