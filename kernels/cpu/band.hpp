@@ -376,6 +376,36 @@ inline void chase_step(const BandMatrix& band, int64_t sweep, int64_t step, doub
             at(diagonal + c * ld + m * S::L) = block[c][m] - v[m] * factors[c] - w[m] * reflector[c];
 }
 
+// The band to tridiagonal form. Sweeps go in groups, each two steps behind the one before, so that the steps of a round do
+// not wait for one another; and a group follows the group before, which may be on another thread.
+constexpr int64_t kSweeps = 8;
+inline void chase(const BandMatrix& band, int64_t r, double negligible, Arena& arena, const Parallel& parallel) {
+    constexpr int B = kBand;
+    const int64_t groups = (r - 2 + kSweeps - 1) / kSweeps;
+    if (groups <= 0) return;
+    int64_t* finished = take<int64_t>(arena, groups);  // steps, by all sweeps of a group
+    for (int64_t g = 0; g < groups; ++g) finished[g] = 0;
+    parallel_for(parallel, groups, [&](int64_t g) {
+        alignas(kVectorBytes) double reflectors[kSweeps][B];
+        double tau[kSweeps];
+        const int64_t first = g * kSweeps, count = min_of(kSweeps, r - 2 - first);
+        for (int64_t q = 0; q < count; ++q) {
+            tau[q] = 0;
+            for (int i = 0; i < B; ++i) reflectors[q][i] = 0;
+        }
+        const int64_t rounds = (r - 2 - first) / B + 1 + 2 * (count - 1);
+        for (int64_t round = 0; round < rounds; ++round) {
+            // a step needs the next one of the sweep before
+            while (g > 0 && __atomic_load_n(finished + g - 1, __ATOMIC_ACQUIRE) < round + 2) parallel.pause();
+            for (int64_t q = 0; q < count && round >= 2 * q; ++q) {
+                const int64_t sweep = first + q, step = round - 2 * q;
+                if (sweep + 1 + step * B < r) chase_step(band, sweep, step, negligible, reflectors[q], tau[q]);
+            }
+            __atomic_store_n(finished + g, round + 1 == rounds ? INT64_MAX : round - 2 * (count - 1) + 1, __ATOMIC_RELEASE);
+        }
+    });
+}
+
 // d[0 .. r), e[0 .. r - 1) <- the tridiagonal matrix similar to G (destroyed), as `tridiagonal` finds it.
 template <class T> void band_tridiagonal(T* G, int64_t r, T* d, T* e, Arena& arena, const Parallel& parallel) {
     const ArenaScope scope(arena);
@@ -385,28 +415,7 @@ template <class T> void band_tridiagonal(T* G, int64_t r, T* d, T* e, Arena& are
     const BandMatrix band{take<double>(arena, size)};
     for (int64_t i = 0; i < size; ++i) band.data[i] = 0;
     reduce_to_band(G, r, negligible, band, arena, parallel);
-    // Sweeps go together, each two steps behind the one before: the steps of a round do not wait for one another.
-    constexpr int64_t kSweeps = 8;
-    alignas(kVectorBytes) double reflectors[kSweeps][B];
-    double tau[kSweeps];
-    for (int64_t sweep = 0; sweep + 2 < r; sweep += kSweeps) {
-        const int64_t count = min_of(kSweeps, r - 2 - sweep);
-        for (int64_t q = 0; q < kSweeps; ++q) {
-            tau[q] = 0;
-            for (int i = 0; i < B; ++i) reflectors[q][i] = 0;
-        }
-        bool more = true;
-        for (int64_t round = 0; more; ++round) {
-            more = false;
-            for (int64_t q = 0; q < count; ++q) {
-                const int64_t step = round - 2 * q;
-                if (step < 0) more = true;
-                if (step < 0 || sweep + q + 1 + step * B >= r) continue;
-                chase_step(band, sweep + q, step, negligible, reflectors[q], tau[q]);
-                more = true;
-            }
-        }
-    }
+    chase(band, r, negligible, arena, parallel);
     for (int64_t i = 0; i < r; ++i) d[i] = T(*band.at(i, i));
     for (int64_t i = 0; i + 1 < r; ++i) e[i] = T(*band.at(i + 1, i));
 }
