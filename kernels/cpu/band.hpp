@@ -1,13 +1,13 @@
-// T = Q^T G Q for a large G in two stages: to a band by blocks of reflectors, whose work is products of matrices over all
-// threads (LAPACK sytrd_sy2sb), and from the band to tridiagonal form by chasing bulges (Haidar, Ltaief & Dongarra 2011).
+// T = Q^T G Q for a large G in two stages: to a band by blocks of reflectors, whose work is products of matrices over
+// all threads (LAPACK sytrd_sy2sb), and from there by chasing bulges.
 #pragma once
 
+#include "chase.hpp"
 #include "tridiagonal.hpp"
 
 namespace sosd_fast {
 namespace SOSD_ISA {
 
-constexpr int kBand = 16;  // columns beside the diagonal, and of a block of reflectors; a multiple of the tile rows
 constexpr int kSquare = 16;  // two tiles beside one another
 static_assert(kSquare == kTileRows && kSquare == 2 * kTileCols && kBand % kSquare == 0);
 
@@ -60,8 +60,10 @@ void multiply_part(const Tiles& tiles, const T* G, int64_t begin, int64_t end, c
                 for (int q = 0; q < kSquare; q += kStrip<T>) {
                     Strip<T> sums;
                     clear<T>(sums);
-                    for (int64_t J = 2 * C0; J < 2 * min_of(C1, I + 1); ++J)
-                        add_product<T>(sums, G + tiles.tile(I, J) + q, 1, kTileRows, V + J * kTileCols * kBand, kTileCols);
+                    for (int64_t J = 2 * C0; J < 2 * min_of(C1, I + 1); ++J) {
+                        const T* rows = V + J * kTileCols * kBand;
+                        add_product<T>(sums, G + tiles.tile(I, J) + q, 1, kTileRows, rows, kTileCols);
+                    }
                     add_to<T>(Z + (I * kSquare + q) * kBand, sums);
                 }
             for (int64_t C = C0; C < C1; ++C)
@@ -104,19 +106,6 @@ template <class T> inline void panel_rows(const Tiles& tiles, const T* G, int64_
         }
 }
 
-// The reflector I - tau v v^T, v = (1, scale x), that takes (alpha, x) to (beta, 0), where |x|^2 = below. The sign is taken
-// without a branch, which would be guessed wrongly every second time: 13.6 for 12.6 ms at 2048.
-template <class T> struct Elimination {
-    T beta, tau, scale;
-};
-inline float root(float x) { return __builtin_sqrtf(x); }
-inline double root(double x) { return __builtin_sqrt(x); }
-template <class T> inline Elimination<T> elimination(T alpha, T below, T negligible) {
-    if (!(below > negligible)) return {alpha, 0, 0};
-    const T norm = root(alpha * alpha + below), beta = T(-__builtin_copysign(norm, alpha));
-    return {beta, (beta - alpha) / beta, 1 / (alpha - beta)};
-}
-
 // QR of the m rows P: its reflectors, unit lower trapezoidal, take its place; R goes to `upper` (kBand, kBand), and the
 // block reflector is I - P factor P^T. One pass over P for each column: what the next column needs is summed meanwhile.
 template <class T> void factor_panel(T* P, int64_t m, T negligible, T* upper, T* factor) {
@@ -139,8 +128,10 @@ template <class T> void factor_panel(T* P, int64_t m, T negligible, T* upper, T*
                 T* row = P + i * B;
                 const T x = j >= 0 ? row[j] * scale : 0;
                 if (j >= 0)
-                    for (int v = 0; v < N; ++v)
-                        S::at(row + v * S::L) = S::at(row + v * S::L) * S::at(keep + v * S::L) - S::at(w + v * S::L) * x;
+                    for (int v = 0; v < N; ++v) {
+                        V& p = S::at(row + v * S::L);
+                        p = p * S::at(keep + v * S::L) - S::at(w + v * S::L) * x;
+                    }
                 if (j + 1 < B && i > j + 1)
                     for (int v = 0; v < N; ++v) sums[u][v] += S::at(row + v * S::L) * row[j + 1];
             }
@@ -169,18 +160,6 @@ template <class T> void factor_panel(T* P, int64_t m, T negligible, T* upper, T*
         top[c] = tau != 0 ? 1 : 0;
     }
 }
-
-// A symmetric band with room for bulges: column j holds rows j - kBand .. j + 2 kBand - 1, both halves of what a square on
-// the diagonal sees. In double for every G: a chase rounds each element as many times as there are columns. In float32
-// Gaussian matrices erred by four times as much as after one stage, flat ones by 1.2 times their bound.
-struct BandMatrix {
-    double* data;
-    double* at(int64_t i, int64_t j) const { return data + i + kBand + j * (3 * kBand - 1); }
-    void put(int64_t i, int64_t j, double x) const {
-        *at(i, j) = x;
-        if (i - j < kBand) *at(j, i) = x;
-    }
-};
 
 // G (destroyed) to a band. The parts of a product are cut by the size of the matrix alone, and summed in one order.
 constexpr int64_t kParts = 8;
@@ -284,126 +263,16 @@ void reduce_to_band(T* G, int64_t r, T negligible, const BandMatrix& band, Arena
         });
         constexpr int64_t columns = kBlock * kSquare;
         parallel_for(parallel, (rows - first + columns - 1) / columns, [&](int64_t task) {
-            const int64_t J0 = (first + task * columns) / kTileCols, J1 = min_of((J0 * kTileCols + columns), rows) / kTileCols;
-            for (int64_t p = J0 / 2 * kTileRows / P; p < rows / P; ++p)
-                for (int64_t J = J0; J < min_of(J1, ((p + 1) * P + kTileRows - 1) / kTileRows * 2); ++J)
-                    update_block<T, Store::subtract, true>(tiles, G, p, J, packed + p * 2 * B * P, packed, 2 * B * P, 2 * B);
+            const int64_t j0 = first + task * columns, j1 = min_of(j0 + columns, rows);
+            for (int64_t p = j0 / P; p < rows / P; ++p) {
+                const T* A = packed + p * 2 * B * P;
+                for (int64_t J = j0 / kTileCols; J < min_of(j1, round_up((p + 1) * P, kTileRows)) / kTileCols; ++J)
+                    update_block<T, Store::subtract, true>(tiles, G, p, J, A, packed, 2 * B * P, 2 * B);
+            }
         });
     }
     for (int64_t j = k; j < r; ++j)
         for (int64_t i = j; i < r; ++i) band.put(i, j, G[tiles.at(i, j)]);
-}
-
-// One step of a sweep of the chase: takes the reflector of the step before from the right to the square below, makes the
-// one that clears that square's first column, and takes it to the square and, from both sides, to the next on the diagonal.
-// At step 0, where the square is a column, the reflector given is zero.
-inline void chase_step(const BandMatrix& band, int64_t sweep, int64_t step, double negligible, double* reflector, double& tau) {
-    using T = double;
-    using S = Simd<T>;
-    using V = typename S::V;
-    typedef T Loose __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
-    constexpr int B = kBand, N = kRowVectors<T>;
-    constexpr int64_t ld = 3 * B - 1;
-    const auto at = [](T* p) -> Loose& { return *reinterpret_cast<Loose*>(p); };
-    const int64_t r0 = sweep + 1 + step * B, c0 = step ? r0 - B : sweep;
-    T* square = band.at(r0, c0);
-    V block[B][N], y[N], v[N];
-    for (int m = 0; m < N; ++m) y[m] = V{};
-#pragma GCC unroll 16
-    for (int c = 0; c < B; ++c)
-        for (int m = 0; m < N; ++m) {
-            block[c][m] = at(square + c * ld + m * S::L);
-            y[m] += block[c][m] * reflector[c];
-        }
-    for (int m = 0; m < N; ++m) {
-        y[m] *= tau;
-        v[m] = block[0][m] - y[m] * reflector[0];
-    }
-    const T alpha = v[0][0];
-    v[0][0] = 0;
-    V squares = V{};
-    for (int m = 0; m < N; ++m) squares += v[m] * v[m];
-    const T below = sum_lanes<T>(squares);
-    const auto [beta, next, scale] = elimination(alpha, below, negligible);
-    for (int m = 0; m < N; ++m) v[m] *= scale;
-    v[0][0] = next != 0 ? 1 : 0;
-    for (int m = 0; m < N; ++m) {
-        V column = V{};
-        if (m == 0) column[0] = beta;
-        at(square + m * S::L) = column;
-    }
-    if (step) {
-        *band.at(c0, r0) = beta;
-        V products[B];
-        alignas(kVectorBytes) T dots[B] = {};
-        products[0] = V{};
-#pragma GCC unroll 16
-        for (int c = 1; c < B; ++c) {
-            products[c] = V{};
-            for (int m = 0; m < N; ++m) {
-                block[c][m] -= y[m] * reflector[c];
-                products[c] += block[c][m] * v[m];
-            }
-        }
-        ReduceLanes<T, B>::add(products, dots);
-#pragma GCC unroll 16
-        for (int c = 1; c < B; ++c) {
-            const T factor = next * dots[c];
-            for (int m = 0; m < N; ++m) at(square + c * ld + m * S::L) = block[c][m] -= v[m] * factor;
-            *band.at(c0 + c, r0) = block[c][0][0];  // seen by a square on the diagonal
-        }
-    }
-    tau = next;
-    for (int m = 0; m < N; ++m) S::at(reflector + m * S::L) = v[m];
-    if (next == 0) return;
-    T* diagonal = band.at(r0, r0);
-    V w[N];
-    for (int m = 0; m < N; ++m) w[m] = V{};
-#pragma GCC unroll 16
-    for (int c = 0; c < B; ++c)
-        for (int m = 0; m < N; ++m) {
-            block[c][m] = at(diagonal + c * ld + m * S::L);
-            w[m] += block[c][m] * reflector[c];
-        }
-    V dot = V{};
-    for (int m = 0; m < N; ++m) dot += w[m] * v[m];
-    const T gamma = next * sum_lanes<T>(dot) / 2;
-    alignas(kVectorBytes) T factors[B];
-    for (int m = 0; m < N; ++m) S::at(factors + m * S::L) = w[m] = (w[m] - v[m] * gamma) * next;
-#pragma GCC unroll 16
-    for (int c = 0; c < B; ++c)
-        for (int m = 0; m < N; ++m)
-            at(diagonal + c * ld + m * S::L) = block[c][m] - v[m] * factors[c] - w[m] * reflector[c];
-}
-
-// The band to tridiagonal form. Sweeps go in groups, each two steps behind the one before, so that the steps of a round do
-// not wait for one another; and a group follows the group before, which may be on another thread.
-constexpr int64_t kSweeps = 8;
-inline void chase(const BandMatrix& band, int64_t r, double negligible, Arena& arena, const Parallel& parallel) {
-    constexpr int B = kBand;
-    const int64_t groups = (r - 2 + kSweeps - 1) / kSweeps;
-    if (groups <= 0) return;
-    int64_t* finished = take<int64_t>(arena, groups);  // steps, by all sweeps of a group
-    for (int64_t g = 0; g < groups; ++g) finished[g] = 0;
-    parallel_for(parallel, groups, [&](int64_t g) {
-        alignas(kVectorBytes) double reflectors[kSweeps][B];
-        double tau[kSweeps];
-        const int64_t first = g * kSweeps, count = min_of(kSweeps, r - 2 - first);
-        for (int64_t q = 0; q < count; ++q) {
-            tau[q] = 0;
-            for (int i = 0; i < B; ++i) reflectors[q][i] = 0;
-        }
-        const int64_t rounds = (r - 2 - first) / B + 1 + 2 * (count - 1);
-        for (int64_t round = 0; round < rounds; ++round) {
-            // a step needs the next one of the sweep before
-            while (g > 0 && __atomic_load_n(finished + g - 1, __ATOMIC_ACQUIRE) < round + 2) parallel.pause();
-            for (int64_t q = 0; q < count && round >= 2 * q; ++q) {
-                const int64_t sweep = first + q, step = round - 2 * q;
-                if (sweep + 1 + step * B < r) chase_step(band, sweep, step, negligible, reflectors[q], tau[q]);
-            }
-            __atomic_store_n(finished + g, round + 1 == rounds ? INT64_MAX : round - 2 * (count - 1) + 1, __ATOMIC_RELEASE);
-        }
-    });
 }
 
 // d[0 .. r), e[0 .. r - 1) <- the tridiagonal matrix similar to G (destroyed), as `tridiagonal` finds it.
@@ -420,14 +289,15 @@ template <class T> void band_tridiagonal(T* G, int64_t r, T* d, T* e, Arena& are
     for (int64_t i = 0; i + 1 < r; ++i) e[i] = T(*band.at(i + 1, i));
 }
 
-// The short side from which two stages are not slower on one thread (Xeon, AVX-512): 14.9 against 15.5 ms at 1024 in float32,
-// 12.4 against 13.9 at 768 in float64; at 768 in float32 6.5 against 5.5. Threads and neighbours have no say in it.
+// The short side from which two stages do not lose where every thread has a matrix (Xeon, AVX-512): two of 1024 in float32
+// take 25.6 ms for 25.9, alone 16.6 for 20; 12.4 for 13.9 at 768 in float64. Threads and neighbours have no say in it.
 template <class T> constexpr int64_t kBandFrom = sizeof(T) == 4 ? 1024 : 768;
 
 // The same by the one way or the other; band_from = 0: as measured.
 template <class T>
 void any_tridiagonal(T* G, int64_t r, int64_t band_from, T* d, T* e, Arena& arena, const Parallel& parallel) {
-    r >= (band_from ? band_from : kBandFrom<T>) ? band_tridiagonal(G, r, d, e, arena, parallel) : tridiagonal(G, r, d, e, arena);
+    if (r >= (band_from ? band_from : kBandFrom<T>)) return band_tridiagonal(G, r, d, e, arena, parallel);
+    tridiagonal(G, r, d, e, arena);
 }
 
 }  // namespace SOSD_ISA

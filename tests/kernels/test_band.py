@@ -47,7 +47,7 @@ def drawn(name, r):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("r", [1, 2, 3, 15, 16, 17, 18, 19, 31, 32, 33, 34, 47, 48, 49, 50, 65, 130, 333])
 def test_eigenvalues(r, dtype):
-    """Sides around multiples of the band and of the padding, one beyond which nothing is left to chase, and large ones."""
+    """Sides around multiples of the band and of the padding, one beyond which there is nothing to chase, large ones."""
     G = gram(r, dtype)
     truth = torch.linalg.eigvalsh(G.double())
     found = eigenvalues(G, TWO_STAGES)
@@ -72,7 +72,9 @@ def test_the_form_follows_from_side_and_dtype():
         assert torch.equal(eigenvalues(G, 0, threads=2), eigenvalues(G, expected))
 
 
-@pytest.mark.parametrize("name", [*(name for name in SPECTRA if name != "zero"), "constant", "signs", "nearly rank one"])
+@pytest.mark.parametrize(
+    "name", [*(name for name in SPECTRA if name != "zero"), "constant", "signs", "nearly rank one"]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bounds_hold(name, dtype):
     r = 200
@@ -105,7 +107,7 @@ def test_what_is_negligible_leaves_no_noise(dtype):
 
 
 def test_a_fault_shows():
-    """One element off by 1e-4 of the largest eigenvalue is beyond what `test_eigenvalues` allows."""
+    """One element off by a thousandth is beyond what `test_eigenvalues` allows."""
     G = gram(130, torch.float32)
     truth = torch.linalg.eigvalsh(G.double())
     G[70, 70] += 1e-3 * G[70, 70]
