@@ -8,8 +8,8 @@ namespace SOSD_ISA {
 
 constexpr int kBand = 16;  // columns beside the diagonal; a multiple of the tile rows. 32: 40 for 20 ms at 2048
 
-// The reflector I - tau v v^T, v = (1, scale x), that takes (alpha, x) to (beta, 0), where |x|^2 = below. The sign comes
-// without a branch, which would be guessed wrongly every second time: 13.6 for 12.6 ms at 2048.
+// The reflector I - tau v v^T, v = (1, scale x), that takes (alpha, x) to (beta, 0), where |x|^2 = below. The sign
+// comes without a branch, which would be guessed wrongly every second time: 13.6 for 12.6 ms at 2048.
 template <class T> struct Elimination {
     T beta, tau, scale;
 };
@@ -22,8 +22,8 @@ template <class T> inline Elimination<T> elimination(T alpha, T below, T negligi
 }
 
 // A symmetric band with room for bulges: column j holds rows j - kBand .. j + 2 kBand - 1, both halves of what a square
-// on the diagonal sees. In double for every G: a chase rounds each element as many times as there are columns. In float32
-// Gaussian matrices erred by four times as much as after one stage, flat ones by 1.2 times their bound.
+// on the diagonal sees. In double for every G: a chase rounds each element as many times as there are columns. In
+// float32 Gaussian matrices erred by four times as much as after one stage, flat ones by 1.2 times their bound.
 struct BandMatrix {
     double* data;
     double* at(int64_t i, int64_t j) const { return data + i + kBand + j * (3 * kBand - 1); }
@@ -33,8 +33,8 @@ struct BandMatrix {
     }
 };
 
-// One step of a sweep of the chase: takes the reflector of the step before from the right to the square below, makes the
-// one that clears that square's first column, and takes it to the square and, from both sides, to the next diagonal one.
+// One step of a sweep of the chase: takes the reflector of the step before from the right to the square below, makes
+// the one that clears that square's first column, takes it to the square and, from both sides, to the next diagonal one.
 // At step 0, where the square is a column, the reflector given is zero.
 inline void chase_step(const BandMatrix& band, int64_t sweep, int64_t step, double negligible, double* reflector,
                        double& tau) {
