@@ -289,7 +289,7 @@ template <class T> void band_tridiagonal(T* G, int64_t r, T* d, T* e, Arena& are
     for (int64_t i = 0; i + 1 < r; ++i) e[i] = T(*band.at(i + 1, i));
 }
 
-// The short side from which two stages do not lose where all threads have a matrix (Xeon, AVX-512): two of 1024 in float32
+// The short side from which two stages do not lose where all threads have one (Xeon, AVX-512): two of 1024 in float32
 // take 25.6 ms for 25.9, alone 16.6 for 20; 12.4 for 13.9 at 768 in float64. Threads and neighbours have no say in it.
 template <class T> constexpr int64_t kBandFrom = sizeof(T) == 4 ? 1024 : 768;
 

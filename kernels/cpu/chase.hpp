@@ -34,7 +34,7 @@ struct BandMatrix {
 };
 
 // One step of a sweep of the chase: takes the reflector of the step before from the right to the square below, makes
-// the one that clears that square's first column, takes it to the square and, from both sides, to the next diagonal one.
+// the one that clears that square's first column, takes it to the square and, from both sides, to the next diagonal.
 // At step 0, where the square is a column, the reflector given is zero.
 inline void chase_step(const BandMatrix& band, int64_t sweep, int64_t step, double negligible, double* reflector,
                        double& tau) {

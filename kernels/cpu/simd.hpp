@@ -121,7 +121,7 @@ template <class T> constexpr T max_of(T a, T b) { return a < b ? b : a; }
 
 }  // namespace SOSD_ISA
 
-// Runs task(context, 0) .. task(context, count - 1), begun in this order and perhaps on several threads: a task may wait,
+// Runs task(context, 0) .. task(context, count - 1), begun in this order and perhaps on several threads: one may wait,
 // by pause, for those before it.
 // helpers tells whether another thread is idle now; a stage may choose larger steps then, never other arithmetic.
 struct Parallel {

@@ -25,7 +25,7 @@ inline void pause() {
     std::this_thread::yield();
 }
 
-// Waits for what another thread does within microseconds, else returns: waking a thread that sleeps takes 5 to 50 us, and
+// Waits for what another thread does within microseconds, else returns: waking a thread takes 5 to 50 us, and
 // the two-stage reduction of a 2048 x 2048 has 500 jobs, tens of microseconds apart.
 template <class F> void spin_until(F done) {
     const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(100);
