@@ -129,9 +129,10 @@ double sd_error(const py::object& S, const std::string& method, int64_t inner, d
 // matrices: B tensors (m, n) of one dtype, any strides, or one (B, m, n): to open tensors takes longer than the spectra of
 // small matrices do. S, bound and previous: (B, min(m, n)) float64, contiguous; sd_error: (B,). S, bound and sd_error are
 // written. methods: what stands for gram32, gram64 and bidiag64; returns it for each matrix, as the method that stood.
+// band_from, for tests: see SvdvalsTask.
 py::tuple svdvals(const py::object& matrices, const std::string& method, const py::object& previous, const py::object& S,
                   const py::object& bound, const py::object& sd_error, const py::tuple& methods, int threads,
-                  const py::object& model) {
+                  const py::object& model, int64_t band_from) {
     const bool automatic = method == "auto";
     const Method asked = automatic ? Method::gram32 : to_method("svdvals", method);
     const ErrorModel constants = to_model(model);
@@ -157,6 +158,7 @@ py::tuple svdvals(const py::object& matrices, const std::string& method, const p
         t.automatic = automatic;
         t.method = asked;
         t.model = &constants;
+        t.band_from = band_from;
         t.S = values.as<double>() + i * r;
         t.bound = bounds.as<double>() + i * r;
         t.previous = before.empty() ? nullptr : before[0].as<double>() + i * r;
@@ -212,7 +214,8 @@ void gram_triangles(const py::sequence& parts, const py::object& scale, const py
 }
 
 // triangles: (B, r (r + 1) / 2), float32 or float64, contiguous. values: (B, r) float64, contiguous, is written.
-void gram_eigenvalues(const py::object& triangles, const py::object& values, int threads) {
+// band_from, for tests: see SvdvalsTask.
+void gram_eigenvalues(const py::object& triangles, const py::object& values, int threads, int64_t band_from) {
     const Tensor given(triangles, "triangles"), to(values, "values");
     const int64_t count = given.dims() ? given.size[0] : 0, r = to.dims() == 2 ? to.size[1] : 0;
     expect_triangles("gram_eigenvalues", given, count, r);
@@ -220,7 +223,7 @@ void gram_eigenvalues(const py::object& triangles, const py::object& values, int
     std::vector<sosd_fast::GramTask> tasks;
     for (int64_t i = 0; i < count; ++i)
         tasks.push_back({given.data + i * given.size[1] * bytes_of(given.dtype), given.dtype, r,
-                         to.as<double>() + i * r});
+                         to.as<double>() + i * r, band_from});
     py::gil_scoped_release release;
     sosd_fast::gram_eigenvalues(tasks.data(), count, threads);
 }
@@ -267,11 +270,13 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "C++ kernels of sosd_fast for CPU tensors; call them through sosd_fast.kernels.";
     m.def("isa", [] { return sosd_fast::kernels().isa; });
     m.def("svdvals", &svdvals, py::arg("matrices"), py::arg("method"), py::arg("previous"), py::arg("S"),
-          py::arg("bound"), py::arg("sd_error"), py::arg("methods"), py::arg("threads"), py::arg("model"));
+          py::arg("bound"), py::arg("sd_error"), py::arg("methods"), py::arg("threads"), py::arg("model"),
+          py::arg("band_from") = 0);
     m.def("sd_error", &sd_error, py::arg("S"), py::arg("method"), py::arg("inner"), py::arg("drift"), py::arg("model"));
     m.def("gram_triangles", &gram_triangles, py::arg("parts"), py::arg("scale"), py::arg("triangles"),
           py::arg("squares"), py::arg("drift"), py::arg("threads"));
-    m.def("gram_eigenvalues", &gram_eigenvalues, py::arg("triangles"), py::arg("values"), py::arg("threads"));
+    m.def("gram_eigenvalues", &gram_eigenvalues, py::arg("triangles"), py::arg("values"), py::arg("threads"),
+          py::arg("band_from") = 0);
     m.def("advance_subspaces", &advance_subspaces, py::arg("matrices"), py::arg("pace"), py::arg("V"), py::arg("P"),
           py::arg("next_V"), py::arg("next_P"), py::arg("squares"), py::arg("residual"), py::arg("threads"));
     m.def("singular_distribution", &any_distribution, py::arg("S"), py::arg("previous"), py::arg("reference"),

@@ -1,10 +1,10 @@
 // Compiled once per instruction set: -DSOSD_ISA=baseline, and on x86-64 avx2 (-march=x86-64-v3) and avx512 (-v4).
 #include "kernels.hpp"
 
+#include "band.hpp"
 #include "bidiagonal.hpp"
 #include "sturm.hpp"
 #include "thin.hpp"
-#include "tridiagonal.hpp"
 
 #define SOSD_STRING_(x) #x
 #define SOSD_STRING(x) SOSD_STRING_(x)
@@ -13,7 +13,7 @@ namespace sosd_fast {
 namespace SOSD_ISA {
 
 template <class T> constexpr Stages<T> stages() {
-    return {any_gram<T>, tridiagonal<T>, sturm<T>, eigenvalues_lanes<T>, kLanes<T>};
+    return {any_gram<T>, any_tridiagonal<T>, sturm<T>, eigenvalues_lanes<T>, kLanes<T>};
 }
 
 extern const Kernels table;

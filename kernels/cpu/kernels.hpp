@@ -8,7 +8,7 @@ namespace sosd_fast {
 
 template <class T> struct Stages {
     GramSums (*gram)(const Source&, T* G, double* squares, Arena&, const Parallel&);
-    void (*tridiagonal)(T* G, int64_t r, T* d, T* e, Arena&);
+    void (*tridiagonal)(T* G, int64_t r, int64_t band_from, T* d, T* e, Arena&, const Parallel&);
     void (*sturm)(const T* d, const T* e, int64_t n, double tolerance, double* values, Arena&, const Parallel&);
     void (*eigenvalues_lanes)(Lane*, int64_t count, double* ascending, Arena&);
     int64_t lanes;  // that take as long as one

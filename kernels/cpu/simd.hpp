@@ -69,6 +69,11 @@ template <class T, int N, int G = Simd<T>::L> struct ReduceLanes {
     static void add(typename Simd<T>::V* acc, T* out) {
         if constexpr (G == 1) {
             constexpr int L = Simd<T>::L;
+            if constexpr (N % L == 0) {
+                typedef T Loose __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+                for (int k = 0; k < N; k += L) *reinterpret_cast<Loose*>(out + k) += acc[k / L];
+                return;
+            }
 #pragma GCC unroll 16
             for (int k = 0; k < N; ++k) out[k] += acc[k / L][k % L];
         } else {
@@ -116,12 +121,14 @@ template <class T> constexpr T max_of(T a, T b) { return a < b ? b : a; }
 
 }  // namespace SOSD_ISA
 
-// Runs task(context, 0) .. task(context, count - 1), in any order and perhaps on several threads.
+// Runs task(context, 0) .. task(context, count - 1), begun in this order and perhaps on several threads: one may wait,
+// by pause, for those before it.
 // helpers tells whether another thread is idle now; a stage may choose larger steps then, never other arithmetic.
 struct Parallel {
     void* self;
     void (*run)(void* self, int64_t count, void (*task)(void*, int64_t), void* context);
     bool (*helpers)(void* self);
+    void (*pause)();
 };
 
 namespace SOSD_ISA {

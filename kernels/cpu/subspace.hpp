@@ -155,7 +155,7 @@ struct Alone {
                       [](void*, int64_t count, void (*task)(void*, int64_t), void* context) {
                           for (int64_t i = 0; i < count; ++i) task(context, i);
                       },
-                      [](void*) { return false; }};
+                      [](void*) { return false; }, [] {}};
 };
 
 // Leading b Ritz pairs: H c = value M c, M and H of order q, rows `stride` apart, both destroyed. rows of C are the

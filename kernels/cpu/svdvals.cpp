@@ -61,12 +61,13 @@ double settle(double* ascending, int64_t r, const GramSums& sums) {
 
 // Eigenvalues of W W^T; returns how far rounding moved them together, relative to their mean.
 template <class T>
-double gram_values(const Stages<T>& stages, const Source& w, double* ascending, Arena& arena, const Parallel& parallel) {
+double gram_values(const Stages<T>& stages, const Source& w, int64_t band_from, double* ascending, Arena& arena,
+                   const Parallel& parallel) {
     const ArenaScope scope(arena);
     const int64_t r = w.r;
     T *G = take<T>(arena, tiles_of(r).size()), *d = take<T>(arena, r), *e = take<T>(arena, r - 1);
     const GramSums sums = stages.gram(w, G, nullptr, arena, parallel);
-    stages.tridiagonal(G, r, d, e, arena);
+    stages.tridiagonal(G, r, band_from, d, e, arena, parallel);
     stages.sturm(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, ascending, arena, parallel);
     return settle(ascending, r, sums);
 }
@@ -184,8 +185,9 @@ void climb(SvdvalsTask& t, const Scaled& from, Arena& arena, const Parallel& par
         if (t.method == Method::bidiag64)
             k.svdvals_bidiagonal(from.w, ascending.data(), arena, parallel);
         else
-            drift = t.method == Method::gram32 ? gram_values(k.f32, from.w, ascending.data(), arena, parallel)
-                                               : gram_values(k.f64, from.w, ascending.data(), arena, parallel);
+            drift = t.method == Method::gram32
+                        ? gram_values(k.f32, from.w, t.band_from, ascending.data(), arena, parallel)
+                        : gram_values(k.f64, from.w, t.band_from, ascending.data(), arena, parallel);
         if (accept(t, from, ascending.data(), drift)) break;
     }
     finish(t, from);
@@ -284,7 +286,7 @@ void solve(const Stages<T>& stages, const GramTask& t, Arena& arena, const Paral
         std::fill_n(t.values, t.r, std::numeric_limits<double>::quiet_NaN());
         return;
     }
-    stages.tridiagonal(G, t.r, d, e, arena);
+    stages.tridiagonal(G, t.r, t.band_from, d, e, arena, parallel);
     stages.sturm(d, e, t.r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, t.values, arena, parallel);
 }
 

@@ -27,6 +27,7 @@ struct SvdvalsTask {
     Method method = Method::gram32;  // out, where automatic: the method that produced S
     const double* previous = nullptr;  // a recent spectrum of W, descending, or null: it tells the method to start with
     const ErrorModel* model = nullptr;
+    int64_t band_from = 0;  // the short side from which Gram matrices are reduced in two stages; 0: as band.hpp has it
     double sd_error = 0;  // out: ||error of S / sum(S)||_2 is at most this; NaN where there is no distribution
     bool finite = true;  // false: W holds NaN or infinity, S and bound are NaN
 };
@@ -57,6 +58,7 @@ struct GramTask {
     DType precision = DType::f32;    // its, or f64
     int64_t r = 0;
     double* values = nullptr;  // out: r eigenvalues, ascending; NaN where G holds NaN or infinity
+    int64_t band_from = 0;  // as above
 };
 
 // Fills the values of every task. The entries must be of ordinary size: G is not scaled.

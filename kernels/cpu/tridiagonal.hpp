@@ -129,9 +129,16 @@ inline T advance(const Tiles& tiles, const T* G, const Panel<T>& panel, int64_t 
     return sum_lanes<T>(squares);
 }
 
-// d[0 .. r), e[0 .. r - 1) <- the tridiagonal matrix similar to G (destroyed).
 // A column whose part below the diagonal has norm < eps / 1000 times G's largest diagonal element counts as zero: its
-// squares could underflow, and the reflector would not be orthogonal.
+// squares could underflow, and the reflector would not be orthogonal. Returns the square of that norm.
+template <class T> inline T negligible_squares(const Tiles& tiles, const T* G, int64_t r) {
+    constexpr T eps = sizeof(T) == 4 ? T(0x1p-24) : T(0x1p-53);
+    T largest = 0;
+    for (int64_t i = 0; i < r; ++i) largest = max_of(largest, G[tiles.at(i, i)]);
+    return (eps * T(1e-3) * largest) * (eps * T(1e-3) * largest);
+}
+
+// d[0 .. r), e[0 .. r - 1) <- the tridiagonal matrix similar to G (destroyed).
 template <class T> void tridiagonal(T* G, int64_t r, T* d, T* e, Arena& arena) {
     const ArenaScope scope(arena);
     using S = Simd<T>;
@@ -144,10 +151,7 @@ template <class T> void tridiagonal(T* G, int64_t r, T* d, T* e, Arena& arena) {
     constexpr int64_t finished = 2 * (kReflectors - 1);  // columns of the panel, at most, when another one is formed
     T *sums = take<T>(arena, finished * S::L), *t = take<T>(arena, finished);
     T *s = take<T>(arena, finished), *row = take<T>(arena, finished);
-    constexpr T eps = sizeof(T) == 4 ? T(0x1p-24) : T(0x1p-53);
-    T largest = 0;
-    for (int64_t i = 0; i < r; ++i) largest = max_of(largest, G[tiles.at(i, i)]);
-    const T negligible = (eps * T(1e-3) * largest) * (eps * T(1e-3) * largest);
+    const T negligible = negligible_squares(tiles, G, r);
 
     for (int64_t k = 0; k < r; k += kReflectors) {
         const int64_t width = min_of<int64_t>(kReflectors, r - k);

@@ -129,6 +129,17 @@ static void check() {
         solve(one, automatic, 1), solve(two, automatic, 4);
         CHECK(one[0].S == two[0].S);
     }
+    for (Method p : {Method::gram32, Method::gram64})  // reduced in two stages, on any number of threads
+        for (int64_t r : {17, 63, 129, 333}) {
+            std::vector<Case> direct;
+            direct.push_back(make(r, r + 40, DType::f32, false, 1, unsigned(r)));
+            std::vector<Case> banded = direct, shared = direct;
+            banded[0].task.band_from = shared[0].task.band_from = 1;
+            solve(direct, Method::bidiag64, 1), solve(banded, p, 1), solve(shared, p, 3);
+            CHECK(banded[0].S == shared[0].S);
+            for (int64_t k = 0; k < r; ++k)
+                CHECK(std::fabs(banded[0].S[k] - direct[0].S[k]) <= banded[0].bound[k] + direct[0].bound[k]);
+        }
     {   // an earlier spectrum, right or absurd, changes at most the precision
         std::vector<Case> cold, warm, absurd;
         cold.push_back(make(90, 200, DType::f32, false, 1, 7)), warm = absurd = cold;
@@ -203,6 +214,8 @@ static void one_of_everything() {
             std::vector<Case> one;
             one.push_back(make(m, n, DType::f32, false, 1, 5));
             solve(one, p, 1);
+            one[0].task.band_from = 1;
+            if (m > 60) solve(one, p, 1);
         }
     }
     Case c = make(130, 67, DType::f32, false, 1, 3);
@@ -269,6 +282,8 @@ static void fuzz(int calls, unsigned seed) {
             cases.push_back(make(wide ? r : K, wide ? K : r, DType(below(4)), below(2), below(8) ? 1 : 1 + below(3), random()));
             degrade(cases.back(), unsigned(below(8)), random());
         }
+        if (below(2))
+            for (Case& c : cases) c.task.band_from = 1;
         const int method = below(4);
         const std::optional<Method> asked = method == 3 ? automatic : std::optional(Method(method));
         const int64_t short_side = 1 + below(32), long_side = short_side + below(2) * below(40);
@@ -299,7 +314,7 @@ static void fuzz(int calls, unsigned seed) {
             const SvdvalsTask& t = blocks.back().task;
             sums.push_back({blocks.back().data.data(), t.dtype, r, t.n, t.row_stride, t.col_stride, 1, precision,
                             triangles.data() + i * size, diagonal.data() + i * r, 0});
-            grams.push_back({sums.back().triangle, precision, r, eigenvalues.data() + i * r});
+            grams.push_back({sums.back().triangle, precision, r, eigenvalues.data() + i * r, below(2)});
         }
         gram_triangles(sums.data(), parts, 1 + below(3));
         gram_eigenvalues(grams.data(), parts, 1 + below(3));
