@@ -252,7 +252,9 @@ def _normalised(X: Tensor, eps: float, out_dtype: torch.dtype) -> Tensor:
 
 
 def _norm(X: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns |X|_F, (..., 1, 1): of its rows first, which takes a CPU half the time of `matrix_norm`."""
+    """Returns |X|_F, (..., 1, 1). On a CPU of its rows first, which takes half the time of `matrix_norm`."""
+    if X.device.type != "cpu":
+        return torch.linalg.matrix_norm(X, keepdim=True, dtype=dtype)  # one launch
     rows = torch.linalg.vector_norm(X, dim=-1, keepdim=True, dtype=dtype)
     return torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
 

@@ -163,9 +163,8 @@ def is_finished(run_dir: Path, flags: list[str]) -> bool:
     """Whether this folder holds exactly this run, to its end."""
     mark = run_dir / "finished.json"
     kept = json.loads(mark.read_text()) if mark.exists() else None
-    return isinstance(kept, dict) and kept["flags"] == portable(
-        flags, run_dir.parent
-    )  # a list was written before commits were kept
+    # a list was written before commits were kept
+    return isinstance(kept, dict) and kept["flags"] == portable(flags, run_dir.parent)
 
 
 def train_all(todo: dict[Path, list[str]], steps: int, jobs: int, console: Console) -> list[str]:

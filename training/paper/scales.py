@@ -39,7 +39,8 @@ SCALES = {
         ("--device=cpu",),
     ),
     # Chosen by search (README.md, "How the scale laptop was chosen"). 8 million subwords in each of 15 runs; a step
-    # takes a core 0.82 s (GPT-2), 0.95 s (LLaMA), 0.88 s (Muon) beside the probe: 2 hours of 2 cores.
+    # takes a core 0.82 s (GPT-2), 0.95 s (LLaMA), 0.88 s (Muon) beside the probe: by that
+    # 2 hours of 2 cores.
     "laptop": Scale(
         ("--model=gpt2-nano", "--width=128", "--context=128", "--batch-size=64"),
         ("--model=llama-nano", "--width=128", "--context=128", "--batch-size=64"),
