@@ -73,7 +73,6 @@ void multiply_part(const Tiles& tiles, const T* G, int64_t begin, int64_t end, c
                     for (int64_t I = max_of(I0, C + 1); I < I1; ++I) {
                         const T* g = G + tiles.tile(I, 2 * C);
                         const int64_t next = tiles.tile(I, 2 * C + 1) - tiles.tile(I, 2 * C);
-                        (void)next;
                         if constexpr (kStrip<T> <= kTileCols) {
                             add_product<T>(sums, g + q / kTileCols * next + q % kTileCols * kTileRows, kTileRows, 1,
                                            V + I * kSquare * kBand, kSquare);
