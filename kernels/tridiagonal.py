@@ -65,9 +65,7 @@ if triton is not None:
     def _tridiagonal_kernel(
         A_ptr,  # (B, r, r) contiguous; the upper triangle is read, and all is overwritten
         out_ptr,  # (B, 3, r): d, e, tau
-        panel_ptr,  # (B, 2 PANEL, pitch): V_0 W_0 V_1 W_1 ...
-        y_ptr,  # (B, 2, programs + 1, pitch): parts of A v, of this event and the last
-        own_ptr,  # (B, programs, WARPS, pitch): of a program alone
+        rows_ptr,  # (B, 2 PANEL + 2 (programs + 1) + (WARPS + 1) programs, pitch), as follows
         t_ptr,  # (B, 2, 2, 2 PANEL): W_0^T v, V_0^T v, W_1^T v ..., and parts of v^T A v
         counter_ptr,  # (B, 32) zeros
         r,  # a multiple of ALIGNED
@@ -88,9 +86,8 @@ if triton is not None:
         WIDTH: tl.constexpr = WARPS * COLUMNS
         A_ptr += matrix * r * r
         out_ptr += matrix * 3 * r
-        panel_ptr += matrix * 2 * PANEL * pitch
-        y_ptr += matrix * 2 * (programs + 1) * pitch
-        own_ptr += (matrix * programs + program) * WARPS * pitch
+        parts = programs + 1
+        panel_ptr = rows_ptr + matrix * (2 * PANEL + 2 * parts + (WARPS + 1) * programs) * pitch  # V_0 W_0 V_1 W_1 ...
         t_ptr += matrix * 2 * (1 + WARPS) * 2 * PANEL
         counter_ptr += matrix * 32
         lanes = tl.arange(0, WIDTH)
@@ -124,8 +121,11 @@ if triton is not None:
             finished = tl.where(updates, PANEL, step - 1)  # reflectors in the panel, the last one still without its w
             q = tl.maximum(finished - 1, 0)
             start = j // ALIGNED * ALIGNED
-            y_now = y_ptr + (event % 2) * (programs + 1) * pitch
-            y_last = y_ptr + ((event + 1) % 2) * (programs + 1) * pitch
+            # parts of A v, of this event and the last, and rows of this program alone
+            y_now = panel_ptr + (2 * PANEL + (event % 2) * parts) * pitch
+            y_last = panel_ptr + (2 * PANEL + (event + 1) % 2 * parts) * pitch
+            own_ptr = panel_ptr + (2 * PANEL + 2 * parts + (WARPS + 1) * program) * pitch
+            head_ptr = own_ptr + WARPS * pitch
             t_now = t_ptr + (event % 2) * (1 + WARPS) * 2 * PANEL
             t_last = t_ptr + ((event + 1) % 2) * (1 + WARPS) * 2 * PANEL
 
@@ -147,6 +147,8 @@ if triton is not None:
                 half_dot, w_j = tl.split(tl.sum(tl.join(dots, y_j - row * t), axis=0))
                 half_dot *= tau
                 w_j = tau * (w_j - half_dot)
+                tl.store(head_ptr + (both ^ 1), row)
+                tl.debug_barrier()
 
             # one pass over the panel: w, and column j of the updated matrix into `own`, but not while others update it
             squares = tl.zeros([WIDTH], dtype)
@@ -159,11 +161,10 @@ if triton is not None:
                 if finished > 0:
                     v = tl.load(panel_ptr + 2 * q * pitch + i, mask=inside, other=0.0)
                     w = tl.zeros([WIDTH], dtype)
-                    for part in range(0, programs + 1, ROWS):
-                        parts = part + strip
+                    for part in range(0, parts, ROWS):
                         tile = tl.load(
                             y_last + part * pitch + (strip[:, None] * pitch + i[None, :]),
-                            mask=(parts <= programs)[:, None] & inside[None, :],
+                            mask=(part + strip < parts)[:, None] & inside[None, :],
                             other=0.0,
                         )
                         w += tl.sum(tile, axis=0)
@@ -176,7 +177,7 @@ if triton is not None:
                             other=0.0,
                         )
                         t = tl.load(t_last + m)  # of what is no reflector yet, a number that meets zeros
-                        row = tl.load(panel_ptr + (m ^ 1) * pitch + j, mask=earlier, other=0.0)
+                        row = tl.load(head_ptr + m)
                         w -= tl.sum(tile * t[:, None], axis=0)
                         a -= tl.sum(tile * row[:, None], axis=0)
                     w = tl.where(i >= j, tau * (w - half_dot * v), 0.0)
@@ -323,9 +324,7 @@ def _launch(A: Tensor, columns: int, programs: int | None) -> tuple[Tensor, Tens
     arguments = {
         "A_ptr": A,
         "out_ptr": out,
-        "panel_ptr": A.new_empty(B, 2 * PANEL, pitch),
-        "y_ptr": A.new_empty(B, 2, programs + 1, pitch),
-        "own_ptr": A.new_empty(B, programs, 4, pitch),
+        "rows_ptr": A.new_empty(B, 2 * PANEL + 2 * (programs + 1) + 5 * programs, pitch),
         "t_ptr": A.new_zeros(B, 2, 5, 2 * PANEL),
         "counter_ptr": torch.zeros(B, 32, dtype=torch.int32, device=A.device),
         "r": r,
