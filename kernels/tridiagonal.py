@@ -36,6 +36,8 @@ CONFIGS = {
 # programs that fit on a multiprocessor, by its 65536 registers
 PER_SM = {dtype: 65536 // (32 * config["num_warps"] * config["maxnreg"]) for dtype, config in CONFIGS.items()}
 
+MOST = 2 * PANEL - 1  # programs to a matrix: what they give is added up by vectors of 2 PANEL
+
 if triton is not None:
 
     @triton.jit
@@ -97,17 +99,13 @@ if triton is not None:
         columns = tl.arange(0, COLUMNS)
         both = tl.arange(0, 2 * PANEL)
 
-        # left of the diagonal there are zeros, and it is halved: then y = A v + A^T v
+        # zeros left of the diagonal, and half of it: then y = A v + A^T v. The first column is read at once, as it is
         if first_event == 1:
             for s in range(program, r // ALIGNED, programs):
                 k = s * ALIGNED + tl.arange(0, ALIGNED)
-                diagonal_ptr = A_ptr + k * (r + 1)
-                tl.store(diagonal_ptr, 0.5 * tl.load(diagonal_ptr))
-                tl.store(
-                    A_ptr + k[:, None] * r + k[None, :],
-                    tl.zeros([ALIGNED, ALIGNED], dtype),
-                    mask=k[None, :] < k[:, None],
-                )
+                tile_ptr = A_ptr + k[:, None] * r + k[None, :]
+                diagonal = tl.load(tile_ptr, mask=k[None, :] == k[:, None], other=0.0)
+                tl.store(tile_ptr, 0.5 * diagonal, mask=(k[None, :] <= k[:, None]) & (k[:, None] > 0))
 
         # Masks end at multiples of 16, so that accesses stay 16 bytes wide; what lies left of column j is selected
         # away. An event is a column, or the update before the first column of a panel.
@@ -157,7 +155,7 @@ if triton is not None:
                 i = i0 + lanes
                 inside = i < r
                 a = tl.load(A_ptr + j * r + i, mask=inside & (step > 0), other=0.0)
-                a = tl.where(i == j, 2.0 * a, a)
+                a = tl.where((i == j) & (j > 0), 2.0 * a, a)
                 if finished > 0:
                     v = tl.load(panel_ptr + 2 * q * pitch + i, mask=inside, other=0.0)
                     w = tl.zeros([WIDTH], dtype)
@@ -319,6 +317,7 @@ def _launch(A: Tensor, columns: int, programs: int | None) -> tuple[Tensor, Tens
     B, r, _ = A.shape
     if programs is None:
         programs = _programs(B, r, A.dtype, A.device) if A.is_cuda else 1
+    programs = min(programs, MOST)
     pitch = triton.cdiv(r, 32) * 32
     out = A.new_empty(B, 3, r)
     arguments = {
@@ -391,9 +390,9 @@ def _programs(B: int, r: int, dtype: torch.dtype, device: torch.device) -> int:
         together //= 2
     else:
         together *= PER_SM[dtype]
-    # A column of n entries costs each of p programs 4.2 n^2 / 2 p instructions for its strips, and 8 p n to add up what
-    # all gave (by count, on sm_90), the least where p^2 is n / 4; n = 3/4 r stands for all columns.
-    return max(1, min(together // B, math.isqrt(3 * r // 16)))
+    # A column of n entries costs each of p programs 3.6 n^2 / 2 p instructions for its strips, and 3.1 p n to add up what
+    # all gave (by count, on sm_90), the least where p^2 is 0.58 n; n = 3/4 r stands for all columns.
+    return max(1, min(together // B, math.isqrt(7 * r // 16), r // ALIGNED, MOST))
 
 
 def tridiagonal_ref(A: Tensor) -> tuple[Tensor, Tensor]:
