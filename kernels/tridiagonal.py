@@ -195,8 +195,6 @@ if triton is not None:
                         inside = i[None, :] < r
                         tile_ptr = A_ptr + (k[:, None] * r + i[None, :])
                         tile = -tl.load(tile_ptr, mask=inside)  # or each product would be negated
-                        on = i[None, :] == k[:, None]
-                        tile = tl.where(on, 2.0 * tile, tile)
                         for m in range(0, 2 * PANEL, 2):
                             v_k = tl.load(panel_ptr + m * pitch + k)
                             w_k = tl.load(panel_ptr + (m + 1) * pitch + k)
@@ -204,7 +202,8 @@ if triton is not None:
                             w_i = tl.load(panel_ptr + (m + 1) * pitch + i, mask=i < r)
                             tile += v_k[:, None] * w_i[None, :]
                             tile += w_k[:, None] * v_i[None, :]
-                        tile = tl.where(on, 0.5 * tile, tile)
+                        before = tl.load(tile_ptr, mask=inside)
+                        tile = tl.where(i[None, :] == k[:, None], 0.5 * (tile - before), tile)  # it was half
                         tl.store(tile_ptr, tl.where(i[None, :] >= k[:, None], -tile, 0.0), mask=inside)
             else:
                 square, alpha = tl.split(tl.sum(tl.join(squares, subhead), axis=0))
@@ -222,7 +221,8 @@ if triton is not None:
                     i = i0 + lanes
                     inside = i < r
                     a = tl.load(own_ptr + i, mask=inside, other=0.0)  # this thread's own
-                    tl.store(out_ptr + i, a, mask=(i == j) & (program == 0))
+                    if program == 0:
+                        tl.store(out_ptr + i, a, mask=i == j)
                     v = tl.where(i > j + 1, a * inverse, tl.where(i == j + 1, 1.0, 0.0)).to(dtype)
                     tl.store(v_ptr + i, v, mask=inside)
                     for warp in tl.static_range(WARPS):
