@@ -7,7 +7,6 @@ import re
 import subprocess
 import tempfile
 import textwrap
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,7 +183,9 @@ def written(code: Code) -> tuple[ast.For, dict[ast.For, list[Loop]]]:
     """A kernel's loop over events, and the compiled loops of each loop in its source; if unrolled it has several."""
     source, first = inspect.getsourcelines(code.launch.kernel.fn)
     statements = [x for x in ast.walk(ast.parse(textwrap.dedent("".join(source)))) if isinstance(x, ast.For)]
-    around = {y: x for x in statements for y in ast.walk(x) if isinstance(y, ast.For) and y is not x}  # the nearest last
+    around = {
+        y: x for x in statements for y in ast.walk(x) if isinstance(y, ast.For) and y is not x
+    }  # the nearest last
     found: dict[ast.For, list[Loop]] = {}
 
     def put(loop: Loop) -> ast.For | None:

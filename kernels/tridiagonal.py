@@ -269,9 +269,7 @@ if triton is not None:
                     tl.debug_barrier()
                     i = i0 + lanes
                     inside = i < r
-                    mine = tl.load(
-                        own_ptr + warps[:, None] * pitch + i[None, :], mask=inside[None, :], other=0.0
-                    )
+                    mine = tl.load(own_ptr + warps[:, None] * pitch + i[None, :], mask=inside[None, :], other=0.0)
                     tl.store(y_now + (program + 1) * pitch + i, tl.sum(mine, axis=0), mask=inside)
 
 
@@ -390,8 +388,8 @@ def _programs(B: int, r: int, dtype: torch.dtype, device: torch.device) -> int:
         together //= 2
     else:
         together *= PER_SM[dtype]
-    # A column of n entries costs each of p programs 3.6 n^2 / 2 p instructions for its strips, and 3.1 p n to add up what
-    # all gave (by count, on sm_90), the least where p^2 is 0.58 n; n = 3/4 r stands for all columns.
+    # A column of n entries costs each of p programs 3.6 n^2 / 2 p instructions for its strips, and 3.1 p n to add up
+    # what all gave (by count, on sm_90), the least where p^2 is 0.58 n; n = 3/4 r stands for all columns.
     return max(1, min(together // B, math.isqrt(7 * r // 16), r // ALIGNED, MOST))
 
 

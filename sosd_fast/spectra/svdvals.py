@@ -270,7 +270,7 @@ def _grams(matrices: Sequence[Tensor], at: list[int], method: Method) -> list[_P
 
 
 def _reduced(matrices: Sequence[Tensor], parts: list[_Part], method: Method) -> dict[int, tuple[Tensor, ...]]:
-    """The rows of the `Spectra` of some of the matrices, by their index, from one reduction: two take nearly twice it."""
+    """The rows of the `Spectra` of some of the matrices, by index, from one reduction: two take nearly twice it."""
     values = gram_eigenvalues(torch.cat([part.G for part in parts]) if len(parts) > 1 else parts[0].G)
     backend, dtype = backend_of("tridiagonal", values), method.dtype(matrices[parts[0].at[0]].dtype)
     rows: dict[int, tuple[Tensor, ...]] = {}
