@@ -5,9 +5,10 @@ v = (a - beta e_1) / (a_1 - beta), tau = (beta - a_1) / beta. Then, with y = A v
 p = y - V (W^T v) - W (V^T v) and w = tau (p - 1/2 tau (p^T v) v). After the panel A <- A - V W^T - W V^T.
 
 Reading A costs most: r^3 / 6 elements, of one triangle, with zeros left of the diagonal as far as tiles reach, so that
-no product selects (selecting took 128 of a tile's 253 instructions on sm_90; 135 are left). Several programs share a
-matrix where there are few matrices. Everything but y, V^T v, W^T v and the trailing update is computed by each of them
-alike, bit for bit, so that they need to wait for one another once a column only.
+no product selects (117 instructions a tile are left of 253 on sm_90), and half of the diagonal. A warp has rows of its
+own, whose sums need no other warp, and sums of columns of its own. Several programs share a matrix where there are few
+matrices. Everything but y, v^T y, V^T v, W^T v and the trailing update is computed by each of them alike, bit for bit,
+so that they need to wait for one another once a column only.
 
 Source: Dongarra, Hammarling & Sorensen (1989); LAPACK sytrd and latrd.
 """
@@ -27,15 +28,14 @@ from sosd_fast.kernels import Backend, tl, triton
 
 PANEL = 16
 ALIGNED = 32  # elements: passes over rows begin at a multiple, and matrices are padded to one; rows of a strip
-# Shipped configurations: tiles of ROWS x COLUMNS with four of a row (two in float64) to a thread, so that sums over
-# rows stay inside a thread. One more program to a multiprocessor, with fewer registers each, spills (sm_80).
+# Shipped configurations: tiles of ROWS x COLUMNS a warp with four of a row (two in float64) to a thread, so that
+# sums over rows stay inside a thread. One more program to a multiprocessor, with fewer registers each, spills (sm_80).
 CONFIGS = {
     torch.float32: {"ROWS": 8, "WARPS": 4, "COLUMNS": 128, "num_warps": 4, "maxnreg": 128},
     torch.float64: {"ROWS": 8, "WARPS": 4, "COLUMNS": 64, "num_warps": 4, "maxnreg": 168},
 }
 # programs that fit on a multiprocessor, by its 65536 registers
 PER_SM = {dtype: 65536 // (32 * config["num_warps"] * config["maxnreg"]) for dtype, config in CONFIGS.items()}
-
 MOST = 2 * PANEL - 1  # programs to a matrix: what they give is added up by vectors of 2 PANEL
 
 if triton is not None:
@@ -68,7 +68,7 @@ if triton is not None:
         A_ptr,  # (B, r, r) contiguous; the upper triangle is read, and all is overwritten
         out_ptr,  # (B, 3, r): d, e, tau
         rows_ptr,  # (B, 2 PANEL + 2 (programs + 1) + (WARPS + 1) programs, pitch), as follows
-        t_ptr,  # (B, 2, 2, 2 PANEL): W_0^T v, V_0^T v, W_1^T v ..., and parts of v^T A v
+        t_ptr,  # (B, 2, 1 + WARPS, 2 PANEL): W_0^T v, V_0^T v, W_1^T v ..., and parts of 1/2 v^T A v
         counter_ptr,  # (B, 32) zeros
         r,  # a multiple of ALIGNED
         pitch,
@@ -127,7 +127,7 @@ if triton is not None:
             t_now = t_ptr + (event % 2) * (1 + WARPS) * 2 * PANEL
             t_last = t_ptr + ((event + 1) % 2) * (1 + WARPS) * 2 * PANEL
 
-            # the last reflector's w, from y = A v
+            # the last reflector's w, from y = A v; V goes with W's coefficients, and W with V's
             tau = tl.zeros([], dtype)
             half_dot = tl.zeros([], dtype)  # 1/2 tau p^T v
             w_j = tl.zeros([], dtype)
@@ -136,7 +136,6 @@ if triton is not None:
                 earlier = both < 2 * q
                 t = tl.load(t_last + both, mask=earlier, other=0.0)
                 other = tl.load(t_last + (both ^ 1), mask=earlier, other=0.0)
-                # V goes with W's coefficients, and W with V's
                 row = tl.load(panel_ptr + both * pitch + j, mask=earlier, other=0.0)
                 dots = -0.5 * t * other
                 for warp in tl.static_range(WARPS):
@@ -159,25 +158,17 @@ if triton is not None:
                 if finished > 0:
                     v = tl.load(panel_ptr + 2 * q * pitch + i, mask=inside, other=0.0)
                     w = tl.zeros([WIDTH], dtype)
+                    tile_at = strip[:, None] * pitch + i[None, :]
                     for part in range(0, parts, ROWS):
-                        tile = tl.load(
-                            y_last + part * pitch + (strip[:, None] * pitch + i[None, :]),
-                            mask=(part + strip < parts)[:, None] & inside[None, :],
-                            other=0.0,
-                        )
-                        w += tl.sum(tile, axis=0)
+                        some = (part + strip < parts)[:, None] & inside[None, :]
+                        w += tl.sum(tl.load(y_last + part * pitch + tile_at, mask=some, other=0.0), axis=0)
                     for m0 in range(0, 2 * q, ROWS):
                         m = m0 + strip
-                        earlier = m < 2 * q
-                        tile = tl.load(
-                            panel_ptr + m0 * pitch + (strip[:, None] * pitch + i[None, :]),
-                            mask=earlier[:, None] & inside[None, :],
-                            other=0.0,
-                        )
-                        t = tl.load(t_last + m)  # of what is no reflector yet, a number that meets zeros
-                        row = tl.load(head_ptr + m)
-                        w -= tl.sum(tile * t[:, None], axis=0)
-                        a -= tl.sum(tile * row[:, None], axis=0)
+                        some = (m < 2 * q)[:, None] & inside[None, :]
+                        tile = tl.load(panel_ptr + m0 * pitch + tile_at, mask=some, other=0.0)
+                        # where there is no reflector yet, numbers that meet zeros
+                        w -= tl.sum(tile * tl.load(t_last + m)[:, None], axis=0)
+                        a -= tl.sum(tile * tl.load(head_ptr + m)[:, None], axis=0)
                     w = tl.where(i >= j, tau * (w - half_dot * v), 0.0)
                     tl.store(panel_ptr + (2 * q + 1) * pitch + i, w, mask=inside)
                     a -= v * w_j + w  # v_j is 1
@@ -202,14 +193,13 @@ if triton is not None:
                             w_i = tl.load(panel_ptr + (m + 1) * pitch + i, mask=i < r)
                             tile += v_k[:, None] * w_i[None, :]
                             tile += w_k[:, None] * v_i[None, :]
-                        before = tl.load(tile_ptr, mask=inside)
-                        tile = tl.where(i[None, :] == k[:, None], 0.5 * (tile - before), tile)  # it was half
+                        # the diagonal was and is half: doubling it before the loop cost sm_100 57 instructions
+                        tile = tl.where(i[None, :] == k[:, None], 0.5 * (tile - tl.load(tile_ptr, mask=inside)), tile)
                         tl.store(tile_ptr, tl.where(i[None, :] >= k[:, None], -tile, 0.0), mask=inside)
             else:
                 square, alpha = tl.split(tl.sum(tl.join(squares, subhead), axis=0))
                 live = square != 0  # also NaN, to be passed on
-                norm = _sqrt(alpha * alpha + square)
-                beta = tl.where(live, tl.where(alpha > 0, -norm, norm), alpha)
+                beta = tl.where(live, tl.where(alpha > 0, -1.0, 1.0) * _sqrt(alpha * alpha + square), alpha)
                 divisor = tl.where(live, alpha - beta, 1.0)
                 inverse = tl.where(live, _divide(1.0, divisor), 0.0)
                 tau = tl.where(live, _divide(-divisor, tl.where(live, beta, 1.0)), 0.0)
@@ -252,15 +242,13 @@ if triton is not None:
                     # from the same column, up to whole tiles, for all strips: a thread adds to what it stored itself
                     for i0 in range(start + (s * ALIGNED - start) // COLUMNS * COLUMNS, r, COLUMNS):
                         i = i0 + columns
-                        inside = (i < r) & (i >= s * ALIGNED)
-                        tile = tl.load(
-                            A_ptr + k[:, :, None] * r + i[None, None, :], mask=inside[None, None, :], other=0.0
-                        )
-                        v = tl.load(v_ptr + i[None, :] + 0 * warps[:, None], mask=inside[None, :], other=0.0)
+                        inside = ((i < r) & (i >= s * ALIGNED))[None, :]
+                        tile = tl.load(A_ptr + k[:, :, None] * r + i[None, None, :], mask=inside[None, :, :], other=0.0)
+                        v = tl.load(v_ptr + i[None, :] + 0 * warps[:, None], mask=inside, other=0.0)
                         mine_ptr = own_ptr + warps[:, None] * pitch + i[None, :]
-                        old = tl.load(mine_ptr, mask=inside[None, :], other=0.0)
+                        old = tl.load(mine_ptr, mask=inside, other=0.0)
                         sums += tile * v[:, None, :]
-                        tl.store(mine_ptr, old + tl.sum(tile * v_rows[:, :, None], axis=1), mask=inside[None, :])
+                        tl.store(mine_ptr, old + tl.sum(tile * v_rows[:, :, None], axis=1), mask=inside)
                     y_rows = tl.sum(sums, axis=2)
                     dots += tl.sum(v_rows * y_rows, axis=1)
                     tl.store(y_now + k, y_rows)
@@ -278,7 +266,7 @@ def tridiagonal(A: Tensor, *, overwrite: bool = False, programs: int | None = No
 
     Args:
         A: (..., r, r), float32 or float64, symmetric: one triangle is read. Not modified, unless `overwrite`.
-        overwrite: A may be used as workspace, which saves a copy if it is contiguous and r a multiple of 16.
+        overwrite: A may be used as workspace, which saves a copy if it is contiguous and r a multiple of 32.
         programs: to share a matrix, on a GPU; None takes as many as fit.
 
     Returns:
@@ -316,13 +304,13 @@ def _launch(A: Tensor, columns: int, programs: int | None) -> tuple[Tensor, Tens
     if programs is None:
         programs = _programs(B, r, A.dtype, A.device) if A.is_cuda else 1
     programs = min(programs, MOST)
-    pitch = triton.cdiv(r, 32) * 32
+    warps, pitch = CONFIGS[A.dtype]["WARPS"], r
     out = A.new_empty(B, 3, r)
     arguments = {
         "A_ptr": A,
         "out_ptr": out,
-        "rows_ptr": A.new_empty(B, 2 * PANEL + 2 * (programs + 1) + 5 * programs, pitch),
-        "t_ptr": A.new_zeros(B, 2, 5, 2 * PANEL),
+        "rows_ptr": A.new_empty(B, 2 * PANEL + 2 * (programs + 1) + (warps + 1) * programs, pitch),
+        "t_ptr": A.new_zeros(B, 2, 1 + warps, 2 * PANEL),
         "counter_ptr": torch.zeros(B, 32, dtype=torch.int32, device=A.device),
         "r": r,
         "pitch": pitch,
