@@ -4,11 +4,10 @@ Column j of a panel is updated by the panel's finished reflectors, a = A_j - V W
 v = (a - beta e_1) / (a_1 - beta), tau = (beta - a_1) / beta. Then, with y = A v and the unmodified trailing A,
 p = y - V (W^T v) - W (V^T v) and w = tau (p - 1/2 tau (p^T v) v). After the panel A <- A - V W^T - W V^T.
 
-Reading A costs most: r^3 / 6 elements, of one triangle, with zeros left of the diagonal as far as tiles reach, so that
-no product selects (117 instructions a tile are left of 253 on sm_90), and half of the diagonal. A warp has rows of its
-own, whose sums need no other warp, and sums of columns of its own. Several programs share a matrix where there are few
-matrices. Everything but y, v^T y, V^T v, W^T v and the trailing update is computed by each of them alike, bit for bit,
-so that they need to wait for one another once a column only.
+Reading A costs most: r^3 / 6 elements, of one triangle, with zeros left of the diagonal as far as tiles reach and half
+of the diagonal, so that no product selects. A warp has rows of its own, whose sums need no other warp. Several programs
+share a matrix where there are few. Everything but y, v^T y, V^T v, W^T v and the trailing update is computed by each of
+them alike, bit for bit, so that they need to wait for one another once a column only.
 
 Source: Dongarra, Hammarling & Sorensen (1989); LAPACK sytrd and latrd.
 """
