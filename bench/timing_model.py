@@ -1,9 +1,12 @@
 """What compiled code lets expect of its time: its loops, run by one warp in a model of a multiprocessor."""
 
+import ast
+import inspect
 import math
 import re
 import subprocess
 import tempfile
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +88,18 @@ def instructions(cubin: bytes) -> list[Instruction]:
     return found
 
 
+def lines(cubin: bytes, launch: Launch) -> dict[int, int]:
+    """The line of a kernel's source file that each instruction was compiled from, by its address."""
+    found, line = {}, 0
+    name = Path(inspect.getsourcefile(launch.kernel.fn) or "").name
+    for row in disassembled(cubin, "-g", "-c", tool="nvdisasm").splitlines():
+        if place := re.search(r'//## File "([^"]*)", line (\d+)', row):
+            line = int(place[2]) if Path(place[1]).name == name else line
+        elif at := re.search(r"/\*([0-9a-f]{4,})\*/", row):
+            found[int(at[1], 16)] = line
+    return found
+
+
 def timed(code: list[Instruction], load: int) -> float:
     """Cycles until one warp has issued instructions, one after the other, as their control bits say."""
     now, ready = 0.0, [0.0] * 8
@@ -127,6 +142,7 @@ class Code:
     launch: Launch
     root: Loop
     together: int
+    lines: dict[int, int] = field(default_factory=dict)  # of the source, by addresses
     known: dict[tuple[int, int], float] = field(default_factory=dict)
 
     @property
@@ -160,37 +176,78 @@ def code_of(launch: Launch) -> Code:
     fit = min(65536 // (math.ceil(registers / 8) * 8 * threads), 2048 // threads, 32)
     fit = min(fit, 232448 // max(binary.metadata.shared + 1024, 1))
     together = max(1, min(fit, math.ceil(math.prod(launch.grid) / MULTIPROCESSORS)))
-    return Code(launch, loops(instructions(cubin)), together)
+    return Code(launch, loops(instructions(cubin)), together, lines(cubin, launch))
+
+
+def written(code: Code) -> tuple[ast.For, dict[ast.For, list[Loop]]]:
+    """A kernel's loop over events, and the compiled loops of each loop in its source; if unrolled it has several."""
+    source, first = inspect.getsourcelines(code.launch.kernel.fn)
+    statements = [x for x in ast.walk(ast.parse(textwrap.dedent("".join(source)))) if isinstance(x, ast.For)]
+    around = {
+        y: x for x in statements for y in ast.walk(x) if isinstance(y, ast.For) and y is not x
+    }  # the nearest last
+    found: dict[ast.For, list[Loop]] = {}
+
+    def put(loop: Loop) -> ast.For | None:
+        inside = [put(x) for x in loop.inside]
+        if inner := next(filter(None, inside), None):
+            statement = around[inner]
+        else:
+            lines = [code.lines.get(i.address, 0) - first + 1 for i in loop.own]
+            held = {x: sum(x.lineno <= line <= (x.end_lineno or 0) for line in lines) for x in statements}
+            most = max(held.values())
+            if most < len(lines) / 2:
+                return None  # a wait: of another function
+            statement = max((x for x in statements if held[x] >= 0.6 * most), key=lambda x: x.lineno)
+        found.setdefault(statement, []).append(loop)
+        return statement
+
+    for loop in code.root.inside:
+        put(loop)
+    return next(x for x in statements if ast.unparse(x.target) == "event"), found
 
 
 def reduction(code: Code, cache: float = 50e6) -> tuple[float, float]:
-    """Cycles and bytes from memory of `_tridiagonal_kernel`; only the program with the most strips counts.
+    """Cycles and bytes from memory of `_tridiagonal_kernel`; only the first program, with the most strips, counts.
 
-    Its y = A v is the innermost loop that stores and multiplies most, once a tile, inside the loop over strips; the
-    update of the trailing matrix is the loop with the most stores, once a panel. Each other loop of a column turns once
-    a block of its columns.
+    Each loop turns as often as the source says: its `range` is evaluated for every event. Matrices that do not fit the
+    cache are read from memory by the loops inside those over strips.
     """
     a = code.launch.arguments
     batch, r, _ = a["A_ptr"]
-    rows, columns, panel, programs = a["ROWS"], a["COLUMNS"], a["PANEL"], a["programs"]
     size = 8 if "fp64" in code.launch.signature["A_ptr"] else 4
-    event = max((x for x in code.root.inside), key=lambda x: len(x.all()))
-    inner = [x for x in event.all() if not x.inside and x.count("STG") and x.count("LDG")]
-    tile = max(inner, key=lambda x: x.count("FFMA", "DFMA", "FMUL", "DMUL"))
-    strip = next(x for x in event.all() if tile in x.inside)
-    update = max((x for x in event.all() if x not in (tile, strip, event)), key=lambda x: x.count("STG"))
-    blocks = [x for x in event.inside if not {id(strip), id(update)} & {id(y) for y in x.all()}]
-    around = sum(code.turn(x) for block in blocks for x in block.all())
+    event, compiled = written(code)
+    ranges = {x: compile(ast.Expression(x.iter), "", "eval") for x in ast.walk(event) if isinstance(x, ast.For)}
+    tests = {x: compile(ast.Expression(x.test), "", "eval") for x in ast.walk(event) if isinstance(x, ast.If)}
+    known = {"range": range, "COOPERATIVE": a["programs"] > 1, "program": 0, "WIDTH": a.get("WARPS", 1) * a["COLUMNS"]}
+    known |= {"parts": a["programs"] + 1, "first_event": 1, **a}
+    waits = [x for x in code.root.all()[1:] if x.count("ATOM", "ATOMG", "BAR") and not x.inside and len(x.own) < 20]
+
+    def took(statements: list[ast.stmt], load: int, in_strip: bool = False) -> float:
+        total = 0.0
+        for x in statements:
+            if isinstance(x, ast.If):
+                total += took(x.body if eval(tests[x], known) else x.orelse, load, in_strip)
+            elif isinstance(x, ast.For) and x in compiled:
+                whole, *rest = sorted(compiled[x], key=lambda y: -len(y.own))
+                turns, name = eval(ranges[x], known), ast.unparse(x.target)
+                factor = round(whole.count("LDG") / max(rest[-1].count("LDG"), 1)) if rest else 1
+                total += len(turns) // factor * code.turn(whole, load if in_strip else L2)
+                total += len(turns) % factor * code.turn(rest[-1]) if rest else 0
+                if any(isinstance(y, (ast.For, ast.If)) for y in x.body):
+                    for known[name] in turns:  # noqa: B020
+                        total += took(x.body, load, name == "s")
+        return total
+
     cycles = read = 0.0
     for j in range(r - 1):
+        first = j % a["PANEL"] == 0
         load = HBM if batch * (r - j) ** 2 * size / 2 > cache else L2
-        strips = range((j + 1) // rows, math.ceil(r / rows), programs)
-        tiles = sum(-(-(r - s * rows) // columns) for s in strips)
-        cycles += code.turn(event) + math.ceil((r - j) / columns) * around
-        cycles += len(strips) * code.turn(strip) + tiles * code.turn(tile, load)
-        if j % panel == 0:
-            inside = 2 * panel if update.inside else 1  # a loop over reflectors, or a product
-            cycles += tiles * (code.turn(update, load) + sum(inside * code.turn(x) for x in update.inside))
+        for updates in (True, False) if first and j else (False,):
+            finished = a["PANEL"] if updates else j % a["PANEL"]
+            known |= {"updates": updates, "j": j, "finished": finished, "q": max(finished - 1, 0), "step": 1 - updates}
+            known |= {"start": j // a["ALIGNED"] * a["ALIGNED"], "event": 2}
+            cycles += code.turn(compiled[event][0]) + sum(map(code.turn, waits)) + took(event.body, load)
         read += batch * (r - j) ** 2 * size / 2 * (load == HBM)
     return cycles * code.waves, read
 

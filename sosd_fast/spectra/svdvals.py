@@ -11,7 +11,7 @@ waiting for the device; torch's operations stand in where either is missing. On 
 wait: the precision follows from an earlier spectrum, and matrices of deficient rank are left to method="exact".
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -205,27 +205,50 @@ def _launched(matrices: Sequence[Tensor], methods: list[Method]) -> Spectra:
     """
     rows: dict[int, tuple[Tensor, ...]] = {}
     for method in sorted(set(methods)):
-        chunk, size = [], 0
-        for i in (i for i, other in enumerate(methods) if other == method):
-            m, n = matrices[i].shape
-            # the copy, what `Products` takes in float64, and the Gram matrix
-            more = (method.dtype(matrices[i].dtype).itemsize + 8) * m * n + 8 * min(m, n) ** 2
-            if chunk and size + more > CHUNK_BYTES:
-                rows |= _launched_alike(matrices, chunk, method)
-                chunk, size = [], 0
-            chunk.append(i)
+        parts, size = [], 0
+        at = [i for i, other in enumerate(methods) if other == method]
+        # what is copied, and what `Products` takes in float64
+        for some in _chunks(at, [(method.dtype(W.dtype).itemsize + 8) * W.numel() for W in matrices]):
+            more = 8 * len(some) * min(matrices[some[0]].shape) ** 2
+            if parts and size + more > CHUNK_BYTES:
+                rows |= _reduced(matrices, parts, method)
+                parts, size = [], 0
+            parts += _grams(matrices, some, method)
             size += more
-        rows |= _launched_alike(matrices, chunk, method)
+        rows |= _reduced(matrices, parts, method)
     S, bound, sd_error = (torch.stack(column) for column in zip(*(rows[i] for i in sorted(rows)), strict=True))
     return Spectra(S, bound, sd_error, tuple(methods))
 
 
-def _launched_alike(matrices: Sequence[Tensor], at: list[int], method: Method) -> dict[int, tuple[Tensor, ...]]:
-    """The rows of the `Spectra` of some of the matrices, by their index."""
+def _chunks(at: list[int], sizes: list[int]) -> Iterator[list[int]]:
+    """Indices in their order, as many at a time as take CHUNK_BYTES, or one."""
+    chunk, size = [], 0
+    for i in at:
+        if chunk and size + sizes[i] > CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(i)
+        size += sizes[i]
+    yield chunk
+
+
+class _Part(NamedTuple):
+    """Matrices of one shape, by their indices, and what is known of them before their reduction."""
+
+    at: list[int]
+    G: Tensor
+    known: Products
+    drift: Tensor
+    scale: Tensor
+    finite: Tensor
+
+
+def _grams(matrices: Sequence[Tensor], at: list[int], method: Method) -> list[_Part]:
+    """Gram matrices of some of the matrices, by shapes."""
     shapes: dict[torch.Size, list[int]] = {}
     for i in at:
         shapes.setdefault(matrices[i].shape, []).append(i)
-    grams, parts, dtype = [], [], method.dtype(matrices[at[0]].dtype)
+    parts, dtype = [], method.dtype(matrices[at[0]].dtype)
     for (m, n), some in shapes.items():
         given = [matrices[i].detach() for i in some]
         scale, finite = kernels.scale_of(torch.stack(torch._foreach_norm(given, torch.inf)), dtype)
@@ -242,17 +265,21 @@ def _launched_alike(matrices: Sequence[Tensor], at: list[int], method: Method) -
         known = Products.of(W)
         if dtype == torch.float32:
             known = Products(*(t * scale[:, None].square() for t in known))
-        parts.append((known, correct(G, known, max(m, n)), scale, finite))
-        grams.append(G)
-    values = gram_eigenvalues(torch.cat(grams) if len(grams) > 1 else grams.pop())
-    backend = backend_of("tridiagonal", values)
+        parts.append(_Part(some, G, known, correct(G, known, max(m, n)), scale, finite))
+    return parts
+
+
+def _reduced(matrices: Sequence[Tensor], parts: list[_Part], method: Method) -> dict[int, tuple[Tensor, ...]]:
+    """The rows of the `Spectra` of some of the matrices, by index, from one reduction: two take nearly twice it."""
+    values = gram_eigenvalues(torch.cat([part.G for part in parts]) if len(parts) > 1 else parts[0].G)
+    backend, dtype = backend_of("tridiagonal", values), method.dtype(matrices[parts[0].at[0]].dtype)
     rows: dict[int, tuple[Tensor, ...]] = {}
-    for (shape, some), part in zip(shapes.items(), parts, strict=True):
-        known, drift, scale, finite = part
-        own, values = values[: len(some)], values[len(some) :]
-        S, drift = singular_values(own.double() / (1 + drift[:, None]), known.squares, drift)
-        found = finished(S, method, max(shape), backend, dtype, drift, scale, finite)
-        rows |= dict(zip(some, zip(*found, strict=True), strict=True))
+    for part in parts:
+        own, values = values[: len(part.at)], values[len(part.at) :]
+        S, drift = singular_values(own.double() / (1 + part.drift[:, None]), part.known.squares, part.drift)
+        shape = matrices[part.at[0]].shape
+        found = finished(S, method, max(shape), backend, dtype, drift, part.scale, part.finite)
+        rows |= dict(zip(part.at, zip(*found, strict=True), strict=True))
     return rows
 
 

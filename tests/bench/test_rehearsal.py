@@ -88,17 +88,20 @@ def test_the_model_reads_loops_and_keeps_its_order():
     rows = json.loads(
         fresh(
             """
-import json, torch
+import ast, json, torch
 from bench import timing_model as model
 from bench.stub_gpu import launches
 from triton.backends.compiler import GPUTarget
 from sosd_fast.kernels.sturm import sturm
 from sosd_fast.kernels.syrk import syrk
+from sosd_fast.kernels.tridiagonal import tridiagonal
 with launches(GPUTarget("cuda", 90, 32)) as record:
     for r in (768, 1536):
         sturm(torch.empty(72, r, device="cuda"), torch.empty(72, r - 1, device="cuda"))
     for k in (768, 3072):
         syrk(torch.empty(72, 768, k, device="cuda"))
+    for programs in (1, 3):
+        tridiagonal(torch.empty(1, 256, 256, device="cuda"), programs=programs)
 codes = [model.code_of(x) for x in record if x.kernel.__name__ in model.MODELS]
 loop = codes[0].most("FFMA")
 product = codes[2].most("HGMMA")
@@ -106,6 +109,7 @@ print(json.dumps({
     "cycles": [model.MODELS[c.launch.kernel.__name__](c)[0] for c in codes],
     "turns": [loop.cycles(latency) for latency in (model.L1, model.L2, model.HBM)],
     "stalls": sum(max(i.stall, 1) for i in loop.own), "loads": loop.count("LDG"), "products": product.count("HGMMA"),
+    "turning": [[ast.unparse(x.iter) for x in model.written(c)[1]] for c in codes[4:]],
     "loops": len(codes[0].root.all()), "together": [c.together for c in codes],
 }))
 """
@@ -113,7 +117,10 @@ print(json.dumps({
     )
     near, far, farther = rows["turns"]
     assert rows["stalls"] <= near < far < farther and rows["loads"] == 8 and rows["loops"] >= 3
-    sturm, twice, product, longer = rows["cycles"]
+    sturm, twice, product, longer, alone, shared = rows["cycles"]
+    assert 1.5 <= alone / shared <= 3
+    for turning in rows["turning"]:  # each loop of the reduction, and none twice
+        assert len(turning) == 14 and "range(first_event, last_event)" in turning and "range(0, parts, ROWS)" in turning
     assert 1.9 <= twice / sturm <= 2.5  # twice the rows; that there are twice the values costs no time yet
     assert 3 <= longer / product <= 4.2 and rows["products"] == 12 and rows["together"][2] == 3
 

@@ -248,7 +248,7 @@ FAULTS: dict[str, tuple[str, Edit | Change | dict, str]] = {  # case, change, wh
     "a wait for one program fewer": ("reduction, shared", (REDUCTION, COUNT, FEWER), "another program"),
     "a wait for one program more": ("reduction, shared", (REDUCTION, COUNT, MORE), "waits for ever"),
     "reads what programs write just now": (
-        "reduction, shared", (REDUCTION, "tl.load(y_last + part * pitch + i", "tl.load(y_now + part * pitch + i"),
+        "reduction, shared", (REDUCTION, "y_last + part * pitch", "y_now + part * pitch"),
         "another program"),
     "two programs with one part of y": (
         "reduction, shared", (REDUCTION, "(program + 1) * pitch", "(program // 2 + 1) * pitch"), "another program"),

@@ -172,7 +172,7 @@ def test_how_many_programs(monkeypatch):
 
     assert module.PER_SM == {torch.float32: 4, torch.float64: 3}
     assert programs(72, 768) == 7 and programs(72, 768, torch.float64) == 5 and programs(300, 64) == 1
-    assert programs(1, 1) == 1 and programs(1, 64) == 3 and programs(1, 4096) == 27
+    assert programs(1, 1) == 1 and programs(1, 64) == 2 and programs(1, 4096) == 31 and programs(1, 768) == 18
     with monkeypatch.context() as several:
         several.setattr(torch.distributed, "is_initialized", lambda: True)
         several.setattr(torch.distributed, "get_world_size", lambda: 8)
@@ -235,14 +235,14 @@ def test_a_refused_cooperative_launch_is_made_alone(device, monkeypatch, caplog)
 
             return launch
 
-    A = gram("gaussian", 16, torch.float32, device)
+    A = gram("gaussian", 32, torch.float32, device)
     alone = tridiagonal(A, programs=1)
     monkeypatch.setattr(module, "_tridiagonal_kernel", Refusing())
     if device == "cpu":
         monkeypatch.setattr(module, "_in_turn", contextlib.nullcontext)
     module._warn_alone.cache_clear()
     for _ in range(2):
-        found = module._launch(A.clone()[None].as_subclass(Cuda), 16, 3)
+        found = module._launch(A.clone()[None].as_subclass(Cuda), 32, 3)
         assert torch.equal(found[0][0], alone[0]) and torch.equal(found[1][0, :-1], alone[1])
     assert sum("several programs to a matrix" in message for message in caplog.messages) == 1
     module._warn_alone.cache_clear()

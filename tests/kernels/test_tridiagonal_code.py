@@ -23,9 +23,9 @@ tridiagonal = sys.modules["sosd_fast.kernels.tridiagonal"]
 kernel = tridiagonal._tridiagonal_kernel
 source, first = inspect.getsourcelines(kernel.fn)
 LOOPS = {  # a line of each
-    "product": "sums += tile * v[None, :]",
+    "product": "sums += tile * v[:, None, :]",
     "update": "tile += v_k[:, None] * w_i[None, :]",
-    "panel": "products += tile * v[None, :]",
+    "panel": "products += v * tl.load(row_ptr",
 }
 lines = {name: first + next(i for i, row in enumerate(source) if text in row) for name, text in LOOPS.items()}
 rows = []

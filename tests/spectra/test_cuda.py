@@ -98,6 +98,22 @@ def test_chunks_agree_with_the_whole(device, monkeypatch):
     assert torch.equal(parts.S, whole.S) and torch.equal(parts.bound, whole.bound)
 
 
+def test_one_reduction_takes_what_was_copied_in_chunks(device, monkeypatch):
+    module, sizes = sys.modules["sosd_fast.spectra.svdvals"], []
+    matrices = [matrix("gaussian", 5, 3, seed=seed).to(device) for seed in range(3)]
+    whole = spectra(matrices, "gram32").S
+
+    def counted(G, do=module.gram_eigenvalues):
+        sizes.append(len(G))
+        return do(G)
+
+    monkeypatch.setattr(module, "gram_eigenvalues", counted)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 3 * 8 * 3 * 3)  # the Gram matrices, and copies of one matrix
+    assert torch.equal(spectra(matrices, "gram32").S, whole) and sizes == [3]
+    monkeypatch.setattr(module, "CHUNK_BYTES", 2 * 8 * 3 * 3)
+    assert torch.equal(spectra(matrices, "gram32").S, whole) and sizes == [3, 2, 1]
+
+
 def test_sides_up_to_8192_are_reduced_by_the_kernel(device, monkeypatch):
     class Reached(Exception):
         """The kernel would have been launched."""
