@@ -92,13 +92,15 @@ void any_distribution(const py::object& S, const py::object& previous, const py:
         singular_distribution<double>(spectra, before, fixed, out, summary);
 }
 
-constexpr std::array<std::pair<const char*, Method>, 3> kMethods{
-    {{"gram32", Method::gram32}, {"gram64", Method::gram64}, {"bidiag64", Method::bidiag64}}};
+constexpr std::array<std::pair<const char*, Method>, 4> kMethods{{{"gram32", Method::gram32},
+                                                                {"bidiag32", Method::bidiag32},
+                                                                {"gram64", Method::gram64},
+                                                                {"bidiag64", Method::bidiag64}}};
 
 Method to_method(const char* function, const std::string& name) {
     for (const auto& [known, method] : kMethods)
         if (name == known) return method;
-    refuse(std::string(function) + ": expected method auto, gram32, gram64 or bidiag64, got " + name + ".");
+    refuse(std::string(function) + ": expected method auto, gram32, bidiag32, gram64 or bidiag64, got " + name + ".");
 }
 
 // The constants of an `ErrorModel` of sosd_fast/spectra/precision.py, by name.
@@ -111,6 +113,7 @@ ErrorModel to_model(const py::object& given) {
         {"spread_least", &m.spread_least},
         {"spread_float64", &m.spread_float64},
         {"direct_root", &m.direct_root},       {"direct_inner", &m.direct_inner},
+        {"direct_bidiag32", &m.direct_bidiag32},
         {"safety", &m.safety},                 {"common", &m.common},
         {"common_root", &m.common_root},       {"tolerance", &m.tolerance}};
     for (const auto& [name, to] : fields) *to = given.attr(name).cast<double>();
@@ -128,7 +131,7 @@ double sd_error(const py::object& S, const std::string& method, int64_t inner, d
 
 // matrices: B tensors (m, n) of one dtype, any strides, or one (B, m, n): to open tensors takes longer than the spectra of
 // small matrices do. S, bound and previous: (B, min(m, n)) float64, contiguous; sd_error: (B,). S, bound and sd_error are
-// written. methods: what stands for gram32, gram64 and bidiag64; returns it for each matrix, as the method that stood.
+// written. methods: what stands for each of kMethods; returns it for each matrix, as the method that stood.
 // band_from, for tests: see SvdvalsTask.
 py::tuple svdvals(const py::object& matrices, const std::string& method, const py::object& previous, const py::object& S,
                   const py::object& bound, const py::object& sd_error, const py::tuple& methods, int threads,
@@ -139,7 +142,7 @@ py::tuple svdvals(const py::object& matrices, const std::string& method, const p
     const bool separate = PyList_Check(matrices.ptr()) || PyTuple_Check(matrices.ptr());
     const std::vector<Tensor> opened = separate ? open_matrices("svdvals", matrices) : open_stack("svdvals", matrices);
     const int64_t count = separate ? int64_t(opened.size()) : opened[0].size[0];
-    if (methods.size() != kMethods.size()) refuse("svdvals: expected three methods, got " + std::to_string(methods.size()) + ".");
+    if (methods.size() != kMethods.size()) refuse("svdvals: expected four methods, got " + std::to_string(methods.size()) + ".");
     if (count == 0) return py::tuple();
     const int64_t m = opened[0].size[separate ? 0 : 1], n = opened[0].size[separate ? 1 : 2], r = std::min(m, n);
     const Tensor values(S, "S"), bounds(bound, "bound"), errors(sd_error, "sd_error");
@@ -167,7 +170,7 @@ py::tuple svdvals(const py::object& matrices, const std::string& method, const p
         py::gil_scoped_release release;
         sosd_fast::svdvals(tasks.data(), count, threads);
     }
-    const py::object of[] = {methods[0], methods[1], methods[2]};
+    const py::object of[] = {methods[0], methods[1], methods[2], methods[3]};
     py::tuple stood(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i) {
         PyTuple_SET_ITEM(stood.ptr(), i, py::object(of[size_t(tasks[size_t(i)].method)]).release().ptr());

@@ -11,6 +11,7 @@ template <class T> struct Stages {
     void (*tridiagonal)(T* G, int64_t r, int64_t band_from, T* d, T* e, Arena&, const Parallel&);
     void (*sturm)(const T* d, const T* e, int64_t n, double tolerance, double* values, Arena&, const Parallel&);
     void (*eigenvalues_lanes)(Lane*, int64_t count, double* ascending, Arena&);
+    void (*svdvals_bidiagonal)(const Source&, double* S, Arena&, const Parallel&);
     int64_t lanes;  // that take as long as one
 };
 
@@ -19,7 +20,6 @@ struct Kernels {
     double (*max_abs)(const Source&);
     Stages<float> f32;
     Stages<double> f64;
-    void (*svdvals_bidiagonal)(const Source&, double* S, Arena&, const Parallel&);
     void (*advance_subspace)(SubspaceTask&, int64_t b, float pace, Arena&, const Parallel&);
 };
 

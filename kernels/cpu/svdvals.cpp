@@ -38,7 +38,7 @@ const Kernels& kernels() {
 
 namespace {
 
-constexpr double eps_of(Method method) { return method == Method::gram32 ? 0x1p-24 : 0x1p-53; }
+constexpr double eps_of(Method method) { return method < Method::gram64 ? 0x1p-24 : 0x1p-53; }
 
 // How far s may be off where s^2 may be off by dl.
 double root_error(double s, double dl) {
@@ -48,7 +48,16 @@ double root_error(double s, double dl) {
     return std::max(up, down);
 }
 
-Method next(Method method) { return method == Method::gram32 ? Method::gram64 : Method::bidiag64; }
+// Bidiagonalisation in float32 takes 0.75 times as long as a Gram matrix in float64 (256 x 256, 512 x 512; 768 x 768 0.85, but
+// one matrix has one thread), until the matrix is a quarter longer than wide.
+constexpr int64_t kBidiag32Side = 512;
+
+bool takes_bidiag32(int64_t r, int64_t K) { return r > kLanesSide && r <= kBidiag32Side && 4 * K <= 5 * r; }
+
+Method next(Method method, int64_t r, int64_t K) {
+    if (method == Method::gram32 && takes_bidiag32(r, K)) return Method::bidiag32;
+    return method < Method::gram64 ? Method::gram64 : Method::bidiag64;
+}
 
 constexpr double kDriftLeft = 0.5;  // of what `correct_gram` takes out; less was seen
 
@@ -114,8 +123,9 @@ Method first_method(const SvdvalsTask& t) {
     const double unit = std::ldexp(1.0, -std::ilogb(t.previous[0]));  // whose squares stay in range
     std::vector<double> previous(t.previous, t.previous + r);
     for (double& value : previous) value *= unit;
-    while (method != Method::bidiag64 && sd_error(previous.data(), r, std::max(t.m, t.n), method, 0, *t.model) > t.model->tolerance)
-        method = next(method);
+    const int64_t K = std::max(t.m, t.n);
+    while (method != Method::bidiag64 && sd_error(previous.data(), r, K, method, 0, *t.model) > t.model->tolerance)
+        method = next(method, r, K);
     return method;
 }
 
@@ -147,7 +157,7 @@ bool accept(SvdvalsTask& t, const Scaled& from, const double* ascending, double 
     const int64_t r = from.w.r;
     for (int64_t i = 0; i < r; ++i) {
         const double value = ascending[r - 1 - i];
-        t.S[i] = t.method == Method::bidiag64 ? value : std::sqrt(value);
+        t.S[i] = squares(t.method) ? std::sqrt(value) : value;
     }
     t.sd_error = sd_error(t.S, r, from.w.K, t.method, drift, *t.model);
     return !t.automatic || t.method == Method::bidiag64 || !(t.sd_error > t.model->tolerance);
@@ -159,7 +169,7 @@ void finish(SvdvalsTask& t, const Scaled& from) {
     const int64_t r = from.w.r;
     if (t.bound) {
         const double s1 = t.S[0], eps = eps_of(t.method), rd = double(r), inner = std::sqrt(double(from.w.K));
-        if (t.method == Method::bidiag64) {
+        if (!squares(t.method)) {
             // sqrt(K): one rounding per merged row block; 22 eps measured at 16 x 20000, entries in [0, 1]
             std::fill_n(t.bound, r, (model.value_base + 8 * std::sqrt(rd) + inner) * eps * s1);
         } else {
@@ -180,14 +190,14 @@ void finish(SvdvalsTask& t, const Scaled& from) {
 void climb(SvdvalsTask& t, const Scaled& from, Arena& arena, const Parallel& parallel) {
     const Kernels& k = kernels();
     std::vector<double> ascending(from.w.r);
-    for (;; t.method = next(t.method)) {
+    for (;; t.method = next(t.method, from.w.r, from.w.K)) {
         double drift = 0;
-        if (t.method == Method::bidiag64)
-            k.svdvals_bidiagonal(from.w, ascending.data(), arena, parallel);
-        else
-            drift = t.method == Method::gram32
-                        ? gram_values(k.f32, from.w, t.band_from, ascending.data(), arena, parallel)
-                        : gram_values(k.f64, from.w, t.band_from, ascending.data(), arena, parallel);
+        switch (t.method) {
+            case Method::gram32: drift = gram_values(k.f32, from.w, t.band_from, ascending.data(), arena, parallel); break;
+            case Method::gram64: drift = gram_values(k.f64, from.w, t.band_from, ascending.data(), arena, parallel); break;
+            case Method::bidiag32: k.f32.svdvals_bidiagonal(from.w, ascending.data(), arena, parallel); break;
+            case Method::bidiag64: k.f64.svdvals_bidiagonal(from.w, ascending.data(), arena, parallel); break;
+        }
         if (accept(t, from, ascending.data(), drift)) break;
     }
     finish(t, from);
@@ -216,7 +226,7 @@ void solve_lanes(const Stages<T>& stages, std::vector<Ready>& ready, std::vector
             if (accept(t, ready[at].from, found, settle(found, r, lanes[i].sums)))
                 finish(t, ready[at].from);
             else
-                t.method = next(t.method), left.push_back(std::move(ready[at]));
+                t.method = next(t.method, r, ready[at].from.w.K), left.push_back(std::move(ready[at]));
         }
     }
 }
@@ -225,7 +235,7 @@ void solve_lanes(const Stages<T>& stages, std::vector<Ready>& ready, std::vector
 using Work = std::vector<SvdvalsTask*>;
 
 void solve(const Work& work, Arena& arena, const Parallel& parallel) {
-    std::vector<Ready> of[3];  // by method
+    std::vector<Ready> of[4];  // by method
     for (SvdvalsTask* t : work) {
         const Method start = first_method(*t);
         Scaled from;
@@ -234,9 +244,10 @@ void solve(const Work& work, Arena& arena, const Parallel& parallel) {
         of[int(start)].push_back({t, std::move(from)});
     }
     if (fits_lanes(*work[0])) {
-        solve_lanes(kernels().f32, of[0], of[1], arena);
-        solve_lanes(kernels().f64, of[1], of[2], arena);
-        of[0].clear(), of[1].clear();
+        std::vector<Ready>&gram32 = of[int(Method::gram32)], &gram64 = of[int(Method::gram64)];
+        solve_lanes(kernels().f32, gram32, gram64, arena);
+        solve_lanes(kernels().f64, gram64, of[int(Method::bidiag64)], arena);
+        gram32.clear(), gram64.clear();
     }
     for (std::vector<Ready>& each : of)
         for (Ready& one : each) climb(*one.task, one.from, arena, parallel);
@@ -329,10 +340,11 @@ double sd_error(const double* S, int64_t r, int64_t K, Method method, double dri
     double dl = std::max(model.spread / root, model.spread_least) * eps * std::max(S[0] * S[0], 16 * mean * mean / (S[0] * S[0]));
     if (method == Method::gram64) dl *= model.spread_float64;
     dl = std::hypot(dl, drift * mean);
-    const double direct = (1 + model.direct_root * root + model.direct_inner * std::sqrt(double(K))) * eps * S[0];
+    double direct = (1 + model.direct_root * root + model.direct_inner * std::sqrt(double(K))) * eps * S[0];
+    if (method == Method::bidiag32) direct *= model.direct_bidiag32;
+    const bool gram = sosd_fast::squares(method);
     double ds_squares = 0, lost = 0;
     for (int64_t i = 0; i < r; ++i) {
-        const bool gram = method != Method::bidiag64;
         const double ds = gram ? root_error(S[i], dl) : direct;
         ds_squares += ds * ds;
         if (gram ? S[i] * S[i] < 4 * dl : S[i] < 4 * direct) lost += ds;

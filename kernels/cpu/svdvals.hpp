@@ -7,13 +7,15 @@
 
 namespace sosd_fast {
 
-// From the cheapest to the most accurate: the Gram matrix in float32 and in float64, and none, in float64.
-enum class Method { gram32, gram64, bidiag64 };
+// From the cheapest to the most accurate: the Gram matrix in float32, none in float32, and the same in float64.
+enum class Method { gram32, bidiag32, gram64, bidiag64 };
+
+constexpr bool squares(Method method) { return method == Method::gram32 || method == Method::gram64; }
 
 // The constants of sosd_fast/spectra/precision.py, which says what they mean and hands them over.
 struct ErrorModel {
     double value_root, value_base, value_linear, value_inner, value_float64, spread, spread_least, spread_float64,
-        direct_root, direct_inner, safety, common, common_root, tolerance;
+        direct_root, direct_inner, direct_bidiag32, safety, common, common_root, tolerance;
 };
 
 // One matrix W: element (i, j) is data[i * row_stride + j * col_stride], i < m, j < n; W is only read.

@@ -59,7 +59,7 @@ class Shards(Blocks):
         r = min(self.shapes[indices[0]])
         found = torch.zeros(len(indices), 2 * r + 2, dtype=torch.float64, device=self._device)
         ways = [self._full[i] for i in indices]
-        if method in (Method.EXACT, Method.BIDIAG64):
+        if method != "auto" and not Method(method).squares:
             ways = [Way.GATHER if way is Way.LONG else way for way in ways]
         by_products = [j for j, way in enumerate(ways) if way is Way.LONG]
         others = [j for j, way in enumerate(ways) if way is not Way.LONG]

@@ -30,6 +30,7 @@ class Method(StrEnum):
     """How a spectrum is computed, from the cheapest to the most accurate."""
 
     GRAM32 = "gram32"  # Gram matrix, float32
+    BIDIAG32 = "bidiag32"  # no Gram matrix: bidiagonalisation, float32
     GRAM64 = "gram64"  # Gram matrix, float64
     BIDIAG64 = "bidiag64"  # no Gram matrix: bidiagonalisation, float64
     EXACT = "exact"  # torch.linalg.svdvals in the dtype of W, at least float32
@@ -43,7 +44,7 @@ class Method(StrEnum):
         """The dtype it computes in, for weights of dtype `given`."""
         if self is Method.EXACT:
             return torch.promote_types(given, torch.float32)
-        return torch.float32 if self is Method.GRAM32 else torch.float64
+        return torch.float32 if self in (Method.GRAM32, Method.BIDIAG32) else torch.float64
 
     @classmethod
     def _missing_(cls, value: object) -> "Method | None":  # the name in records of version 0.1.0
@@ -66,6 +67,7 @@ class ErrorModel(NamedTuple):
     spread_float64: float = 4.0  # times as much in float64 (LOG.md#float64-drift)
     direct_root: float = 1 / 4  # of sqrt(r): root mean square error of a value found without a Gram matrix, 1 +
     direct_inner: float = 1 / 8  # of sqrt(K)
+    direct_bidiag32: float = 0.2  # times as much; what rounding does to all values alike is in `common`
     safety: float = 3.0  # the largest error over its root mean square: 2.5 (LOG.md#one-planner)
     common: float = 5.0  # of |SD|: an error common to all values, 2, and those of flat spectra, 3.1 at r = 256
     common_root: float = 0.1  # of sqrt(r) |SD|: 4.4 at r = 1280
@@ -109,6 +111,7 @@ def predicted_sd_error(
         ds, lost = _roots(x, dl), squares < 4 * dl
     else:
         units = 1 + model.direct_root * math.sqrt(r) + model.direct_inner * math.sqrt(inner)
+        units *= model.direct_bidiag32 if method is Method.BIDIAG32 else 1
         ds = (units * u * x[:, :1]).expand_as(x)
         lost = x < 4 * ds
     # Values at the noise floor err upwards only, so their errors add up in the sum instead of averaging out.

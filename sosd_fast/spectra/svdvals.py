@@ -29,7 +29,7 @@ from sosd_fast.spectra.precision import MODELS, Method, choose, climb, lapack_er
 METHODS = ("auto", "gram32", "gram64", "exact")
 
 CHUNK_BYTES = 2**30  # of copies of weights and of Gram matrices at a time
-_COMPILED = (Method.GRAM32, Method.GRAM64, Method.BIDIAG64)  # what the C++ kernels know
+_COMPILED = (Method.GRAM32, Method.BIDIAG32, Method.GRAM64, Method.BIDIAG64)  # what the C++ kernels know
 
 
 class Spectra(NamedTuple):
@@ -166,7 +166,7 @@ def spectra(
     else:
         methods = [Method(method)] * len(matrices)
     if backend is Backend.TRITON:
-        return _launched(matrices, [min(method, Method.GRAM64, key=list(Method).index) for method in methods])
+        return _launched(matrices, [m if m is Method.GRAM32 else Method.GRAM64 for m in methods])
     rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def compute(plan: dict[Method, list[int]]) -> list[float]:

@@ -95,7 +95,8 @@ static std::vector<Case> batch() {
 static void check() {
     std::vector<Case> truth = batch();
     solve(truth, Method::bidiag64, 1);
-    for (std::optional<Method> p : {std::optional(Method::gram32), std::optional(Method::gram64), automatic}) {
+    for (std::optional<Method> p :
+         {std::optional(Method::gram32), std::optional(Method::bidiag32), std::optional(Method::gram64), automatic}) {
         std::vector<Case> first = batch();
         solve(first, p, 1);
         for (size_t i = 0; i < first.size(); ++i) {
@@ -210,7 +211,7 @@ static void check() {
 // One matrix through every method and one step of a subspace, on this thread alone.
 static void one_of_everything() {
     for (const auto& [m, n] : {std::array<int64_t, 2>{70, 130}, {9, 2100}, {13, 70}}) {
-        for (Method p : {Method::gram32, Method::gram64, Method::bidiag64}) {
+        for (Method p : {Method::gram32, Method::bidiag32, Method::gram64, Method::bidiag64}) {
             std::vector<Case> one;
             one.push_back(make(m, n, DType::f32, false, 1, 5));
             solve(one, p, 1);

@@ -30,7 +30,7 @@ def measured(W, method, band_from, threads=1):
     S = torch.empty(1, min(W.shape), dtype=torch.float64)
     bound, error = torch.empty_like(S), torch.empty(1, dtype=torch.float64)
     out = {"previous": None, "S": S, "bound": bound, "sd_error": error, "model": MODELS[Backend.CPP]}
-    names = ("gram32", "gram64", "bidiag64")
+    names = ("gram32", "bidiag32", "gram64", "bidiag64")
     kernels._C.svdvals(matrices=[W], method=method, methods=names, threads=threads, band_from=band_from, **out)
     return S[0], bound[0], float(error)
 

@@ -15,7 +15,7 @@ from sosd_fast.spectra.svdvals import spectra
 
 pytestmark = pytest.mark.skipif(kernels._C is None, reason="the C++ extension is not built")
 CPP = MODELS[kernels.Backend.CPP]
-METHODS = ("gram32", "gram64", "bidiag64")
+METHODS = ("gram32", "bidiag32", "gram64", "bidiag64")
 STATISTICS = len(Distribution._fields) - 1  # columns, without the distribution itself
 
 
