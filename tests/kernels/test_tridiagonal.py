@@ -64,7 +64,7 @@ def assert_same_eigenvalues(d, e, A):
 
 
 # Sides, and programs to a matrix. 16 is a panel, and what sides are padded to a multiple of. The interpreter takes
-# minutes for the last ones: `make check` runs them. Types differ in nothing but rounding: several panels meet each once.
+# minutes for the last ones: `make check` runs them. Types differ in rounding alone: of several panels each has one size.
 SIZES = [(1, 1), (2, 1), (3, 1), (16, 1), (3, 3)]
 CASES = [(64, 1, torch.float32), (45, 3, torch.float64)]
 if torch.cuda.is_available() or "SOSD_TARGETS" in os.environ:
@@ -73,7 +73,7 @@ if torch.cuda.is_available() or "SOSD_TARGETS" in os.environ:
 CASES += [(*size, dtype) for size in SIZES for dtype in EPS]
 
 
-@pytest.mark.parametrize(("r", "programs", "dtype"), CASES)
+@pytest.mark.parametrize(("r", "programs", "dtype"), CASES, ids=str)
 def test_eigenvalues_survive(device, r, programs, dtype):
     A = gram("gaussian", r, dtype, device)
     before = A.clone()

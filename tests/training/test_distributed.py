@@ -52,10 +52,9 @@ def joined(runs):
 
 
 def flags_of(names, text, folder, *more):
+    usual = [*FLAGS, "--tracker=full", "--eval-every=4", "--checkpoint-every=4", f"--data={text}", *more]
     return joined(
-        [*RUNS[name], *FLAGS, f"--optimizer={name.split('6')[0]}", "--tracker=full", "--checkpoint-every=4", *more]
-        + [f"--data={text}", f"--run-dir={folder / name}"]
-        for name in names
+        [*RUNS[name], *usual, f"--optimizer={name.split('6')[0]}", f"--run-dir={folder / name}"] for name in names
     )
 
 
@@ -75,8 +74,10 @@ def log(run_dir):
 
 
 def names_of(ranks, kind):
-    """Float32 rounds alike in all kinds; a third dimension of the mesh meets each model and optimizer once."""
-    return ["muon64-gpt2"] if ranks == 8 else ["adamw", "muon64", *(["muon"] if kind == "fsdp+tp" else [])]
+    """Float32 rounds alike in all kinds; a mesh with copies meets each model and optimizer once."""
+    if kind.startswith("hsdp"):
+        return ["muon64-gpt2"] if ranks == 8 else ["muon64"]
+    return ["adamw", "muon64", *(["muon"] if kind == "fsdp+tp" else [])]
 
 
 @pytest.mark.parametrize("ranks", PARALLEL)
