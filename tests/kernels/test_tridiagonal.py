@@ -64,7 +64,7 @@ def assert_same_eigenvalues(d, e, A):
 
 
 # Sides, and programs to a matrix. 16 is a panel, and what sides are padded to a multiple of. The interpreter takes
-# minutes for the last ones: `make check` runs them. Types differ in rounding alone: of several panels each has one size.
+# minutes for the last ones: `make check` runs them. Types differ in rounding alone: each has one of the larger sizes.
 SIZES = [(1, 1), (2, 1), (3, 1), (16, 1), (3, 3)]
 CASES = [(64, 1, torch.float32), (45, 3, torch.float64)]
 if torch.cuda.is_available() or "SOSD_TARGETS" in os.environ:
