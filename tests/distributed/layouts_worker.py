@@ -1,7 +1,7 @@
 """Run by test_layouts.py on several ranks: spectra of matrices that ranks hold, against those of one process.
 
-The arguments are the layouts, one after the other. Matrices of unusual values are measured in the first of up to four
-ranks: who holds which part of a matrix says nothing of the values in it.
+The arguments are the layouts, one after the other. Matrices of unusual values and types are measured in the first of up
+to four ranks: who holds which part of a matrix says nothing of the values in it.
 """
 
 import functools
@@ -59,7 +59,8 @@ WEIGHTS = {
 }
 ROW_WISE = ("tall_again", "wide", "very_wide", "rank_one", "fp64", "huge_wide")  # the others column-wise
 PLAIN = ("square", "tiny")
-VALUES = ("graded", "rank_one", "tiny", "huge_wide", "zero", "nan")
+VALUES = ("graded", "rank_one", "tiny", "huge_wide", "zero", "nan", "bf16", "fp64", "lone")
+DENSE = ("tall", "tall_again", "very_tall", "wide", "rows")  # beside experts; three ranks hold the others by rows, too
 
 
 class GPTNeoXAttention(nn.Module):
@@ -72,11 +73,11 @@ class Experts(nn.Module):
         self.weight = nn.Parameter(W)
 
 
-def model_of(values=True):
+def model_of(values=True, kind=None):
     model = nn.Module()
     model.neox = GPTNeoXAttention()
     for name, W in WEIGHTS.items():
-        if name in VALUES and not values:
+        if (name in VALUES and not values) or (kind == "ep" and name not in DENSE):
             continue
         *path, last = name.split(".")
         at = model
@@ -200,8 +201,8 @@ def alone(names, k):
 def check(kind):
     leading_ways.clear()
     values = kind == sys.argv[1] and ranks <= 4
-    model = build(model_of(values), kind)
-    known = {m.name for m in find_matrices(model_of(values))}
+    model = build(model_of(values, kind), kind)
+    known = {m.name for m in find_matrices(model_of(values, kind))}
     before = [local(p).clone() for p in model.parameters()]
     found, shards = together(model)
     names = [m.name for m in found.matrices]

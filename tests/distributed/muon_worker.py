@@ -77,12 +77,13 @@ def distributed(mesh, *placements, but=()):
     return spread
 
 
-def parallelized(style, tp, data=None):
+def parallelized(tp, data=None, by_columns=(), by_rows=()):
     """Real tensor parallelism, with real FSDP2 over other dimensions of the mesh."""
 
     def spread(model):
-        layouts = {"output_layouts": Replicate()} if style is ColwiseParallel else {"input_layouts": Replicate()}
-        parallelize_module(model, tp, {name: style(**layouts) for name in SHAPES})
+        plan = {name: ColwiseParallel(output_layouts=Replicate()) for name in by_columns}
+        plan |= {name: RowwiseParallel(input_layouts=Replicate()) for name in by_rows}
+        parallelize_module(model, tp, plan)
         if data is not None:
             for layer in model.children():
                 fully_shard(layer, mesh=data)
@@ -111,8 +112,8 @@ def layouts():
     if ranks == 2:
         mesh = init_device_mesh("cpu", (ranks,))
         yield "mixed", distributed(mesh, Shard(1), but=("tall", "odd_too"))
-        yield "column TP", parallelized(ColwiseParallel, mesh)
-        yield "row TP", parallelized(RowwiseParallel, mesh)
+        yield "column TP", parallelized(mesh, by_columns=SHAPES)
+        yield "row TP", parallelized(mesh, by_rows=SHAPES)
     elif ranks == 3:
         mesh = init_device_mesh("cpu", (ranks,))
         yield "rows", distributed(mesh, Shard(0))
@@ -121,15 +122,16 @@ def layouts():
         yield "partial sums", partial_sums(mesh)
     elif ranks == 8:
         mesh = init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("replicate", "shard", "tp"))
-        for style in (ColwiseParallel, RowwiseParallel):
-            yield f"HSDP + {style.__name__}", parallelized(style, mesh["tp"], mesh["replicate", "shard"])
+        # each shape in one of both ways; FSDP2 + TP on four ranks have each in both
+        columns, rows = ("tall", "odd", "fused", "rows"), ("wide", "odd_too", "columns")
+        yield "HSDP + TP", parallelized(mesh["tp"], mesh["replicate", "shard"], columns, rows)
     else:
         mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("shard", "tp"))
         yield "both sides", distributed(mesh, Shard(0), Shard(1))
         yield "rows twice", distributed(mesh, Shard(0), Shard(0))
         yield "copies of columns", distributed(mesh, Replicate(), Shard(1))
-        for style in (ColwiseParallel, RowwiseParallel):
-            yield f"FSDP2 + {style.__name__}", parallelized(style, mesh["tp"], mesh["shard"])
+        yield "FSDP2 + ColwiseParallel", parallelized(mesh["tp"], mesh["shard"], by_columns=SHAPES)
+        yield "FSDP2 + RowwiseParallel", parallelized(mesh["tp"], mesh["shard"], by_rows=SHAPES)
 
 
 def copies_agree(tensor, what):

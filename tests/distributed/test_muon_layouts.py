@@ -8,7 +8,7 @@ LAYOUTS = {
     2: ["mixed", "column TP", "row TP"],
     3: ["rows", "columns", "copies", "partial sums"],
     4: ["both sides", "rows twice", "copies of columns", "FSDP2 + ColwiseParallel", "FSDP2 + RowwiseParallel"],
-    8: ["HSDP + ColwiseParallel", "HSDP + RowwiseParallel"],
+    8: ["HSDP + TP"],
 }
 
 

@@ -2,8 +2,6 @@
 
 import pytest
 
-from training import run
-
 
 class NoFigure:
     def savefig(self, *_, **__):
@@ -13,7 +11,7 @@ class NoFigure:
 @pytest.fixture(autouse=True)
 def no_figures(request, monkeypatch):
     if "real_figures" not in request.fixturenames:
-        monkeypatch.setattr(run, "plot_run", lambda _: NoFigure())
+        monkeypatch.setattr("training.run.plot_run", lambda _: NoFigure())
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import sosd_fast
 from training import run as script
 
 KILLS = int(os.environ.get("SOSD_KILLS", "4"))  # hundreds to be sure
-FLAGS = ["--steps=40", "--batch-size=2", "--micro-batch-size=2", "--warmup=2", "--eval-every=20", "--quiet"]
-FLAGS += ["--eval-sequences=2", "--device=cpu", "--checkpoint-every=5", "--tracker-k=4", "--tracker=full"]
+FLAGS = ["--steps=24", "--batch-size=2", "--micro-batch-size=2", "--warmup=2", "--eval-every=12", "--quiet"]
+FLAGS += ["--eval-sequences=2", "--device=cpu", "--checkpoint-every=3", "--tracker-k=4", "--tracker=full"]
 CLOCK = ("step_ms", "tokens_per_s", "overhead")
 
 TRACKED = """
@@ -40,7 +40,7 @@ torch.set_num_threads(1)
 import sosd_fast.runs.records
 from training import run
 from training.model import PRESETS, Config
-sosd_fast.runs.records.SEGMENT_BYTES = 20000
+sosd_fast.runs.records.SEGMENT_BYTES = 12000
 PRESETS["gpt2-nano"] = Config(n_layer=2, n_head=2, width=32, ff_width=64, context=32, vocab=256)
 print("begun", flush=True)
 sys.exit(run.main({argv!r}))
@@ -88,7 +88,7 @@ def test_kills_of_a_training_run(tmp_path):
     done = run(TRAINED.format(argv=[*argv, f"--run-dir={tmp_path / 'whole'}"]))
     assert done.returncode == 0, done.stderr
     expected = outcome(tmp_path / "whole")
-    assert len(expected[0]) == 40
+    assert len(expected[0]) == 24
     rng, kills, lives, resumed = np.random.default_rng(0), 0, 0, 0
     while kills < KILLS:
         run_dir, status = tmp_path / f"run-{lives}", None
@@ -100,7 +100,7 @@ def test_kills_of_a_training_run(tmp_path):
                 TRAINED.format(argv=[f"--resume={run_dir}"] if started else [*argv, f"--run-dir={run_dir}"])
             )
             assert child.stdout.readline() == "begun\n"
-            until = (lines(run_dir) if started else 0) + int(rng.integers(1, 30))
+            until = (lines(run_dir) if started else 0) + int(rng.integers(1, 18))
             if kills < KILLS:
                 while child_runs(child) and lines(run_dir) < until:
                     time.sleep(0.002)
