@@ -24,7 +24,7 @@ class Record:
     step: int
     name: str
     shape: tuple[int, int]
-    method: str  # topk, gram32, gram64, bidiag64 (direct64 in records of 0.1.0) or exact
+    method: str  # topk, gram32, bidiag32, gram64, bidiag64 (direct64 in records of 0.1.0) or exact
     interval: int | None = None  # steps since the measurement that sd_variation compares with
     sd_variation: float | None = None  # |SD_t - SD_s|_2
     # What of it lies in the k leading values. Where method is topk, their sum is not known: `_topk` and `_carried`, the

@@ -4,7 +4,7 @@ r"""All singular values of a matrix, by the Gram matrix of its short side.
 
 Squaring costs accuracy in the small values, so each matrix gets the precision that it needs, by the error model of
 `sosd_fast.spectra.precision`: the Gram matrix in float32, in float64, or, for deficient rank, no Gram matrix
-at all, in float64.
+at all, in float64. The C++ kernels have nearly square matrices without a Gram matrix in float32, too.
 
 CPU tensors take the C++ kernels (kernels/cpu), CUDA tensors the Triton ones, all on the current stream and without
 waiting for the device; torch's operations stand in where either is missing. On CUDA nothing is redone, for that would
@@ -147,7 +147,7 @@ def spectra(
     Args:
         matrices: B tensors (m, n), on CUDA of any shapes with one short side, or one (B, m, n), which is faster for
             small matrices on the CPU. Not modified.
-        method: as in `svdvals`, or "bidiag64", on the CPU.
+        method: as in `svdvals`, or "bidiag32" or "bidiag64", on the CPU.
         previous: (B, r) float64, spectra of the same matrices a little earlier. They tell which precision to start
             from. For CUDA matrices pass them on the CPU: reading them from the device would wait for it.
 

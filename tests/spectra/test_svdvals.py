@@ -104,6 +104,28 @@ def test_the_safety_test_chooses_the_precision(path):
     assert sd_distance(spectra([matrix("log4", 96, 384)], "gram32").S[0], truth(matrix("log4", 96, 384))) > SD_TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((96, 96), "bidiag32"),
+        ((120, 96), "bidiag32"),
+        ((96, 121), "gram64"),  # longer
+        ((32, 32), "gram64"),  # in lanes
+        ((33, 40), "bidiag32"),
+        ((513, 513), "gram64"),
+    ],
+    ids=str,
+)
+def test_nearly_square_matrices_are_not_squared_in_float64(shape, expected):
+    W = matrix("log4", *shape)
+    for previous in (None, truth(W)[None]):
+        found = spectra([W], previous=previous)
+        assert found.methods == (expected,)
+        assert sd_distance(found.S[0], truth(W)) <= found.sd_error[0] <= SD_TOLERANCE
+    assert spectra([matrix("rank_one", *shape)]).methods == ("bidiag64",)
+    assert spectra([W.double()]).methods == ("gram64",)
+
+
 def test_a_batch_mixes_precisions(path):
     W = torch.stack([matrix(name, 96, 384) for name in ("gaussian", "log4", "rank_one", "gaussian")])
     result = spectra(list(W))
