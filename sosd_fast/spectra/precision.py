@@ -51,7 +51,7 @@ class Method(StrEnum):
         return cls.BIDIAG64 if value == "direct64" else None
 
 
-LADDER = (Method.GRAM32, Method.GRAM64, Method.BIDIAG64)  # of all backends; C++ takes BIDIAG32 before GRAM64 (svdvals.cpp)
+LADDER = (Method.GRAM32, Method.GRAM64, Method.BIDIAG64)  # C++ takes BIDIAG32 before GRAM64
 
 
 class ErrorModel(NamedTuple):
