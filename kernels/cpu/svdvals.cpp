@@ -48,8 +48,8 @@ double root_error(double s, double dl) {
     return std::max(up, down);
 }
 
-// Bidiagonalisation in float32 takes 0.75 times as long as a Gram matrix in float64 (256 x 256, 512 x 512; 768 x 768 0.85, but
-// one matrix has one thread), until the matrix is a quarter longer than wide.
+// Bidiagonalisation in float32 takes 0.75 times as long as a Gram matrix in float64 (LOG.md#bidiag32; 768 x 768 0.85, but one
+// matrix has one thread), until the matrix is a quarter longer than wide.
 constexpr int64_t kBidiag32Side = 512;
 
 bool takes_bidiag32(int64_t r, int64_t K) { return r > kLanesSide && r <= kBidiag32Side && 4 * K <= 5 * r; }
