@@ -1,12 +1,13 @@
-r"""One step towards the leading singular values of many matrices, in few launches: what is small, one program a matrix.
+r"""One step towards the leading singular values of many matrices, in few launches.
 
-With Z = V W^T W, H = Z V^T and rho = diag(H), new directions are D = pace (Z - H V) / rho + P, made orthogonal to V, and
-Rayleigh-Ritz of W^T W on span[V, D] gives the next V; its part along D is the next P. What comes between the products
-with W (thin.py) and the eigenproblems (eigh.py) is done here: about 160 operations of torch, of 2 to 3 us each, took
-longer than the products (LOG.md#topk-cuda-expected).
+With Z = V W^T W, H = Z V^T and rho = diag(H), new directions are D = pace (Z - H V) / rho + P, and Rayleigh-Ritz of
+W^T W on span[V, D] gives the next V; its part along D' is the next P, where D' is D made orthogonal to V. What comes
+between the products with W (thin.py) and the eigenproblems (eigh.py) is done here: as 160 operations of torch, of 2 to
+3 us each, it took as long as the products (LOG.md#topk-cuda-expected).
 
-Rows of D that depend on the rows before them are left out by a Cholesky factorisation of their Gram matrix, which costs
-a fifth of its eigenvectors.
+Columns are divided over several programs a matrix, which leave parts of sums to the next launch. D itself is not made
+orthogonal: H, D V^T, D D^T, D Z^T and D W^T W D^T give the matrices of D'. Rows of D' that depend on those before them
+are left out by a Cholesky factorisation.
 """
 
 import torch
@@ -17,17 +18,19 @@ from sosd_fast.kernels import thin, tl, triton
 from sosd_fast.kernels.eigh import eigh
 
 BLOCK = 32  # columns at a time: tensor cores' partial sums of so many are added by rounding additions
-WARPS = 8
-# Of the squared norm 1 of a row of D, what must be left without the rows before it: rounding of H is divided by it.
-LEAST = 1e-2
+SPAN, PARTS = 128, 8  # columns of a program, at least; programs to a matrix, at most
+WARPS = 4
+# Of the squared norm 1 of a row of D, what must be left without V and the rows before it: rounding is divided by it.
+LEAST = 1e-3
 SMALLEST = 64 * torch.finfo(torch.float32).smallest_normal  # a square that is nearly subnormal has few digits
+SUMS = 5  # V V^T, H, D V^T, D D^T, D Z^T
 
 if triton is not None:
     from sosd_fast.kernels.tridiagonal import _divide, _sqrt
 
     @triton.jit
     def _dot(x, y, PRECISION: tl.constexpr):
-        """A bound on the sum keeps the compiler from folding the addition that follows into the product."""
+        """The bound on the sum keeps the compiler from folding an addition that follows into the product."""
         return tl.dot(x, y, input_precision=PRECISION, max_num_imprecise_acc=32)
 
     @triton.jit
@@ -37,70 +40,122 @@ if triton is not None:
         return tl.load(ptr + rows[:, None] * pitch + columns[None, :], mask=inside, other=0.0)
 
     @triton.jit
-    def _prepare_kernel(
+    def _put(ptr, pitch, rows, columns, height, width, values):
+        inside = (rows[:, None] < height) & (columns[None, :] < width)
+        tl.store(ptr + rows[:, None] * pitch + columns[None, :], values, mask=inside)
+
+    @triton.jit
+    def _summed(ptr, parts, step, lanes, b):
+        """The sum of the parts of a matrix (b, b)."""
+        total = _tile(ptr, b, lanes, lanes, b, b)
+        for part in range(1, parts):
+            total += _tile(ptr + part * step, b, lanes, lanes, b, b)
+        return total
+
+    @triton.jit
+    def _inner_kernel(
+        X_ptr,  # (B, b, n)
         V_ptr,  # (B, b, n)
         P_ptr,  # (B, b, n)
-        start_ptr,  # (b, n), in the place of rows that are not orthonormal
         norms_ptr,  # (B,) float64; NaN or Inf of a matrix that is not finite
-        V_out_ptr,  # (B, b, n)
-        P_out_ptr,  # (B, b, n)
-        small_ptr,  # (B, 6, b, b): V V^T goes first
-        scale_ptr,  # (B, 4)
+        scale_ptr,  # (B, 4), out: two powers of two, 0 where the matrix acts as zero
+        sums_ptr,  # (B, parts, SUMS, b, b), out: X V^T, in the place SLOT
+        squares_ptr,  # (B, parts, 2, b), out: of P
         n,
         b,
+        span,
+        parts,
+        SLOT: tl.constexpr,
+        SUMS: tl.constexpr,
         WIDTH: tl.constexpr,
         PRECISION: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        matrix = tl.program_id(0).to(tl.int64)
+        part = tl.program_id(0)
+        matrix = tl.program_id(1).to(tl.int64)
+        X_ptr += matrix * b * n
+        V_ptr += matrix * b * n
+        P_ptr += matrix * b * n
+        sums_ptr += ((matrix * parts + part) * SUMS + SLOT) * b * b
+        lanes = tl.arange(0, WIDTH)
+        columns = tl.arange(0, BLOCK)
+        gram = tl.zeros([WIDTH, WIDTH], tl.float32)
+        squares = tl.zeros([WIDTH], tl.float32)
+        end = tl.minimum(n, part * span + span)
+        for k in range(part * span, end, BLOCK):
+            v = _tile(V_ptr + k, n, lanes, columns, b, end - k)
+            if SLOT == 0:
+                gram += _dot(v, tl.trans(v), PRECISION)
+                p = _tile(P_ptr + k, n, lanes, columns, b, end - k)
+                squares += tl.sum(p * p, axis=1)
+            else:
+                gram += _dot(_tile(X_ptr + k, n, lanes, columns, b, end - k), tl.trans(v), PRECISION)
+        _put(sums_ptr, b, lanes, lanes, b, b, gram)
+        if SLOT == 0:
+            tl.store(squares_ptr + (matrix * parts + part) * 2 * b + lanes, squares, mask=lanes < b)
+            # the product of the two is near the norm: each is in the range of float32, the norm need not be
+            norm = tl.load(norms_ptr + matrix)
+            finite = tl.abs(norm) < float("inf")
+            largest = tl.where(finite & (norm > 0), norm, 1.0)
+            first = tl.sqrt(largest).to(tl.int64, bitcast=True) & 0x7FF0000000000000
+            second = (largest / first.to(tl.float64, bitcast=True)).to(tl.int64, bitcast=True) & 0x7FF0000000000000
+            if part == 0:
+                scale_ptr += matrix * 4
+                tl.store(scale_ptr, (1.0 / first.to(tl.float64, bitcast=True)).to(tl.float32))
+                tl.store(scale_ptr + 1, (1.0 / second.to(tl.float64, bitcast=True)).to(tl.float32))
+                tl.store(scale_ptr + 2, tl.where(finite, 1.0, 0.0))
+
+    @triton.jit
+    def _mend_kernel(
+        V_ptr,  # (B, b, n)
+        P_ptr,  # (B, b, n)
+        start_ptr,  # (b, n), in the place of rows that are not orthonormal
+        sums_ptr,  # (B, parts, SUMS, b, b)
+        squares_ptr,  # (B, parts, 2, b)
+        V_out_ptr,  # (B, b, n)
+        P_out_ptr,  # (B, b, n)
+        n,
+        b,
+        span,
+        parts,
+        SUMS: tl.constexpr,
+        WIDTH: tl.constexpr,
+        PRECISION: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        part = tl.program_id(0)
+        matrix = tl.program_id(1).to(tl.int64)
         V_ptr += matrix * b * n
         P_ptr += matrix * b * n
         V_out_ptr += matrix * b * n
         P_out_ptr += matrix * b * n
-        small_ptr += matrix * 6 * b * b
-        scale_ptr += matrix * 4
         lanes = tl.arange(0, WIDTH)
         columns = tl.arange(0, BLOCK)
-
-        # two powers of two, whose product is near the norm: each is in the range of float32, the norm need not be
-        norm = tl.load(norms_ptr + matrix)
-        finite = tl.abs(norm) < float("inf")
-        largest = tl.where(finite & (norm > 0), norm, 1.0)
-        first = tl.sqrt(largest).to(tl.int64, bitcast=True) & 0x7FF0000000000000
-        second = (largest / first.to(tl.float64, bitcast=True)).to(tl.int64, bitcast=True) & 0x7FF0000000000000
-        tl.store(scale_ptr, (1.0 / first.to(tl.float64, bitcast=True)).to(tl.float32))
-        tl.store(scale_ptr + 1, (1.0 / second.to(tl.float64, bitcast=True)).to(tl.float32))
-        tl.store(scale_ptr + 2, tl.where(finite, 1.0, 0.0))
-
-        gram = tl.zeros([WIDTH, WIDTH], tl.float32)
+        gram = _summed(sums_ptr + matrix * parts * SUMS * b * b, parts, SUMS * b * b, lanes, b)
         squares = tl.zeros([WIDTH], tl.float32)
-        for k in range(0, n, BLOCK):
-            v = _tile(V_ptr + k, n, lanes, columns, b, n - k)
-            p = _tile(P_ptr + k, n, lanes, columns, b, n - k)
-            gram += _dot(v, tl.trans(v), PRECISION)
-            squares += tl.sum(p * p, axis=1)
-        inside = (lanes[:, None] < b) & (lanes[None, :] < b)
-        eye = tl.where((lanes[:, None] == lanes[None, :]) & inside, 1.0, 0.0)
-        wrong = tl.where(tl.abs(gram - eye) < 0.01, 0, 1)  # of NaN too
-        off = gram - eye
+        for each in range(parts):
+            squares += tl.load(squares_ptr + (matrix * parts + each) * 2 * b + lanes, mask=lanes < b, other=0.0)
+        off = gram - tl.where((lanes[:, None] == lanes[None, :]) & (lanes[:, None] < b), 1.0, 0.0)
+        wrong = tl.where(tl.abs(off) < 0.01, 0, 1)  # of NaN too
         sound = (tl.sum(tl.sum(wrong, axis=1), axis=0) + tl.sum(tl.where(squares < 4, 0, 1), axis=0)) == 0
-        for k in range(0, n, BLOCK):
-            v = _tile(V_ptr + k, n, lanes, columns, b, n - k)
-            p = _tile(P_ptr + k, n, lanes, columns, b, n - k)
-            start = _tile(start_ptr + k, n, lanes, columns, b, n - k)
-            at = lanes[:, None] * n + k + columns[None, :]
-            mask = (lanes[:, None] < b) & (columns[None, :] < n - k)
-            # a step of Newton's, or what rounding did to V once would stay
-            tl.store(V_out_ptr + at, tl.where(sound, v - 0.5 * tl.dot(off, v, input_precision=PRECISION), start), mask)
-            tl.store(P_out_ptr + at, tl.where(sound, p, 0.0), mask=mask)
-        gram = eye - tl.where(sound, 0.75 * tl.dot(off, off, input_precision=PRECISION), 0.0)
-        tl.store(small_ptr + lanes[:, None] * b + lanes[None, :], gram, mask=inside)
+        end = tl.minimum(n, part * span + span)
+        for k in range(part * span, end, BLOCK):
+            v = _tile(V_ptr + k, n, lanes, columns, b, end - k)
+            p = _tile(P_ptr + k, n, lanes, columns, b, end - k)
+            start = _tile(start_ptr + k, n, lanes, columns, b, end - k)
+            v -= 0.5 * tl.dot(off, v, input_precision=PRECISION)  # one of Newton's steps, or rounding would stay in V
+            _put(V_out_ptr + k, n, lanes, columns, b, end - k, tl.where(sound, v, start))
+            _put(P_out_ptr + k, n, lanes, columns, b, end - k, tl.where(sound, p, 0.0))
 
     @triton.jit
-    def _unit(squares, SMALLEST: tl.constexpr):
-        """What rows with these squared norms are divided by, inverted; 0 where the norm is not known."""
-        known = squares > SMALLEST
-        return tl.where(known, 1.0 / _sqrt(tl.where(known, squares, 1.0)), 0.0)
+    def _seen(H, lanes, SMALLEST: tl.constexpr):
+        """Whether W sees a direction, and a divisor in the place of its quotient.
+
+        A quotient below the rounding of the largest one is rounding itself, and a residual over it could be anything.
+        """
+        rho = tl.sum(tl.where(lanes[:, None] == lanes[None, :], H, 0.0), axis=1)
+        seen = rho > 1.4210854715202004e-14 * tl.max(tl.where(rho > 0, rho, 0.0), axis=0)  # eps^2
+        return rho, seen, tl.where(seen & (rho > SMALLEST), rho, 1.0)
 
     @triton.jit
     def _directions_kernel(
@@ -108,228 +163,189 @@ if triton is not None:
         P_ptr,  # (B, b, n)
         Z_ptr,  # (B, b, n)
         D_ptr,  # (B, p, n), out
-        small_ptr,  # (B, 6, b, b), out: H, D V^T, D D^T and D Z^T, after V V^T
-        residual_ptr,  # (B, b), out: of scaled matrices; -1 of a direction that W does not see
+        sums_ptr,  # (B, parts, SUMS, b, b); out: D V^T, D D^T and D Z^T
+        squares_ptr,  # (B, parts, 2, b), out: of residuals
         n,
         b,
         p,
+        span,
+        parts,
         pace,
         SMALLEST: tl.constexpr,
+        SUMS: tl.constexpr,
         WIDTH: tl.constexpr,
         PRECISION: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        matrix = tl.program_id(0).to(tl.int64)
+        part = tl.program_id(0)
+        matrix = tl.program_id(1).to(tl.int64)
         V_ptr += matrix * b * n
         P_ptr += matrix * b * n
         Z_ptr += matrix * b * n
         D_ptr += matrix * p * n
-        small_ptr += matrix * 6 * b * b
         lanes = tl.arange(0, WIDTH)
         columns = tl.arange(0, BLOCK)
-
-        H = tl.zeros([WIDTH, WIDTH], tl.float32)
-        rho = tl.zeros([WIDTH], tl.float32)
-        for k in range(0, n, BLOCK):
-            v = _tile(V_ptr + k, n, lanes, columns, b, n - k)
-            z = _tile(Z_ptr + k, n, lanes, columns, b, n - k)
-            H += _dot(z, tl.trans(v), PRECISION)
-            rho += tl.sum(z * v, axis=1)
-        # A quotient below the rounding of the largest one is rounding itself, and its residual could be anything.
-        largest = tl.max(tl.where(rho > 0, rho, 0.0), axis=0)
-        seen = rho > 1.4210854715202004e-14 * largest  # eps^2
-        divisor = tl.where(seen & (rho > SMALLEST), rho, 1.0)
+        H = _summed(sums_ptr + (matrix * parts * SUMS + 1) * b * b, parts, SUMS * b * b, lanes, b)
+        rho, _, divisor = _seen(H, lanes, SMALLEST)
         factor = pace / divisor
 
         squares = tl.zeros([WIDTH], tl.float32)
-        lengths = tl.zeros([WIDTH], tl.float32)
-        along = tl.zeros([WIDTH, WIDTH], tl.float32)  # D V^T
-        for k in range(0, n, BLOCK):
-            v = _tile(V_ptr + k, n, lanes, columns, b, n - k)
-            z = _tile(Z_ptr + k, n, lanes, columns, b, n - k)
-            d = _tile(P_ptr + k, n, lanes, columns, p, n - k)
+        along = tl.zeros([WIDTH, WIDTH], tl.float32)
+        inner = tl.zeros([WIDTH, WIDTH], tl.float32)
+        image = tl.zeros([WIDTH, WIDTH], tl.float32)
+        end = tl.minimum(n, part * span + span)
+        for k in range(part * span, end, BLOCK):
+            v = _tile(V_ptr + k, n, lanes, columns, b, end - k)
+            z = _tile(Z_ptr + k, n, lanes, columns, b, end - k)
+            d = _tile(P_ptr + k, n, lanes, columns, p, end - k)
             rest = z - rho[:, None] * v
             squares += tl.sum(rest * rest, axis=1)
-            d += factor[:, None] * (z - _dot(H, v, PRECISION))
+            d += factor[:, None] * (z - tl.dot(H, v, input_precision=PRECISION))
             d = tl.where(lanes[:, None] < p, d, 0.0)
-            lengths += tl.sum(d * d, axis=1)
-            along += _dot(d, tl.trans(v), PRECISION)
-            mask = (lanes[:, None] < p) & (columns[None, :] < n - k)
-            tl.store(D_ptr + lanes[:, None] * n + k + columns[None, :], d, mask=mask)
-        residual = tl.where(seen, _divide(_sqrt(squares), _sqrt(divisor)), -1.0)
-        tl.store(residual_ptr + matrix * b + lanes, residual, mask=lanes < b)
-        tl.debug_barrier()
-
-        # twice: the first leaves rounding along V, which is all there is of D where V has everything
-        unit = _unit(lengths, SMALLEST)
-        coefficients = unit[:, None] * along
-        lengths = tl.zeros([WIDTH], tl.float32)
-        along = tl.zeros([WIDTH, WIDTH], tl.float32)
-        for k in range(0, n, BLOCK):
-            v = _tile(V_ptr + k, n, lanes, columns, b, n - k)
-            d = _tile(D_ptr + k, n, lanes, columns, p, n - k)
-            d = unit[:, None] * d - _dot(coefficients, v, PRECISION)
-            lengths += tl.sum(d * d, axis=1)
-            along += _dot(d, tl.trans(v), PRECISION)
-            mask = (lanes[:, None] < p) & (columns[None, :] < n - k)
-            tl.store(D_ptr + lanes[:, None] * n + k + columns[None, :], d, mask=mask)
-        tl.debug_barrier()
-        unit = _unit(lengths, SMALLEST)
-        coefficients = unit[:, None] * along
-        along = tl.zeros([WIDTH, WIDTH], tl.float32)
-        inner = tl.zeros([WIDTH, WIDTH], tl.float32)  # D D^T
-        image = tl.zeros([WIDTH, WIDTH], tl.float32)  # D Z^T
-        for k in range(0, n, BLOCK):
-            v = _tile(V_ptr + k, n, lanes, columns, b, n - k)
-            z = _tile(Z_ptr + k, n, lanes, columns, b, n - k)
-            d = _tile(D_ptr + k, n, lanes, columns, p, n - k)
-            d = unit[:, None] * d - _dot(coefficients, v, PRECISION)
             along += _dot(d, tl.trans(v), PRECISION)
             inner += _dot(d, tl.trans(d), PRECISION)
             image += _dot(d, tl.trans(z), PRECISION)
-            mask = (lanes[:, None] < p) & (columns[None, :] < n - k)
-            tl.store(D_ptr + lanes[:, None] * n + k + columns[None, :], d, mask=mask)
-        at = small_ptr + lanes[:, None] * b + lanes[None, :]
-        inside = (lanes[:, None] < b) & (lanes[None, :] < b)
-        tl.store(at + b * b, H, mask=inside)
-        tl.store(at + 2 * b * b, along, mask=inside)
-        tl.store(at + 3 * b * b, inner, mask=inside)
-        tl.store(at + 4 * b * b, image, mask=inside)
+            _put(D_ptr + k, n, lanes, columns, p, end - k, d)
+        tl.store(squares_ptr + ((matrix * parts + part) * 2 + 1) * b + lanes, squares, mask=lanes < b)
+        sums_ptr += ((matrix * parts + part) * SUMS + 2) * b * b
+        _put(sums_ptr, b, lanes, lanes, b, b, along)
+        _put(sums_ptr + b * b, b, lanes, lanes, b, b, inner)
+        _put(sums_ptr + 2 * b * b, b, lanes, lanes, b, b, image)
 
     @triton.jit
     def _basis_kernel(
-        small_ptr,  # (B, 6, b, b): as above; out: U, the last, so that rows of U D are orthonormal or zero
+        sums_ptr,  # (B, parts, SUMS, b, b)
         G_ptr,  # (B, p, p): D W^T W D^T
-        A_ptr,  # (B, b + p, b + p), out: W^T W in the basis [V, U D]; -1 for what is left out, after all others
+        A_ptr,  # (B, b + p, b + p), out: W^T W in the basis [V, D'']; -1 for what is left out, after all others
+        change_ptr,  # (B, 2, b, b), out: K and L, D'' = K D - L V has orthonormal rows, or zero
         b,
         p,
+        parts,
         LEAST: tl.constexpr,
+        SMALLEST: tl.constexpr,
+        SUMS: tl.constexpr,
         WIDTH: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
         matrix = tl.program_id(0).to(tl.int64)
-        small_ptr += matrix * 6 * b * b
+        sums_ptr += matrix * parts * SUMS * b * b
         G_ptr += matrix * p * p
         A_ptr += matrix * (b + p) * (b + p)
+        change_ptr += matrix * 2 * b * b
         lanes = tl.arange(0, WIDTH)
         eye = lanes[:, None] == lanes[None, :]
+        step = SUMS * b * b
 
-        M = _tile(small_ptr + 3 * b * b, b, lanes, lanes, p, p)
+        M = _summed(sums_ptr + 3 * b * b, parts, step, lanes, b)
+        squares = tl.sum(tl.where(eye, M, 0.0), axis=1)
+        known = squares > SMALLEST
+        unit = tl.where(known, _divide(tl.full([WIDTH], 1.0, tl.float32), _sqrt(tl.where(known, squares, 1.0))), 0.0)
+        along = unit[:, None] * _summed(sums_ptr + 2 * b * b, parts, step, lanes, b)
+        M = unit[:, None] * M * unit[None, :] - tl.dot(along, tl.trans(along), input_precision=PRECISION)  # D' D'^T
         M = 0.5 * (M + tl.trans(M))
         U = tl.where(eye & (lanes[:, None] < p), 1.0, 0.0)
         pivots = tl.full([WIDTH], float("inf"), tl.float32)
         for j in range(p):
             here = lanes == j
             row = tl.sum(tl.where(here[:, None], M, 0.0), axis=0)
-            column = tl.sum(tl.where(here[None, :], M, 0.0), axis=1)
             made = tl.sum(tl.where(here[:, None], U, 0.0), axis=0)
             pivot = tl.sum(tl.where(here, row, 0.0), axis=0)
             pivot = tl.where(pivot > LEAST, pivot, float("inf"))  # whose rows take nothing from those after them
-            factor = tl.where(lanes > j, column / pivot, 0.0)
+            factor = tl.where(lanes > j, row / pivot, 0.0)
             M -= factor[:, None] * row[None, :]
             U -= factor[:, None] * made[None, :]
             pivots = tl.where(here, pivot, pivots)
         U *= _divide(tl.full([WIDTH], 1.0, tl.float32), _sqrt(pivots))[:, None]
 
-        image = _tile(small_ptr + 4 * b * b, b, lanes, lanes, p, b)
-        G = _tile(G_ptr, p, lanes, lanes, p, p)
-        image = _dot(U, image, PRECISION)
-        G = _dot(_dot(U, 0.5 * (G + tl.trans(G)), PRECISION), tl.trans(U), PRECISION)
-        G = 0.5 * (G + tl.trans(G)) - tl.where(eye & (pivots == float("inf"))[:, None], 1.0, 0.0)
-        H = _tile(small_ptr + b * b, b, lanes, lanes, b, b)
+        H = _summed(sums_ptr + b * b, parts, step, lanes, b)
         H = 0.5 * (H + tl.trans(H))
+        image = unit[:, None] * _summed(sums_ptr + 4 * b * b, parts, step, lanes, b)
+        new = image - tl.dot(along, H, input_precision=PRECISION)  # of D' and V
+        G = unit[:, None] * _tile(G_ptr, p, lanes, lanes, p, p) * unit[None, :]
+        G -= tl.dot(image, tl.trans(along), input_precision=PRECISION)
+        G -= tl.dot(along, tl.trans(new), input_precision=PRECISION)
+        G = tl.dot(U, 0.5 * (G + tl.trans(G)), input_precision=PRECISION)
+        G = tl.dot(G, tl.trans(U), input_precision=PRECISION)
+        G = 0.5 * (G + tl.trans(G)) - tl.where(eye & (pivots == float("inf"))[:, None], 1.0, 0.0)
+        new = tl.dot(U, new, input_precision=PRECISION)
         q = b + p
-        old = lanes < b
-        new = lanes < p
-        tl.store(A_ptr + lanes[:, None] * q + lanes[None, :], H, mask=old[:, None] & old[None, :])
-        tl.store(A_ptr + (b + lanes)[:, None] * q + lanes[None, :], image, mask=new[:, None] & old[None, :])
-        tl.store(A_ptr + lanes[None, :] * q + (b + lanes)[:, None], image, mask=new[:, None] & old[None, :])
-        tl.store(A_ptr + (b + lanes)[:, None] * q + (b + lanes)[None, :], G, mask=new[:, None] & new[None, :])
-        tl.store(small_ptr + 5 * b * b + lanes[:, None] * b + lanes[None, :], U, mask=new[:, None] & new[None, :])
-
-    @triton.jit
-    def _quotients(C, E, old, between, new, PRECISION: tl.constexpr):
-        """The diagonal of [C, E] [[old, between^T], [between, new]] [C, E]^T."""
-        mixed = _dot(C, old, PRECISION) + 2.0 * _dot(E, between, PRECISION)
-        return tl.sum(mixed * C, axis=1) + tl.sum(_dot(E, new, PRECISION) * E, axis=1)
+        _put(A_ptr, q, lanes, lanes, b, b, H)
+        _put(A_ptr + b * q, q, lanes, lanes, p, b, new)
+        _put(A_ptr + b, q, lanes, lanes, b, p, tl.trans(new))
+        _put(A_ptr + b * q + b, q, lanes, lanes, p, p, G)
+        _put(change_ptr, b, lanes, lanes, p, p, U * unit[None, :])
+        _put(change_ptr + b * b, b, lanes, lanes, p, b, tl.dot(U, along, input_precision=PRECISION))
 
     @triton.jit
     def _advance_kernel(
+        values_ptr,  # (B, b + p), descending
         vectors_ptr,  # (B, b + p, b + p), rows, of which the first b count
+        change_ptr,  # (B, 2, b, b)
         V_ptr,  # (B, b, n)
         P_ptr,  # (B, b, n)
         D_ptr,  # (B, p, n)
-        small_ptr,  # (B, 6, b, b)
-        G_ptr,  # (B, p, p)
+        sums_ptr,  # (B, parts, SUMS, b, b)
+        squares_ptr,  # (B, parts, 2, b)
         scale_ptr,  # (B, 4)
-        S_ptr,  # (B, b), out, descending
-        residual_ptr,  # (B, b), scaled; out: of the matrices
+        S_ptr,  # (B, b), out
+        residual_ptr,  # (B, b), out
         next_V_ptr,  # (B, b, n), out
         next_P_ptr,  # (B, b, n), out
         n,
         b,
         p,
+        span,
+        parts,
         SMALLEST: tl.constexpr,
+        SUMS: tl.constexpr,
         WIDTH: tl.constexpr,
         PRECISION: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        matrix = tl.program_id(0).to(tl.int64)
+        part = tl.program_id(0)
+        matrix = tl.program_id(1).to(tl.int64)
         q = b + p
         vectors_ptr += matrix * q * q
+        change_ptr += matrix * 2 * b * b
         V_ptr += matrix * b * n
         P_ptr += matrix * b * n
         D_ptr += matrix * p * n
-        small_ptr += matrix * 6 * b * b
-        G_ptr += matrix * p * p
         next_V_ptr += matrix * b * n
         next_P_ptr += matrix * b * n
-        one = tl.load(scale_ptr + matrix * 4)
-        two = tl.load(scale_ptr + matrix * 4 + 1)
         finite = tl.load(scale_ptr + matrix * 4 + 2) > 0
         lanes = tl.arange(0, WIDTH)
         columns = tl.arange(0, BLOCK)
 
-        C = _tile(vectors_ptr, q, lanes, lanes, b, b)
+        if part == 0:
+            one = tl.load(scale_ptr + matrix * 4)
+            two = tl.load(scale_ptr + matrix * 4 + 1)
+            squares = tl.zeros([WIDTH], tl.float32)
+            for each in range(parts):
+                at = ((matrix * parts + each) * 2 + 1) * b + lanes
+                squares += tl.load(squares_ptr + at, mask=lanes < b, other=0.0)
+            H = _summed(sums_ptr + (matrix * parts * SUMS + 1) * b * b, parts, SUMS * b * b, lanes, b)
+            _, seen, divisor = _seen(H, lanes, SMALLEST)
+            S = tl.load(values_ptr + matrix * q + lanes, mask=lanes < b, other=0.0)
+            S = _sqrt(tl.where(S > 0, S, 0.0))
+            # of an unseen direction it says nothing of what took its place
+            residual = tl.where(seen, _divide(_sqrt(squares), _sqrt(divisor)), S)
+            nan = float("nan")
+            tl.store(S_ptr + matrix * b + lanes, tl.where(finite, S / one / two, nan), mask=lanes < b)
+            tl.store(residual_ptr + matrix * b + lanes, tl.where(finite, residual / one / two, nan), mask=lanes < b)
+
         E = _tile(vectors_ptr + b, q, lanes, lanes, b, p)
-        E = _dot(E, _tile(small_ptr + 5 * b * b, b, lanes, lanes, p, p), PRECISION)
-        old = _tile(small_ptr, b, lanes, lanes, b, b)
-        between = _tile(small_ptr + 2 * b * b, b, lanes, lanes, p, b)
-        new = _tile(small_ptr + 3 * b * b, b, lanes, lanes, p, p)
-        mass = _quotients(C, E, old, between, new, PRECISION)
-        mass = tl.where(mass > SMALLEST, mass, 1.0)
-        old = _tile(small_ptr + b * b, b, lanes, lanes, b, b)
-        between = _tile(small_ptr + 4 * b * b, b, lanes, lanes, p, b)
-        new = _tile(G_ptr, p, lanes, lanes, p, p)
-        squares = _divide(_quotients(C, E, old, between, new, PRECISION), mass)
-        unit = _divide(tl.full([WIDTH], 1.0, tl.float32), _sqrt(mass))
-        C *= unit[:, None]
-        E *= unit[:, None]
-
-        S = _sqrt(tl.where((squares > 0) & (lanes < b), squares, 0.0))
-        # by rank, in which equal ones keep their order: the quotients may be in another one than the eigenvalues
-        # of which they are better estimates; sums along both dimensions give S as a row and as a column
-        across = tl.sum(tl.where(lanes[:, None] == lanes[None, :], S[:, None], 0.0), axis=0)
-        before = (across[None, :] > S[:, None]) | ((across[None, :] == S[:, None]) & (lanes[None, :] < lanes[:, None]))
-        place = tl.sum((before & (lanes[None, :] < b)).to(tl.int32), axis=1)
-        chosen = (place[:, None] == lanes[None, :]) & (lanes[:, None] < b)
-        S = tl.sum(tl.where(chosen, S[:, None], 0.0), axis=0)
-        residual = tl.load(residual_ptr + matrix * b + lanes, mask=lanes < b, other=0.0)
-        residual = tl.where(residual < 0, S, residual)  # of an unseen direction it says nothing of what took its place
-        nan = float("nan")
-        tl.store(S_ptr + matrix * b + lanes, tl.where(finite, S / one / two, nan), mask=lanes < b)
-        tl.store(residual_ptr + matrix * b + lanes, tl.where(finite, residual / one / two, nan), mask=lanes < b)
-
-        for k in range(0, n, BLOCK):
-            v = _tile(V_ptr + k, n, lanes, columns, b, n - k)
-            d = _tile(D_ptr + k, n, lanes, columns, p, n - k)
-            step = _dot(E, d, PRECISION)
-            v = tl.where(finite, _dot(C, v, PRECISION) + step, v)
-            step = tl.where(finite, step, _tile(P_ptr + k, n, lanes, columns, b, n - k))
-            at = lanes[:, None] * n + k + columns[None, :]
-            mask = (lanes[:, None] < b) & (columns[None, :] < n - k)
-            tl.store(next_V_ptr + at, v, mask=mask)
-            tl.store(next_P_ptr + at, step, mask=mask)
+        back = tl.dot(E, _tile(change_ptr + b * b, b, lanes, lanes, p, b), input_precision=PRECISION)
+        E = tl.dot(E, _tile(change_ptr, b, lanes, lanes, p, p), input_precision=PRECISION)
+        C = _tile(vectors_ptr, q, lanes, lanes, b, b)
+        end = tl.minimum(n, part * span + span)
+        for k in range(part * span, end, BLOCK):
+            v = _tile(V_ptr + k, n, lanes, columns, b, end - k)
+            d = _tile(D_ptr + k, n, lanes, columns, p, end - k)
+            change = tl.dot(E, d, input_precision=PRECISION) - tl.dot(back, v, input_precision=PRECISION)
+            after = tl.dot(C, v, input_precision=PRECISION) + change
+            before = _tile(P_ptr + k, n, lanes, columns, b, end - k)
+            _put(next_V_ptr + k, n, lanes, columns, b, end - k, tl.where(finite, after, v))
+            _put(next_P_ptr + k, n, lanes, columns, b, end - k, tl.where(finite, change, before))
 
 
 def leading_step(
@@ -347,37 +363,39 @@ def leading_step(
         pace: weight of the residual against P.
 
     Returns:
-        S (B, b), residual (B, b), and V and P for the next step, float32. NaN of a matrix that is not finite, which
-        keeps V and P.
+        S (B, b), descending, residual (B, b), and V and P for the next step, float32. NaN of a matrix that is not
+        finite, which keeps V and P.
 
     Accuracy:
         As `topk_svdvals`.
     """
     B, b, n = V.shape
     p = max(1, min(b, n - b))  # no more directions than there is room for; one that is none is left out
-    width = {"WIDTH": max(16, triton.next_power_of_2(b)), "PRECISION": kernels.precision_of_products()}
-    options = width | {"num_warps": WARPS}
-    V, P = V.contiguous(), P.contiguous()
+    span = triton.cdiv(triton.cdiv(n, PARTS), SPAN) * SPAN
+    parts = triton.cdiv(n, span)
+    V, P, start, norms = V.contiguous(), P.contiguous(), start.contiguous(), norms.double().contiguous()
     old_V, old_P, D = torch.empty_like(V), torch.empty_like(V), V.new_empty(B, p, n)
-    small, scale = V.new_empty(B, 6, b, b), V.new_empty(B, 4)
-    S, residual, A = V.new_empty(B, b), V.new_empty(B, b), V.new_empty(B, b + p, b + p)
-    next_V, next_P = torch.empty_like(V), torch.empty_like(V)
+    sums, squares = V.new_empty(B, parts, SUMS, b, b), V.new_empty(B, parts, 2, b)
+    scale, change, A = V.new_empty(B, 4), V.new_empty(B, 2, b, b), V.new_empty(B, b + p, b + p)
+    S, residual, next_V, next_P = V.new_empty(B, b), V.new_empty(B, b), torch.empty_like(V), torch.empty_like(V)
+    small = {"sums_ptr": sums, "b": b, "parts": parts, "SUMS": SUMS, "num_warps": WARPS}
+    small |= {"WIDTH": max(16, triton.next_power_of_2(b)), "PRECISION": kernels.precision_of_products()}
+    wide = small | {"squares_ptr": squares, "n": n, "span": span, "BLOCK": BLOCK}
+    inner = {"P_ptr": P, "norms_ptr": norms, "scale_ptr": scale}
     with torch.cuda.device_of(V):
-        _prepare_kernel[(B,)](
-            V_ptr=V, P_ptr=P, start_ptr=start.contiguous(), norms_ptr=norms.double(), V_out_ptr=old_V, P_out_ptr=old_P,
-            small_ptr=small, scale_ptr=scale, n=n, b=b, BLOCK=BLOCK, **options,
-        )  # fmt: skip
+        _inner_kernel[(parts, B)](X_ptr=V, V_ptr=V, SLOT=0, **inner, **wide)
+        _mend_kernel[(parts, B)](V_ptr=V, P_ptr=P, start_ptr=start, V_out_ptr=old_V, P_out_ptr=old_P, **wide)
         products = thin.Thin(matrices, b, scale)
-        _directions_kernel[(B,)](
-            V_ptr=old_V, P_ptr=old_P, Z_ptr=products.gram_applied(old_V), D_ptr=D, small_ptr=small,
-            residual_ptr=residual, n=n, b=b, p=p, pace=pace, SMALLEST=SMALLEST, BLOCK=BLOCK, **options,
-        )  # fmt: skip
+        Z = products.gram_applied(old_V)
+        _inner_kernel[(parts, B)](X_ptr=Z, V_ptr=old_V, SLOT=1, **inner, **wide)
+        subspace = {"V_ptr": old_V, "P_ptr": old_P, "D_ptr": D, "p": p, "SMALLEST": SMALLEST}
+        _directions_kernel[(parts, B)](Z_ptr=Z, pace=pace, **subspace, **wide)
         G = products.inner_gram(D)
-        _basis_kernel[(B,)](small_ptr=small, G_ptr=G, A_ptr=A, b=b, p=p, LEAST=LEAST, **options)
-        _advance_kernel[(B,)](
-            vectors_ptr=eigh(A)[1], V_ptr=old_V, P_ptr=old_P, D_ptr=D, small_ptr=small, G_ptr=G, scale_ptr=scale,
-            S_ptr=S, residual_ptr=residual, next_V_ptr=next_V, next_P_ptr=next_P, n=n, b=b, p=p, SMALLEST=SMALLEST,
-            BLOCK=BLOCK, **options,
+        _basis_kernel[(B,)](G_ptr=G, A_ptr=A, change_ptr=change, p=p, LEAST=LEAST, SMALLEST=SMALLEST, **small)
+        values, vectors = eigh(A)
+        _advance_kernel[(parts, B)](
+            values_ptr=values, vectors_ptr=vectors, change_ptr=change, scale_ptr=scale, S_ptr=S, residual_ptr=residual,
+            next_V_ptr=next_V, next_P_ptr=next_P, **subspace, **wide,
         )  # fmt: skip
     return S, residual, next_V, next_P
 
