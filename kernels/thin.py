@@ -227,7 +227,7 @@ class Thin:
     """Products of b rows with matrices on a device.
 
     Args:
-        matrices: (m_i, n_i), of DTYPES, alike, with one short side n. Not modified; one without a stride of 1 is copied.
+        matrices: (m_i, n_i), of DTYPES, alike, of one short side n. Not modified; one without a stride of 1 is copied.
         b: at most MOST.
         scale: (B, 4) float32: two powers of two that a matrix is multiplied by, and 0 where it acts as zero.
     """
