@@ -24,7 +24,7 @@ SMALLEST = 64 * torch.finfo(torch.float32).smallest_normal  # a square that is n
 SUMS = 6  # V V^T, P P^T, H, D V^T, D D^T, D Z^T
 
 if triton is not None:
-    from sosd_fast.kernels.small import _basis_kernel, _inner_kernel, _put, _tile, _times, _total_kernel
+    from sosd_fast.kernels.small import _basis_kernel, _dot, _inner_kernel, _put, _tile, _times, _total_kernel
     from sosd_fast.kernels.tridiagonal import _divide, _sqrt
 
     @triton.jit
@@ -44,7 +44,6 @@ if triton is not None:
         WIDTH: tl.constexpr,
         PRECISION: tl.constexpr,
         BLOCK: tl.constexpr,
-        STEP: tl.constexpr,
     ):
         part = tl.program_id(0)
         matrix = tl.program_id(1).to(tl.int64)
@@ -75,8 +74,7 @@ if triton is not None:
             v = _tile(V_ptr + k, n, lanes, columns, b, end - k)
             p = _tile(P_ptr + k, n, lanes, columns, b, end - k)
             start = _tile(start_ptr + k, n, lanes, columns, b, end - k)
-            # a step of Newton's towards orthonormal rows: what rounding does to V would stay
-            v = 1.5 * v - 0.5 * _times(sums_ptr, b, V_ptr + k, n, 1, lanes, columns, b, end - k, PRECISION, STEP)
+            v -= 0.5 * _dot(off, v, PRECISION)  # a step of Newton's towards orthonormal rows, or rounding would stay
             _put(old_V_ptr + k, n, lanes, columns, b, end - k, tl.where(sound, v, start))
             _put(old_P_ptr + k, n, lanes, columns, b, end - k, tl.where(sound, p, 0.0))
 
@@ -108,7 +106,6 @@ if triton is not None:
         WIDTH: tl.constexpr,
         PRECISION: tl.constexpr,
         BLOCK: tl.constexpr,
-        STEP: tl.constexpr,
     ):
         part = tl.program_id(0)
         matrix = tl.program_id(1).to(tl.int64)
@@ -120,6 +117,7 @@ if triton is not None:
         lanes = tl.arange(0, WIDTH)
         columns = tl.arange(0, BLOCK)
         rho, _, divisor = _seen(sums_ptr, lanes, b, SMALLEST)
+        H = _tile(sums_ptr, b, lanes, lanes, b, b)
         squares = tl.zeros([WIDTH], tl.float32)
         end = tl.minimum(n, part * span + span)
         for k in range(part * span, end, BLOCK):
@@ -127,41 +125,74 @@ if triton is not None:
             z = _tile(Z_ptr + k, n, lanes, columns, b, end - k)
             rest = z - rho[:, None] * v
             squares += tl.sum(rest * rest, axis=1)
-            z -= _times(sums_ptr, b, V_ptr + k, n, 1, lanes, columns, b, end - k, PRECISION, STEP)
-            d = _tile(P_ptr + k, n, lanes, columns, b, end - k) + (pace / divisor)[:, None] * z
+            d = (pace / divisor)[:, None] * (z - _dot(H, v, PRECISION))
+            d += _tile(P_ptr + k, n, lanes, columns, b, end - k)
             _put(D_ptr + k, n, lanes, columns, b, end - k, d)
         tl.store(squares_ptr + (matrix * parts + part) * b + lanes, squares, mask=lanes < b)
 
     @triton.jit
-    def _advance_kernel(
+    def _values_kernel(
         values_ptr,  # (B, 2 b), descending
         vectors_ptr,  # (B, 2 b, 2 b), rows, of which the first b count
-        change_ptr,  # (B, 4, b, b)
-        V_ptr,  # (B, b, n)
-        P_ptr,  # (B, b, n)
-        D_ptr,  # (B, b, n); out: D''
+        change_ptr,  # (B, 5, b, b): K and L; out: what is multiplied with V, and with D and V for the next P
         sums_ptr,  # (B, SUMS, b, b)
         squares_ptr,  # (B, parts, b)
         scale_ptr,  # (B, 4)
         S_ptr,  # (B, b), out
         residual_ptr,  # (B, b), out
-        next_V_ptr,  # (B, b, n), out
-        next_P_ptr,  # (B, b, n), out
-        n,
         b,
-        span,
         parts,
         SMALLEST: tl.constexpr,
         SUMS: tl.constexpr,
         WIDTH: tl.constexpr,
         PRECISION: tl.constexpr,
-        BLOCK: tl.constexpr,
         STEP: tl.constexpr,
+    ):
+        matrix = tl.program_id(0).to(tl.int64)
+        vectors_ptr += matrix * 4 * b * b
+        change_ptr += matrix * 5 * b * b
+        lanes = tl.arange(0, WIDTH)
+        finite = tl.load(scale_ptr + matrix * 4 + 2) > 0
+        one = tl.load(scale_ptr + matrix * 4)
+        two = tl.load(scale_ptr + matrix * 4 + 1)
+        squares = tl.zeros([WIDTH], tl.float32)
+        for part in range(parts):
+            squares += tl.load(squares_ptr + (matrix * parts + part) * b + lanes, mask=lanes < b, other=0.0)
+        _, seen, divisor = _seen(sums_ptr + (matrix * SUMS + 2) * b * b, lanes, b, SMALLEST)
+        S = tl.load(values_ptr + matrix * 2 * b + lanes, mask=lanes < b, other=0.0)
+        S = _sqrt(tl.where(S > 0, S, 0.0))
+        # of an unseen direction it says nothing of what took its place
+        residual = tl.where(seen, _divide(_sqrt(squares), _sqrt(divisor)), S)
+        nan = float("nan")
+        tl.store(S_ptr + matrix * b + lanes, tl.where(finite, S / one / two, nan), mask=lanes < b)
+        tl.store(residual_ptr + matrix * b + lanes, tl.where(finite, residual / one / two, nan), mask=lanes < b)
+
+        E_ptr = vectors_ptr + b
+        new = _times(E_ptr, 2 * b, change_ptr, b, 1, lanes, lanes, b, b, PRECISION, STEP)
+        _put(change_ptr + 3 * b * b, b, lanes, lanes, b, b, new)
+        old = _times(E_ptr, 2 * b, change_ptr + b * b, b, 1, lanes, lanes, b, b, PRECISION, STEP)
+        _put(change_ptr + 4 * b * b, b, lanes, lanes, b, b, -old)
+        _put(change_ptr + 2 * b * b, b, lanes, lanes, b, b, _tile(vectors_ptr, 2 * b, lanes, lanes, b, b) - old)
+
+    @triton.jit
+    def _advance_kernel(
+        change_ptr,  # (B, 5, b, b)
+        V_ptr,  # (B, b, n)
+        P_ptr,  # (B, b, n)
+        D_ptr,  # (B, b, n)
+        scale_ptr,  # (B, 4)
+        next_V_ptr,  # (B, b, n), out
+        next_P_ptr,  # (B, b, n), out
+        n,
+        b,
+        span,
+        WIDTH: tl.constexpr,
+        PRECISION: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
         part = tl.program_id(0)
         matrix = tl.program_id(1).to(tl.int64)
-        vectors_ptr += matrix * 4 * b * b
-        K_ptr = change_ptr + matrix * 4 * b * b
+        change_ptr += (matrix * 5 + 2) * b * b
         V_ptr += matrix * b * n
         P_ptr += matrix * b * n
         D_ptr += matrix * b * n
@@ -170,34 +201,16 @@ if triton is not None:
         finite = tl.load(scale_ptr + matrix * 4 + 2) > 0
         lanes = tl.arange(0, WIDTH)
         columns = tl.arange(0, BLOCK)
-        if part == 0:
-            one = tl.load(scale_ptr + matrix * 4)
-            two = tl.load(scale_ptr + matrix * 4 + 1)
-            squares = tl.zeros([WIDTH], tl.float32)
-            for each in range(parts):
-                squares += tl.load(squares_ptr + (matrix * parts + each) * b + lanes, mask=lanes < b, other=0.0)
-            _, seen, divisor = _seen(sums_ptr + (matrix * SUMS + 2) * b * b, lanes, b, SMALLEST)
-            S = tl.load(values_ptr + matrix * 2 * b + lanes, mask=lanes < b, other=0.0)
-            S = _sqrt(tl.where(S > 0, S, 0.0))
-            # of an unseen direction it says nothing of what took its place
-            residual = tl.where(seen, _divide(_sqrt(squares), _sqrt(divisor)), S)
-            nan = float("nan")
-            tl.store(S_ptr + matrix * b + lanes, tl.where(finite, S / one / two, nan), mask=lanes < b)
-            tl.store(residual_ptr + matrix * b + lanes, tl.where(finite, residual / one / two, nan), mask=lanes < b)
         end = tl.minimum(n, part * span + span)
         for k in range(part * span, end, BLOCK):
-            left = end - k
-            d = _times(K_ptr, b, D_ptr + k, n, 1, lanes, columns, b, left, PRECISION, STEP)
-            d -= _times(K_ptr + b * b, b, V_ptr + k, n, 1, lanes, columns, b, left, PRECISION, STEP)
-            tl.debug_barrier()
-            _put(D_ptr + k, n, lanes, columns, b, left, d)
-            tl.debug_barrier()
-            step = _times(vectors_ptr + b, 2 * b, D_ptr + k, n, 1, lanes, columns, b, left, PRECISION, STEP)
-            after = _times(vectors_ptr, 2 * b, V_ptr + k, n, 1, lanes, columns, b, left, PRECISION, STEP) + step
-            v = _tile(V_ptr + k, n, lanes, columns, b, left)
-            p = _tile(P_ptr + k, n, lanes, columns, b, left)
-            _put(next_V_ptr + k, n, lanes, columns, b, left, tl.where(finite, after, v))
-            _put(next_P_ptr + k, n, lanes, columns, b, left, tl.where(finite, step, p))
+            v = _tile(V_ptr + k, n, lanes, columns, b, end - k)
+            d = _tile(D_ptr + k, n, lanes, columns, b, end - k)
+            p = _dot(_tile(change_ptr + b * b, b, lanes, lanes, b, b), d, PRECISION)
+            after = _dot(_tile(change_ptr, b, lanes, lanes, b, b), v, PRECISION) + p
+            p += _dot(_tile(change_ptr + 2 * b * b, b, lanes, lanes, b, b), v, PRECISION)
+            before = _tile(P_ptr + k, n, lanes, columns, b, end - k)
+            _put(next_V_ptr + k, n, lanes, columns, b, end - k, tl.where(finite, after, v))
+            _put(next_P_ptr + k, n, lanes, columns, b, end - k, tl.where(finite, p, before))
 
 
 def leading_step(
@@ -228,18 +241,17 @@ def leading_step(
     old_V, old_P, D, next_V, next_P = (torch.empty_like(V) for _ in range(5))
     sums, S, residual = V.new_empty(B, SUMS, b, b), V.new_empty(B, b), V.new_empty(B, b)
     of_parts, squares = V.new_empty(B, parts, SUMS, b, b), V.new_empty(B, parts, b)
-    scale, change, A = V.new_empty(B, 4), V.new_empty(B, 4, b, b), V.new_empty(B, 2 * b, 2 * b)
-    width = {"WIDTH": max(16, triton.next_power_of_2(b)), "PRECISION": kernels.precision_of_products()}
-    small = width | {"sums_ptr": sums, "b": b, "SUMS": SUMS, "STEP": STEP, "num_warps": WARPS}
-    wide = small | {"n": n, "span": span, "BLOCK": BLOCK}
+    scale, change, A = V.new_empty(B, 4), V.new_empty(B, 5, b, b), V.new_empty(B, 2 * b, 2 * b)
+    width = {"b": b, "WIDTH": max(16, triton.next_power_of_2(b)), "PRECISION": kernels.precision_of_products()}
+    wide = width | {"n": n, "span": span, "BLOCK": BLOCK, "num_warps": WARPS}
+    small = width | {"sums_ptr": sums, "SUMS": SUMS, "SMALLEST": SMALLEST}
     subspace = {"V_ptr": old_V, "P_ptr": old_P, "D_ptr": D}
 
     def multiply(first: int, last: int, **factors):
         """Adds up inner products of rows."""
         _inner_kernel[(parts, B, last - first)](
-            parts_ptr=of_parts, n=n, b=b, span=span, parts=parts, slot=first, SUMS=SUMS, BLOCK=BLOCK, num_warps=WARPS,
-            **width, **factors,
-        )  # fmt: skip
+            parts_ptr=of_parts, parts=parts, slot=first, SUMS=SUMS, **factors, **wide
+        )
         _total_kernel[(triton.cdiv((last - first) * b * b, 1024), B)](
             parts_ptr=of_parts, sums_ptr=sums, first=first * b * b, last=last * b * b, size=SUMS * b * b, parts=parts,
             BLOCK=1024, num_warps=4,
@@ -249,21 +261,25 @@ def leading_step(
         multiply(0, 2, V_ptr=V, P_ptr=P, D_ptr=D, Z_ptr=D)
         _mend_kernel[(parts, B)](
             V_ptr=V, P_ptr=P, start_ptr=start, norms_ptr=norms, old_V_ptr=old_V, old_P_ptr=old_P, scale_ptr=scale,
-            **wide,
+            sums_ptr=sums, SUMS=SUMS, **wide,
         )  # fmt: skip
         products = thin.Thin(matrices, b, scale)
         Z = products.gram_applied(old_V)
         multiply(2, 3, **subspace, Z_ptr=Z)
-        residuals = {"squares_ptr": squares, "parts": parts, "SMALLEST": SMALLEST}
-        _directions_kernel[(parts, B)](Z_ptr=Z, pace=pace, **subspace, **residuals, **wide)
+        residuals = {"squares_ptr": squares, "parts": parts}
+        _directions_kernel[(parts, B)](Z_ptr=Z, pace=pace, **subspace, **residuals, **small | wide)
         multiply(3, 6, **subspace, Z_ptr=Z)
         G = products.inner_gram(D)
-        _basis_kernel[(B,)](G_ptr=G, A_ptr=A, change_ptr=change, LEAST=LEAST, SMALLEST=SMALLEST, **small)
+        small |= {"STEP": STEP, "change_ptr": change}
+        _basis_kernel[(B,)](G_ptr=G, A_ptr=A, LEAST=LEAST, num_warps=16, **small)
         values, vectors = eigh(A)
-        _advance_kernel[(parts, B)](
-            values_ptr=values, vectors_ptr=vectors, change_ptr=change, scale_ptr=scale, S_ptr=S, residual_ptr=residual,
-            next_V_ptr=next_V, next_P_ptr=next_P, **subspace, **residuals, **wide,
+        _values_kernel[(B,)](
+            values_ptr=values, vectors_ptr=vectors, scale_ptr=scale, S_ptr=S, residual_ptr=residual, num_warps=8,
+            **residuals, **small,
         )  # fmt: skip
+        _advance_kernel[(parts, B)](
+            change_ptr=change, scale_ptr=scale, next_V_ptr=next_V, next_P_ptr=next_P, **subspace, **wide
+        )
     return S, residual, next_V, next_P
 
 

@@ -107,7 +107,7 @@ if triton is not None:
         sums_ptr,  # (B, SUMS, b, b)
         G_ptr,  # (B, b, b): D W^T W D^T
         A_ptr,  # (B, 2 b, 2 b), out: W^T W in the basis [V, D'']; -1 for what is left out, after all others
-        change_ptr,  # (B, 4, b, b), out: K and L, where the rows of D'' = K D - L V are orthonormal or zero; workspace
+        change_ptr,  # (B, 5, b, b), out: K and L, where the rows of D'' = K D - L V are orthonormal or zero; workspace
         b,
         LEAST: tl.constexpr,
         SMALLEST: tl.constexpr,
@@ -123,7 +123,7 @@ if triton is not None:
         image_ptr = H_ptr + 3 * b * b  # D Z^T
         G_ptr += matrix * b * b
         A_ptr += matrix * 4 * b * b
-        K_ptr = change_ptr + matrix * 4 * b * b
+        K_ptr = change_ptr + matrix * 5 * b * b
         L_ptr = K_ptr + b * b
         mixed_ptr = K_ptr + 2 * b * b  # of D' and V
         work_ptr = K_ptr + 3 * b * b
