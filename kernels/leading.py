@@ -24,7 +24,16 @@ SMALLEST = 64 * torch.finfo(torch.float32).smallest_normal  # a square that is n
 SUMS = 6  # V V^T, P P^T, H, D V^T, D D^T, D Z^T
 
 if triton is not None:
-    from sosd_fast.kernels.small import _basis_kernel, _dot, _inner_kernel, _put, _tile, _times, _total_kernel
+    from sosd_fast.kernels.small import (
+        _basis_kernel,
+        _dot,
+        _factor_kernel,
+        _inner_kernel,
+        _put,
+        _tile,
+        _times,
+        _total_kernel,
+    )
     from sosd_fast.kernels.tridiagonal import _divide, _sqrt
 
     @triton.jit
@@ -134,7 +143,7 @@ if triton is not None:
     def _values_kernel(
         values_ptr,  # (B, 2 b), descending
         vectors_ptr,  # (B, 2 b, 2 b), rows, of which the first b count
-        change_ptr,  # (B, 5, b, b): K and L; out: what is multiplied with V, and with D and V for the next P
+        change_ptr,  # (B, 5, b, b): K and L; out: what V is multiplied with, and D and V for the next P
         sums_ptr,  # (B, SUMS, b, b)
         squares_ptr,  # (B, parts, b)
         scale_ptr,  # (B, 4)
@@ -172,7 +181,7 @@ if triton is not None:
         _put(change_ptr + 3 * b * b, b, lanes, lanes, b, b, new)
         old = _times(E_ptr, 2 * b, change_ptr + b * b, b, 1, lanes, lanes, b, b, PRECISION, STEP)
         _put(change_ptr + 4 * b * b, b, lanes, lanes, b, b, -old)
-        _put(change_ptr + 2 * b * b, b, lanes, lanes, b, b, _tile(vectors_ptr, 2 * b, lanes, lanes, b, b) - old)
+        _put(change_ptr + 2 * b * b, b, lanes, lanes, b, b, _tile(vectors_ptr, 2 * b, lanes, lanes, b, b))
 
     @triton.jit
     def _advance_kernel(
@@ -189,6 +198,7 @@ if triton is not None:
         WIDTH: tl.constexpr,
         PRECISION: tl.constexpr,
         BLOCK: tl.constexpr,
+        STEP: tl.constexpr,
     ):
         part = tl.program_id(0)
         matrix = tl.program_id(1).to(tl.int64)
@@ -202,15 +212,20 @@ if triton is not None:
         lanes = tl.arange(0, WIDTH)
         columns = tl.arange(0, BLOCK)
         end = tl.minimum(n, part * span + span)
+        rows = tl.arange(0, STEP)
         for k in range(part * span, end, BLOCK):
+            after = tl.zeros([WIDTH, BLOCK], tl.float32)
+            change = tl.zeros([WIDTH, BLOCK], tl.float32)
+            for i in range(0, b, STEP):  # as in `_times`, of which three would take three times as long
+                v = _tile(V_ptr + i * n + k, n, rows, columns, b - i, end - k)
+                d = _tile(D_ptr + i * n + k, n, rows, columns, b - i, end - k)
+                after += _dot(_tile(change_ptr + i, b, lanes, rows, b, b - i), v, PRECISION)
+                change += _dot(_tile(change_ptr + b * b + i, b, lanes, rows, b, b - i), d, PRECISION)
+                change += _dot(_tile(change_ptr + 2 * b * b + i, b, lanes, rows, b, b - i), v, PRECISION)
             v = _tile(V_ptr + k, n, lanes, columns, b, end - k)
-            d = _tile(D_ptr + k, n, lanes, columns, b, end - k)
-            p = _dot(_tile(change_ptr + b * b, b, lanes, lanes, b, b), d, PRECISION)
-            after = _dot(_tile(change_ptr, b, lanes, lanes, b, b), v, PRECISION) + p
-            p += _dot(_tile(change_ptr + 2 * b * b, b, lanes, lanes, b, b), v, PRECISION)
-            before = _tile(P_ptr + k, n, lanes, columns, b, end - k)
-            _put(next_V_ptr + k, n, lanes, columns, b, end - k, tl.where(finite, after, v))
-            _put(next_P_ptr + k, n, lanes, columns, b, end - k, tl.where(finite, p, before))
+            p = _tile(P_ptr + k, n, lanes, columns, b, end - k)
+            _put(next_V_ptr + k, n, lanes, columns, b, end - k, tl.where(finite, after + change, v))
+            _put(next_P_ptr + k, n, lanes, columns, b, end - k, tl.where(finite, change, p))
 
 
 def leading_step(
@@ -239,7 +254,8 @@ def leading_step(
     parts = triton.cdiv(n, span)
     V, P, start, norms = V.contiguous(), P.contiguous(), start.contiguous(), norms.double().contiguous()
     old_V, old_P, D, next_V, next_P = (torch.empty_like(V) for _ in range(5))
-    sums, S, residual = V.new_empty(B, SUMS, b, b), V.new_empty(B, b), V.new_empty(B, b)
+    sums = V.new_empty(B, SUMS, b, b)
+    pivots, S, residual = (V.new_empty(B, b) for _ in range(3))
     of_parts, squares = V.new_empty(B, parts, SUMS, b, b), V.new_empty(B, parts, b)
     scale, change, A = V.new_empty(B, 4), V.new_empty(B, 5, b, b), V.new_empty(B, 2 * b, 2 * b)
     width = {"b": b, "WIDTH": max(16, triton.next_power_of_2(b)), "PRECISION": kernels.precision_of_products()}
@@ -270,15 +286,24 @@ def leading_step(
         _directions_kernel[(parts, B)](Z_ptr=Z, pace=pace, **subspace, **residuals, **small | wide)
         multiply(3, 6, **subspace, Z_ptr=Z)
         G = products.inner_gram(D)
-        small |= {"STEP": STEP, "change_ptr": change}
-        _basis_kernel[(B,)](G_ptr=G, A_ptr=A, LEAST=LEAST, num_warps=16, **small)
+        small |= {"STEP": STEP, "change_ptr": change, "num_warps": 8}
+        _factor_kernel[(B,)](pivots_ptr=pivots, LEAST=LEAST, **small)
+        del small["SMALLEST"]
+        _basis_kernel[(B,)](G_ptr=G, A_ptr=A, pivots_ptr=pivots, num_stages=2, **small)
         values, vectors = eigh(A)
         _values_kernel[(B,)](
-            values_ptr=values, vectors_ptr=vectors, scale_ptr=scale, S_ptr=S, residual_ptr=residual, num_warps=8,
-            **residuals, **small,
+            values_ptr=values, vectors_ptr=vectors, scale_ptr=scale, S_ptr=S, residual_ptr=residual,
+            SMALLEST=SMALLEST, **residuals, **small,
         )  # fmt: skip
         _advance_kernel[(parts, B)](
-            change_ptr=change, scale_ptr=scale, next_V_ptr=next_V, next_P_ptr=next_P, **subspace, **wide
+            change_ptr=change,
+            scale_ptr=scale,
+            next_V_ptr=next_V,
+            next_P_ptr=next_P,
+            STEP=STEP,
+            num_stages=2,
+            **subspace,
+            **wide,
         )
     return S, residual, next_V, next_P
 

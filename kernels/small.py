@@ -103,11 +103,10 @@ if triton is not None:
         tl.store(sums_ptr + matrix * size + at, total, mask=at < last)
 
     @triton.jit
-    def _basis_kernel(
+    def _factor_kernel(
         sums_ptr,  # (B, SUMS, b, b)
-        G_ptr,  # (B, b, b): D W^T W D^T
-        A_ptr,  # (B, 2 b, 2 b), out: W^T W in the basis [V, D'']; -1 for what is left out, after all others
-        change_ptr,  # (B, 5, b, b), out: K and L, where the rows of D'' = K D - L V are orthonormal or zero; workspace
+        change_ptr,  # (B, 5, b, b), out: K, where the rows of D'' = K (D - D V^T V) are orthonormal or zero
+        pivots_ptr,  # (B, b), out: inf where a row is left out
         b,
         LEAST: tl.constexpr,
         SMALLEST: tl.constexpr,
@@ -117,27 +116,18 @@ if triton is not None:
         STEP: tl.constexpr,
     ):
         matrix = tl.program_id(0).to(tl.int64)
-        H_ptr = sums_ptr + (matrix * SUMS + 2) * b * b
-        along_ptr = H_ptr + b * b  # D V^T
-        inner_ptr = H_ptr + 2 * b * b  # D D^T
-        image_ptr = H_ptr + 3 * b * b  # D Z^T
-        G_ptr += matrix * b * b
-        A_ptr += matrix * 4 * b * b
+        along_ptr = sums_ptr + (matrix * SUMS + 3) * b * b  # D V^T
+        inner_ptr = along_ptr + b * b  # D D^T
         K_ptr = change_ptr + matrix * 5 * b * b
-        L_ptr = K_ptr + b * b
-        mixed_ptr = K_ptr + 2 * b * b  # of D' and V
-        work_ptr = K_ptr + 3 * b * b
         lanes = tl.arange(0, WIDTH)
-        eye = lanes[:, None] == lanes[None, :]
-
         squares = tl.load(inner_ptr + lanes * (b + 1), mask=lanes < b, other=0.0)
         known = squares > SMALLEST
         unit = tl.where(known, _divide(tl.full([WIDTH], 1.0, tl.float32), _sqrt(tl.where(known, squares, 1.0))), 0.0)
         M = _tile(inner_ptr, b, lanes, lanes, b, b)
         M -= _times(along_ptr, b, along_ptr, 1, b, lanes, lanes, b, b, PRECISION, STEP)  # D' D'^T
         M = unit[:, None] * M * unit[None, :]
-        # columns of the symmetric M and of U^T: sums along rows stay inside of a warp
-        UT = tl.where(eye, 1.0, 0.0)
+        # columns of the symmetric M, and of U^T: sums along rows stay inside of a warp
+        UT = tl.where(lanes[:, None] == lanes[None, :], 1.0, 0.0)
         pivots = tl.full([WIDTH], float("inf"), tl.float32)
         for j in range(b):
             here = lanes[None, :] == j
@@ -149,29 +139,53 @@ if triton is not None:
             M -= column[:, None] * factor[None, :]
             UT -= made[:, None] * factor[None, :]
             pivots = tl.where(lanes == j, pivot, pivots)
+        tl.store(pivots_ptr + matrix * b + lanes, pivots, mask=lanes < b)
         UT *= unit[:, None] * _divide(tl.full([WIDTH], 1.0, tl.float32), _sqrt(pivots))[None, :]
         inside = (lanes[:, None] < b) & (lanes[None, :] < b)
         tl.store(K_ptr + lanes[None, :] * b + lanes[:, None], UT, mask=inside)
 
-        mixed = _tile(image_ptr, b, lanes, lanes, b, b)
-        mixed -= _times(along_ptr, b, H_ptr, b, 1, lanes, lanes, b, b, PRECISION, STEP)
-        _put(mixed_ptr, b, lanes, lanes, b, b, mixed)
+    @triton.jit
+    def _basis_kernel(
+        sums_ptr,  # (B, SUMS, b, b)
+        G_ptr,  # (B, b, b): D W^T W D^T
+        A_ptr,  # (B, 2 b, 2 b), out: W^T W in the basis [V, D'']; -1 for what is left out, after all others
+        change_ptr,  # (B, 5, b, b): K; out: L, where D'' = K D - L V; then workspace
+        pivots_ptr,  # (B, b)
+        b,
+        SUMS: tl.constexpr,
+        WIDTH: tl.constexpr,
+        PRECISION: tl.constexpr,
+        STEP: tl.constexpr,
+    ):
+        matrix = tl.program_id(0).to(tl.int64)
+        H_ptr = sums_ptr + (matrix * SUMS + 2) * b * b
+        along_ptr = H_ptr + b * b  # D V^T
+        image_ptr = H_ptr + 3 * b * b  # D Z^T
+        G_ptr += matrix * b * b
+        A_ptr += matrix * 4 * b * b
+        K_ptr = change_ptr + matrix * 5 * b * b
+        mixed_ptr = K_ptr + 2 * b * b  # of D' and V
+        work_ptr = K_ptr + 3 * b * b
+        lanes = tl.arange(0, WIDTH)
+        inside = (lanes[:, None] < b) & (lanes[None, :] < b)
+        mixed = _times(along_ptr, b, H_ptr, b, 1, lanes, lanes, b, b, PRECISION, STEP)
+        _put(mixed_ptr, b, lanes, lanes, b, b, _tile(image_ptr, b, lanes, lanes, b, b) - mixed)
+        L = _times(K_ptr, b, along_ptr, b, 1, lanes, lanes, b, b, PRECISION, STEP)
+        _put(K_ptr + b * b, b, lanes, lanes, b, b, L)
         tl.debug_barrier()
-        _put(L_ptr, b, lanes, lanes, b, b, _times(K_ptr, b, along_ptr, b, 1, lanes, lanes, b, b, PRECISION, STEP))
-        G = _tile(G_ptr, b, lanes, lanes, b, b)
-        G -= _times(image_ptr, b, along_ptr, 1, b, lanes, lanes, b, b, PRECISION, STEP)
-        G -= _times(along_ptr, b, mixed_ptr, 1, b, lanes, lanes, b, b, PRECISION, STEP)
-        _put(work_ptr, b, lanes, lanes, b, b, G)
-        tl.debug_barrier()
-        G = _times(K_ptr, b, work_ptr, b, 1, lanes, lanes, b, b, PRECISION, STEP)
-        tl.debug_barrier()
-        _put(work_ptr, b, lanes, lanes, b, b, G)
-        tl.debug_barrier()
-        G = _times(work_ptr, b, K_ptr, 1, b, lanes, lanes, b, b, PRECISION, STEP)
-        G = 0.5 * (G + tl.trans(G)) - tl.where(eye & (pivots == float("inf"))[:, None], 1.0, 0.0)
-        _put(A_ptr + 2 * b * b + b, 2 * b, lanes, lanes, b, b, G)
+        G = _times(image_ptr, b, along_ptr, 1, b, lanes, lanes, b, b, PRECISION, STEP)
+        G += _times(along_ptr, b, mixed_ptr, 1, b, lanes, lanes, b, b, PRECISION, STEP)
+        _put(work_ptr, b, lanes, lanes, b, b, _tile(G_ptr, b, lanes, lanes, b, b) - G)
         mixed = _times(K_ptr, b, mixed_ptr, b, 1, lanes, lanes, b, b, PRECISION, STEP)
         _put(A_ptr + 2 * b * b, 2 * b, lanes, lanes, b, b, mixed)
         tl.store(A_ptr + b + lanes[None, :] * 2 * b + lanes[:, None], mixed, mask=inside)
+        tl.debug_barrier()
+        G = _times(K_ptr, b, work_ptr, b, 1, lanes, lanes, b, b, PRECISION, STEP)
+        _put(work_ptr + b * b, b, lanes, lanes, b, b, G)
+        tl.debug_barrier()
+        G = _times(work_ptr + b * b, b, K_ptr, 1, b, lanes, lanes, b, b, PRECISION, STEP)
+        left_out = tl.load(pivots_ptr + matrix * b + lanes, mask=lanes < b, other=0.0) == float("inf")
+        G -= tl.where((lanes[:, None] == lanes[None, :]) & left_out[:, None], 1.0, 0.0)
+        _put(A_ptr + 2 * b * b + b, 2 * b, lanes, lanes, b, b, 0.5 * (G + tl.trans(G)))
         H = _tile(H_ptr, b, lanes, lanes, b, b)
         _put(A_ptr, 2 * b, lanes, lanes, b, b, 0.5 * (H + tl.trans(H)))
