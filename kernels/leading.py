@@ -17,7 +17,7 @@ from sosd_fast.kernels.eigh import eigh
 
 SPAN, PARTS = 128, 8  # columns of a program, at least; programs to a matrix, at most
 BLOCK, STEP = 32, 16  # columns at a time, and rows in a product: tensor cores' sums of these are added by rounding
-WARPS = 4
+WARPS = 8
 # Of the squared norm 1 of a row of D, what must be left without V and the rows before it: rounding is divided by it.
 LEAST = 1e-3
 SMALLEST = 64 * torch.finfo(torch.float32).smallest_normal  # a square that is nearly subnormal has few digits

@@ -186,6 +186,5 @@ if triton is not None:
         G = _times(work_ptr + b * b, b, K_ptr, 1, b, lanes, lanes, b, b, PRECISION, STEP)
         left_out = tl.load(pivots_ptr + matrix * b + lanes, mask=lanes < b, other=0.0) == float("inf")
         G -= tl.where((lanes[:, None] == lanes[None, :]) & left_out[:, None], 1.0, 0.0)
-        _put(A_ptr + 2 * b * b + b, 2 * b, lanes, lanes, b, b, 0.5 * (G + tl.trans(G)))
-        H = _tile(H_ptr, b, lanes, lanes, b, b)
-        _put(A_ptr, 2 * b, lanes, lanes, b, b, 0.5 * (H + tl.trans(H)))
+        _put(A_ptr + 2 * b * b + b, 2 * b, lanes, lanes, b, b, G)  # symmetric but for its rounding, as is H
+        _put(A_ptr, 2 * b, lanes, lanes, b, b, _tile(H_ptr, b, lanes, lanes, b, b))
