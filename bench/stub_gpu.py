@@ -326,9 +326,8 @@ def launches(target: GPUTarget, storage: str = "meta", do: Callable = _nothing) 
     driver_before = driver._active
     driver.set_active(Driver(target))  # pyright: ignore
     hip = "6.0" if target.backend == "hip" else None
-    capability = (9, 4) if hip else divmod(target.arch, 10)
     with (
-        put_on(torch.cuda, CUDA | {"get_device_capability": lambda *_: capability}),
+        put_on(torch.cuda, CUDA | {"get_device_capability": lambda *_: (9, 4) if hip else divmod(target.arch, 10)}),
         put_on(torch, {"Generator": _generator}),
         put_on(torch.version, {"hip": hip, "cuda": None if hip else "13.0"}),
         put_on(JITFunction, {"run": run, "_do_compile": compile}),

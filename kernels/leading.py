@@ -97,7 +97,7 @@ if triton is not None:
         seen = rho > 1.4210854715202004e-14 * tl.max(tl.where(rho > 0, rho, 0.0), axis=0)  # eps^2
         return rho, seen, tl.where(seen & (rho > SMALLEST), rho, 1.0)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["parts"])
     def _directions_kernel(
         V_ptr,  # (B, b, n)
         P_ptr,  # (B, b, n)
@@ -139,7 +139,7 @@ if triton is not None:
             _put(D_ptr + k, n, lanes, columns, b, end - k, d)
         tl.store(squares_ptr + (matrix * parts + part) * b + lanes, squares, mask=lanes < b)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["parts"])
     def _values_kernel(
         values_ptr,  # (B, 2 b), descending
         vectors_ptr,  # (B, 2 b, 2 b), rows, of which the first b count

@@ -40,7 +40,7 @@ if triton is not None:
             total += _dot(x, y, PRECISION)
         return total
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["parts", "slot"])
     def _inner_kernel(
         V_ptr,  # (B, b, n)
         P_ptr,  # (B, b, n)
@@ -85,7 +85,7 @@ if triton is not None:
             total += _dot(x, tl.trans(y), PRECISION)
         _put(parts_ptr + ((matrix * parts + part) * SUMS + slot) * b * b, b, lanes, lanes, b, b, total)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["first", "last", "size", "parts"])
     def _total_kernel(
         parts_ptr,  # (B, parts, size)
         sums_ptr,  # (B, size), out

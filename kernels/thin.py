@@ -138,7 +138,7 @@ if triton is not None:
         out_ptr += part * b * b + lanes[:, None] * b + lanes[None, :]
         tl.store(out_ptr, total, mask=(lanes[:, None] < b) & (lanes[None, :] < b))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["size"])
     def _sum_kernel(
         parts_ptr,  # (parts, size)
         firsts_ptr,  # (B + 1): the parts of a matrix

@@ -31,6 +31,7 @@ from bench.stub_gpu import Launch
 
 FAR = 40  # bits of the distance between tensors, so that a wrong address still says whose pointer it was made from
 ACQUIRES, RELEASES = (2, 4), (3, 4)  # of Triton's MemSemantic
+ANYWHERE: list[Tensor] = []  # that kernels find by addresses in memory
 PATIENCE = 2000  # looks at counters, none of which changed
 
 
@@ -123,6 +124,9 @@ class Run:
                 value = np.int64(self.buffers[-1].base)
             self.values.append(value if kind[0] == "*" else {"i": np.int32, "f": np.float32}[kind[0]](value))
 
+        self.anywhere = {t.data_ptr(): len(self.buffers) + i for i, t in enumerate(ANYWHERE)}
+        self.buffers += [Buffer("a matrix", len(self.buffers) + i, t, storages, self.clocks) for i, t in enumerate(ANYWHERE)]
+
     def found(self, text: str):
         """Keeps a finding; ends the launch with it where the first one is enough."""
         self.faults[text] += 1
@@ -171,6 +175,10 @@ class Program(LayoutInterp):
                 self.free(shared)
             elif op.attrs.get("isAsync"):
                 self.products.append(shared)
+        if name == "tt.int_to_ptr":  # of a tensor's first element
+            address = int(np.asarray(self.value(op.operands[0])))
+            self.bind_results(op, [np.int64(self.whole.buffers[self.whole.anywhere[address]].base)])
+            return
         Interp.eval_op(self, op)
         if name == "ttg.async_copy_global_to_local":
             into = self.value(op.operands[1]).data

@@ -26,6 +26,7 @@ CASES = {  # names of kernels -> targets
     ("syrk fp32: GPT-2", "syrk fp16: Newton-Schulz (12", "syrk bf16: 531"): ["90"],
     ("singular_distribution", "scale fp32", "sturm", "eigh"): ["90"],
     ("syrk fp32: GPT-2", "tridiagonal fp32: GPT-2"): ["gfx942"],
+    (": step, GPT-2 small, float32",): ["90", "gfx942"],
 }
 CASES = {("",): ALL} if ALL else CASES
 
@@ -87,7 +88,8 @@ def keys():
 def test_the_report_compiles_what_is_launched(keys):
     rows = [row for row in keys[0] if row["target"] == "90"]
     kernels = {row["name"].split()[0] for row in rows}
-    assert kernels == {"syrk", "tridiagonal", "scale", "sturm", "eigh", "singular_distribution"}
+    steps = {"thin", "thin_gram", "sum", "inner", "total", "mend", "directions", "factor", "basis", "values", "advance"}
+    assert kernels == {"syrk", "tridiagonal", "scale", "sturm", "eigh", "singular_distribution", *steps}
     products = [row for row in rows if row["name"].startswith("syrk fp32")]
     whole, odd = (next(row for row in products if x in row["name"]) for x in ("GPT", "531"))
     assert whole["constants"]["GRAIN"] == "16" and odd["constants"]["GRAIN"] == "1"  # 768, 531
