@@ -16,10 +16,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from bench.harness import bar, interleaved_cuda, show
-from bench.stub_gpu import MULTIPROCESSORS, Launch, launches
+from bench.stub_gpu import MULTIPROCESSORS, NAME, Launch, launches
 from sosd_fast.kernels.sturm import sturm
 from sosd_fast.kernels.syrk import syrk
 from sosd_fast.kernels.tridiagonal import tridiagonal
+from sosd_fast.spectra.products import State
+from sosd_fast.spectra.topk import topk_svdvals
 
 LATENCY = {  # cycles until a result is there
     "ATOM": 600, "ATOMG": 600, "LDS": 30, "LDSM": 33, "SHFL": 26, "MUFU": 40, "LDC": 30, "DFMA": 16, "DADD": 16,
@@ -273,14 +275,72 @@ def counting(code: Code) -> tuple[float, float]:
     return code.waves * a["iterations"] * math.ceil(a["r"] / rows) * code.turn(loop, L1), 0.0
 
 
+def rotations(code: Code) -> tuple[float, float]:
+    """Cycles of `_eigh_kernel`: a sweep of 7, as those of warm subspaces take, has a round for each row, in the L1."""
+    n = code.launch.arguments["n"]
+    sweep = max((x for x in code.root.all() if x.inside), key=lambda x: sum(y.count("LDG", "STG") for y in x.all()))
+    turn = max(sweep.all(), key=lambda x: x.count("STG") * bool(x.count("MUFU")))
+    others = sum(x.cycles(L1) * n / 16 for x in code.root.inside if turn not in x.all())
+    return code.waves * (7 * (n - 1) * (code.turn(turn, L1) + 60) + others), 0.0
+
+
+def small(code: Code) -> tuple[float, float]:
+    """Cycles of a kernel of a step (small.py, leading.py): loops over columns, inner products, parts or pivots."""
+    a, name = code.launch.arguments, code.launch.kernel.__name__
+    columns = math.ceil(min(a.get("span", 0), a.get("n", 0)) / a.get("BLOCK", 1))
+    steps = math.ceil(a["b"] / a["STEP"]) if "STEP" in a else 1
+    tensor = 2 * a["WIDTH"] ** 2 * a.get("STEP", a.get("BLOCK", 1)) * 3 / 2048 if "WIDTH" in a else 0
+
+    def took(loop: Loop, turns: int) -> float:
+        product = bool(loop.count("HGMMA", "HMMA"))
+        turn = max(code.turn(loop) + product * tensor, code.together * product * tensor)
+        return turns * (turn + sum(took(x, steps) for x in loop.inside))
+
+    def turns(loop: Loop) -> int:
+        if name == "_factor_kernel" and not loop.count("HGMMA", "HMMA"):
+            return a["b"]
+        if columns and name != "_total_kernel":
+            return columns
+        return steps if loop.count("HGMMA", "HMMA") else math.ceil(a["parts"] / 4) if "parts" in a else 1
+
+    root = max(timed(code.root.own, L2), code.warps * len(code.root.own))
+    return code.waves * (root + sum(took(x, turns(x)) for x in code.root.inside)), 0.0
+
+
+def step(codes: list[Code]) -> list[tuple[float, float]]:
+    """Cycles and bytes of each launch of a step towards leading values; one more reads a matrix for its norm."""
+    parts, forth = [], {}
+    for code in codes:
+        a, name = code.launch.arguments, code.launch.kernel.__name__
+        if name != "_thin_kernel":
+            parts.append(
+                (rotations if name == "_eigh_kernel" else small)(code) if name != "_sum_kernel" else (2000.0, 0)
+            )
+            continue
+        kind = a["UNIT"], a["EVEN"]
+        programs = math.prod(code.launch.grid)
+        if not a["BACK"]:
+            forth[kind] = programs * a["n"] / a["BLOCK_K"]  # turns of all programs; back it takes as many
+        loop = code.most("HGMMA", "HMMA")
+        tensor = 2 * a["BLOCK"] * a["WIDTH"] * a["BLOCK_K"] * 3 / 2048
+        turn = max(code.turn(loop, L1) + tensor, code.together * tensor)
+        size = 4 if "fp32" in code.launch.signature["W_ptr"] else 2
+        cycles = forth[kind] / min(programs, MULTIPROCESSORS * code.together) * turn + timed(code.root.own, L2)
+        parts.append((cycles, forth[kind] * a["BLOCK"] * a["BLOCK_K"] * size))
+    return [*parts, (0.0, sum(b for _, b in parts) / 3)]
+
+
 MODELS: dict[str, Callable[[Code], tuple[float, float]]] = {
     "_tridiagonal_kernel": reduction, "_syrk_kernel": gram, "_sturm_kernel": counting,
 }  # fmt: skip
 GPUS = {"H100": (1.755e9, 3.35e12), "H200": (1.755e9, 4.8e12)}  # cycles a second, bytes a second
+LAUNCH = 2e-6  # seconds between two kernels that are queued
 ASSUMPTIONS = f"""A model and no measurement, perhaps 40 % off: one warp issues the compiled code as its control bits
 say, with {L1}, {L2} and {HBM} cycles until a load from the L1, the L2 and memory is there, 600 of an atomic operation;
 warps beside it cost its place only where they fill the schedulers; tensor cores run at their full rate; 132
-multiprocessors at 1.755 GHz, 3.35 TB/s (H100) or 4.8 TB/s (H200). Launches, and kernels not named, count nothing."""
+multiprocessors at 1.755 GHz, 3.35 TB/s (H100) or 4.8 TB/s (H200). In a step towards leading values a launch
+takes {1e6 * LAUNCH:.0f} us more, so that the host, which needs longer to queue one, must be ahead; elsewhere launches,
+and kernels not named, count nothing."""
 
 
 def shapes() -> list[tuple[str, float | None, Callable[[], object]]]:
@@ -301,7 +361,16 @@ def shapes() -> list[tuple[str, float | None, Callable[[], object]]]:
         d, e = normal(B, r, dtype=dtype), normal(B, r - 1, dtype=dtype)
         return lambda: sturm(d, e)
 
+    def steps(k: int):
+        few = [normal(*shape) for shape, count in (((768, 768), 48), ((768, 3072), 12), ((3072, 768), 12))
+               for _ in range(count)]  # fmt: skip
+        norms = normal(72, dtype=torch.float64).abs()
+        state = topk_svdvals(few, k, norms=norms).state if torch.cuda.get_device_name() != NAME else None
+        state = state or State(normal(72, k + 8, 768), normal(72, k + 8, 768))
+        return lambda: topk_svdvals(few, k, state=state, norms=norms)
+
     return [
+        ("top 32, a warm step of GPT-2 small", 1, steps(32)),
         ("tridiagonal, 72 of 768", 13, reduces(72, 768, 768)),
         ("tridiagonal, 72 of 768, float64", None, reduces(72, 768, 768, dtype=torch.float64)),
         ("tridiagonal, 105 of 1280", None, reduces(105, 1280, 1280)),
@@ -325,8 +394,15 @@ def expected() -> dict[str, dict]:
             call()
             recorded.append((what, limit, list(record)))
     for what, limit, kernels in recorded:
-        parts = [MODELS[x.kernel.__name__](code_of(x)) for x in kernels if x.kernel.__name__ in MODELS]
-        row = {gpu: 1e3 * sum(max(c / clock, b / rate) for c, b in parts) for gpu, (clock, rate) in GPUS.items()}
+        steps = any(x.kernel.__name__ == "_thin_kernel" for x in kernels)
+        if steps:
+            parts = step([code_of(x) for x in kernels])
+        else:
+            parts = [MODELS[x.kernel.__name__](code_of(x)) for x in kernels if x.kernel.__name__ in MODELS]
+        idle = LAUNCH * len(parts) * steps
+        row = {
+            gpu: 1e3 * (idle + sum(max(c / clock, b / rate) for c, b in parts)) for gpu, (clock, rate) in GPUS.items()
+        }
         found[what] = row | {"bar": limit}
     return found
 

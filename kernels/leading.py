@@ -266,7 +266,7 @@ def leading_step(
     def multiply(first: int, last: int, **factors):
         """Adds up inner products of rows."""
         _inner_kernel[(parts, B, last - first)](
-            parts_ptr=of_parts, parts=parts, slot=first, SUMS=SUMS, **factors, **wide
+            parts_ptr=of_parts, parts=parts, slot=first, SUMS=SUMS, **factors, **wide | {"num_warps": 4}
         )
         _total_kernel[(triton.cdiv((last - first) * b * b, 1024), B)](
             parts_ptr=of_parts, sums_ptr=sums, first=first * b * b, last=last * b * b, size=SUMS * b * b, parts=parts,

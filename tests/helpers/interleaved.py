@@ -125,7 +125,8 @@ class Run:
             self.values.append(value if kind[0] == "*" else {"i": np.int32, "f": np.float32}[kind[0]](value))
 
         self.anywhere = {t.data_ptr(): len(self.buffers) + i for i, t in enumerate(ANYWHERE)}
-        self.buffers += [Buffer("a matrix", len(self.buffers) + i, t, storages, self.clocks) for i, t in enumerate(ANYWHERE)]
+        for t in ANYWHERE:
+            self.buffers.append(Buffer("a matrix", len(self.buffers), t, storages, self.clocks))
 
     def found(self, text: str):
         """Keeps a finding; ends the launch with it where the first one is enough."""
@@ -234,7 +235,7 @@ class Program(LayoutInterp):
         live = (
             np.ones(flat.size, bool) if mask is None else np.broadcast_to(mask, np.shape(pointers)).reshape(-1).copy()
         )
-        owners = np.unique(flat[live] >> FAR) if live.any() else np.zeros(1, np.int64)
+        owners = np.unique(flat[live if live.any() else slice(1)] >> FAR)
         assert owners.size == 1, "one access with pointers to several tensors"
         buffer = self.whole.buffers[int(owners[0])]
         at = flat - buffer.base
