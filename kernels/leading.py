@@ -8,6 +8,9 @@ torch, of 2 to 3 us each, it took as long as the products (LOG.md#topk-cuda-expe
 Programs share the columns of a matrix and leave parts of sums, as of the small products (small.py).
 """
 
+# pyright: reportPossiblyUnboundVariable=false
+# Kernels are there where Triton is, which whoever calls has asked.
+
 import torch
 from torch import Tensor
 

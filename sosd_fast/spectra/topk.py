@@ -259,7 +259,9 @@ def _chunks(matrices: list[torch.Tensor], b: int, launched: bool):
 def _launched_step(matrices: list[torch.Tensor], norms: torch.Tensor | None, V, P):
     """`subspace_step` by kernels that read the matrices in place."""
     norms = torch.stack(torch._foreach_norm(matrices, math.inf)) if norms is None else norms
-    return leading_step(matrices, V, P, cold_state(torch, 1, *V.shape[1:], V.dtype, V.device).V[0], norms, _PACE)
+    _, b, n = V.shape
+    start = cold_state(torch, 1, b, n, V.dtype, V.device).V[0]
+    return leading_step(matrices, V, P, start, norms, _PACE)
 
 
 class _HostStep:
