@@ -280,19 +280,19 @@ def leading_step(
         multiply(0, 2, V_ptr=V, P_ptr=P, D_ptr=D, Z_ptr=D)
         _mend_kernel[(parts, B)](
             V_ptr=V, P_ptr=P, start_ptr=start, norms_ptr=norms, old_V_ptr=old_V, old_P_ptr=old_P, scale_ptr=scale,
-            sums_ptr=sums, SUMS=SUMS, **wide,
+            sums_ptr=sums, SUMS=SUMS, num_stages=1, **wide,
         )  # fmt: skip
         products = thin.Thin(matrices, b, scale)
         Z = products.gram_applied(old_V)
         multiply(2, 3, **subspace, Z_ptr=Z)
         residuals = {"squares_ptr": squares, "parts": parts}
-        _directions_kernel[(parts, B)](Z_ptr=Z, pace=pace, **subspace, **residuals, **small | wide)
+        _directions_kernel[(parts, B)](Z_ptr=Z, pace=pace, **subspace, **residuals, **small | wide, num_stages=1)
         multiply(3, 6, **subspace, Z_ptr=Z)
         G = products.inner_gram(D)
         small |= {"STEP": STEP, "change_ptr": change, "num_warps": 8}
         _factor_kernel[(B,)](pivots_ptr=pivots, LEAST=LEAST, **small)
         del small["SMALLEST"]
-        _basis_kernel[(B,)](G_ptr=G, A_ptr=A, pivots_ptr=pivots, num_stages=2, **small)
+        _basis_kernel[(B,)](G_ptr=G, A_ptr=A, pivots_ptr=pivots, num_stages=1, **small)
         values, vectors = eigh(A)
         _values_kernel[(B,)](
             values_ptr=values, vectors_ptr=vectors, scale_ptr=scale, S_ptr=S, residual_ptr=residual,
@@ -304,7 +304,7 @@ def leading_step(
             next_V_ptr=next_V,
             next_P_ptr=next_P,
             STEP=STEP,
-            num_stages=2,
+            num_stages=1,  # two programs are on a multiprocessor then, and no register spills
             **subspace,
             **wide,
         )

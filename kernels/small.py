@@ -98,8 +98,10 @@ if triton is not None:
         matrix = tl.program_id(1).to(tl.int64)
         at = first + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros([BLOCK], tl.float32)
-        for part in range(parts):
-            total += tl.load(parts_ptr + (matrix * parts + part) * size + at, mask=at < last, other=0.0)
+        parts_ptr += matrix * parts * size + at
+        for _ in range(parts):
+            total += tl.load(parts_ptr, mask=at < last, other=0.0)
+            parts_ptr += size
         tl.store(sums_ptr + matrix * size + at, total, mask=at < last)
 
     @triton.jit
