@@ -18,7 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from bench import timing_model
+from bench import loops, timing_model
 from bench.harness import finish, parser, show
 from bench.stub_gpu import Launch, launches
 from sosd_fast.kernels.distribution import singular_distribution
@@ -118,7 +118,7 @@ def build(i: int) -> dict:
 
 def resources(cubin: bytes) -> dict:
     """Registers, stack and local bytes, by cuobjdump."""
-    text = timing_model.disassembled(cubin, "-res-usage")
+    text = loops.disassembled(cubin, "-res-usage")
     values = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     return {"registers": int(values["REG"]), "spill": int(values["STACK"]) + int(values["LOCAL"])}
 
