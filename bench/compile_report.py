@@ -18,18 +18,20 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from bench import timing_model
+from bench import loops, timing_model
 from bench.harness import finish, parser, show
 from bench.stub_gpu import Launch, launches
 from sosd_fast.kernels.distribution import singular_distribution
 from sosd_fast.kernels.eigh import eigh
 from sosd_fast.kernels.newton_schulz import newton_schulz
+from sosd_fast.spectra.products import State
 from sosd_fast.spectra.svdvals import spectra
+from sosd_fast.spectra.topk import topk_svdvals
 
 TARGETS = ("80", "90", "100", "gfx942")
 MMA = re.compile(r"\b(wgmma|tcgen05|mma|v_mfma)[._]")  # in PTX, and in the assembly of AMD's
 # kernel -> what is meant of it, where rows begin at multiples of 16
-MEANT = {"syrk": "mma", "tridiagonal": "wide", "eigh": "wide"}
+MEANT = {"syrk": "mma", "thin": "mma", "tridiagonal": "wide", "eigh": "wide"}
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
@@ -54,6 +56,11 @@ def calls() -> dict[str, Callable[[], object]]:
         for shape in ((12, 768, 3072), (12, 768, 768), (3, 531, 531)):
             G = empty(*shape, dtype=dtype)[0]
             found[f"Newton-Schulz {shape}, {str(dtype)[6:]}"] = functools.partial(newton_schulz, G, steps=2)
+    for dtype in (FLOAT32, BFLOAT16):
+        for name, n, m in (("GPT-2 small", 768, 3072), ("531", 531, 1062)):
+            few = [W for shape in ((n, n), (n, m), (m, n)) for W in empty(*shape, dtype=dtype, count=24)]
+            state = State(*empty(72, 40, n, count=2))
+            found[f"step, {name}, {str(dtype)[6:]}"] = functools.partial(topk_svdvals, few, 32, state=state)
     for dtype in (FLOAT32, FLOAT64):
         # leading values: k = 32 has problems of 80 rows, k = 88 of 192
         for n in (80, 192) if dtype == FLOAT32 else (80,):
@@ -111,7 +118,7 @@ def build(i: int) -> dict:
 
 def resources(cubin: bytes) -> dict:
     """Registers, stack and local bytes, by cuobjdump."""
-    text = timing_model.disassembled(cubin, "-res-usage")
+    text = loops.disassembled(cubin, "-res-usage")
     values = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     return {"registers": int(values["REG"]), "spill": int(values["STACK"]) + int(values["LOCAL"])}
 

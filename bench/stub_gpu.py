@@ -220,7 +220,7 @@ _STREAM = Stream()
 CUDA = {  # what is asked of torch.cuda
     "is_available": lambda: True, "is_initialized": lambda: True, "device_count": lambda: 1, "init": _nothing,
     "current_device": lambda: 0, "set_device": _nothing, "get_device_name": lambda *_: NAME,
-    "get_device_capability": lambda *_: (9, 0), "is_bf16_supported": lambda *_, **__: True,
+    "is_bf16_supported": lambda *_, **__: True,
     "get_device_properties": lambda *_: SimpleNamespace(multi_processor_count=MULTIPROCESSORS, major=9, minor=0),
     "device": _no_context, "device_of": _no_context, "stream": _no_context, "Stream": Stream, "Event": Event,
     "current_stream": lambda *_: _STREAM, "default_stream": lambda *_: _STREAM, "synchronize": _nothing,
@@ -327,7 +327,7 @@ def launches(target: GPUTarget, storage: str = "meta", do: Callable = _nothing) 
     driver.set_active(Driver(target))  # pyright: ignore
     hip = "6.0" if target.backend == "hip" else None
     with (
-        put_on(torch.cuda, CUDA),
+        put_on(torch.cuda, CUDA | {"get_device_capability": lambda *_: (9, 4) if hip else divmod(target.arch, 10)}),
         put_on(torch, {"Generator": _generator}),
         put_on(torch.version, {"hip": hip, "cuda": None if hip else "13.0"}),
         put_on(JITFunction, {"run": run, "_do_compile": compile}),

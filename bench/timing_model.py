@@ -3,180 +3,20 @@
 import ast
 import inspect
 import math
-import re
-import subprocess
-import tempfile
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 
 from bench.harness import bar, interleaved_cuda, show
-from bench.stub_gpu import MULTIPROCESSORS, Launch, launches
+from bench.loops import HBM, L1, L2, Code, Loop, code_of, timed
+from bench.stub_gpu import MULTIPROCESSORS, NAME, launches
 from sosd_fast.kernels.sturm import sturm
 from sosd_fast.kernels.syrk import syrk
 from sosd_fast.kernels.tridiagonal import tridiagonal
-
-LATENCY = {  # cycles until a result is there
-    "ATOM": 600, "ATOMG": 600, "LDS": 30, "LDSM": 33, "SHFL": 26, "MUFU": 40, "LDC": 30, "DFMA": 16, "DADD": 16,
-    "DMUL": 16, "DMMA": 40,
-}  # fmt: skip
-OTHER = 20  # of another operation that says by a scoreboard when it is done, or that it has read its operands
-L1, L2, HBM = 38, 280, 800  # of a load
-
-
-@dataclass
-class Instruction:
-    """One instruction and what its control bits say."""
-
-    address: int
-    text: str
-    stall: int  # cycles until the next may be issued
-    writes: int  # the scoreboard that says that its result is there; 7 is none
-    reads: int  # that its operands have been read
-    waits: int  # a mask of scoreboards
-
-    @property
-    def name(self) -> str:
-        """The operation, without its modifiers."""
-        return re.sub(r"^@!?U?P\w+\s+", "", self.text).split()[0].split(".")[0].rstrip(";")
-
-
-@dataclass
-class Loop:
-    """Code between the target of a backward branch and the branch, without the loops inside."""
-
-    first: int
-    last: int
-    own: list[Instruction] = field(default_factory=list)
-    inside: list["Loop"] = field(default_factory=list)
-
-    def count(self, *names: str) -> int:
-        """How many of its own instructions are such operations."""
-        return sum(i.name in names for i in self.own)
-
-    def cycles(self, load: int = L2) -> float:
-        """Cycles that one warp takes for a turn, once it goes round and round, given the latency of a load."""
-        return timed(self.own * 3, load) - timed(self.own * 2, load)
-
-    def all(self) -> list["Loop"]:
-        """This loop and all inside."""
-        return [self, *(each for loop in self.inside for each in loop.all())]
-
-
-def disassembled(cubin: bytes, *options: str, tool: str = "cuobjdump") -> str:
-    """What NVIDIA's tools say of a compiled kernel."""
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
-
-
-def instructions(cubin: bytes) -> list[Instruction]:
-    """The code of the first function in a cubin."""
-    pattern = r"/\*([0-9a-f]{4,})\*/\s+(.*?);?\s+/\* 0x[0-9a-f]{16} \*/\s+/\* 0x([0-9a-f]{16}) \*/"
-    found = []
-    for address, text, control in re.findall(pattern, disassembled(cubin, "-sass")):
-        bits = int(control, 16) >> 41
-        stall, write, read, waits = bits & 15, bits >> 5 & 7, bits >> 8 & 7, bits >> 11 & 63
-        found.append(Instruction(int(address, 16), text, stall, write, read, waits))
-    return found
-
-
-def lines(cubin: bytes, launch: Launch) -> dict[int, int]:
-    """The line of a kernel's source file that each instruction was compiled from, by its address."""
-    found, line = {}, 0
-    name = Path(inspect.getsourcefile(launch.kernel.fn) or "").name
-    for row in disassembled(cubin, "-g", "-c", tool="nvdisasm").splitlines():
-        if place := re.search(r'//## File "([^"]*)", line (\d+)', row):
-            line = int(place[2]) if Path(place[1]).name == name else line
-        elif at := re.search(r"/\*([0-9a-f]{4,})\*/", row):
-            found[int(at[1], 16)] = line
-    return found
-
-
-def timed(code: list[Instruction], load: int) -> float:
-    """Cycles until one warp has issued instructions, one after the other, as their control bits say."""
-    now, ready = 0.0, [0.0] * 8
-    for i in code:
-        for board in range(6):
-            if i.waits >> board & 1:
-                now = max(now, ready[board])
-        latency = load if i.name == "LDG" else LATENCY.get(i.name, OTHER)
-        ready[i.writes] = max(ready[i.writes], now + latency)
-        ready[i.reads] = max(ready[i.reads], now + OTHER)
-        now += max(i.stall, 1)
-    return now
-
-
-def loops(code: list[Instruction]) -> Loop:
-    """The whole code as a loop that is run once, with the loops inside it."""
-    ends = {}
-    for i in code:
-        if i.name == "BRA" and (to := re.search(r"0x([0-9a-f]+)", i.text)) and int(to[1], 16) < i.address:
-            first = int(to[1], 16)
-            ends[first] = max(ends.get(first, 0), i.address)
-    root = Loop(-1, code[-1].address + 1)
-    found = [root]
-    for first, last in sorted(ends.items(), key=lambda e: (e[0], -e[1])):
-        parent = min((x for x in found if x.first <= first and last <= x.last), key=lambda x: x.last - x.first)
-        if any(x is not parent and first <= x.last and x.first <= first for x in parent.inside):
-            continue  # overlaps another: a continued loop
-        found.append(Loop(first, last))
-        parent.inside.append(found[-1])
-    for i in code:
-        inner = min((x for x in found if x.first <= i.address <= x.last), key=lambda x: x.last - x.first)
-        inner.own.append(i)
-    return root
-
-
-@dataclass
-class Code:
-    """A launch, its compiled loops, and how many of its programs are on a multiprocessor at once."""
-
-    launch: Launch
-    root: Loop
-    together: int
-    lines: dict[int, int] = field(default_factory=dict)  # of the source, by addresses
-    known: dict[tuple[int, int], float] = field(default_factory=dict)
-
-    @property
-    def warps(self) -> float:
-        """Of each of the four schedulers of a multiprocessor."""
-        return self.together * self.launch.options.num_warps / 4
-
-    @property
-    def waves(self) -> int:
-        """How often a multiprocessor is filled with programs."""
-        return math.ceil(math.prod(self.launch.grid) / (MULTIPROCESSORS * self.together))
-
-    def turn(self, loop: Loop, load: int = L2) -> float:
-        """Cycles of a turn of a loop in all programs of a multiprocessor: of a warp's latencies, or of issuing."""
-        key = loop.first, load
-        if key not in self.known:
-            self.known[key] = max(loop.cycles(load), self.warps * len(loop.own))
-        return self.known[key]
-
-    def most(self, *names: str) -> Loop:
-        """The innermost loop with the most instructions of some names."""
-        return max((x for x in self.root.all() if not x.inside), key=lambda x: x.count(*names))
-
-
-def code_of(launch: Launch) -> Code:
-    """Compiles a launch for an H100 and reads its code."""
-    binary = launch.compile(GPUTarget("cuda", 90, 32))
-    cubin = binary.asm["cubin"]
-    registers = int(re.search(r"REG:(\d+)", disassembled(cubin, "-res-usage"))[1])  # pyright: ignore
-    threads = 32 * launch.options.num_warps
-    fit = min(65536 // (math.ceil(registers / 8) * 8 * threads), 2048 // threads, 32)
-    fit = min(fit, 232448 // max(binary.metadata.shared + 1024, 1))
-    together = max(1, min(fit, math.ceil(math.prod(launch.grid) / MULTIPROCESSORS)))
-    return Code(launch, loops(instructions(cubin)), together, lines(cubin, launch))
+from sosd_fast.spectra.products import State
+from sosd_fast.spectra.topk import topk_svdvals
 
 
 def written(code: Code) -> tuple[ast.For, dict[ast.For, list[Loop]]]:
@@ -273,14 +113,72 @@ def counting(code: Code) -> tuple[float, float]:
     return code.waves * a["iterations"] * math.ceil(a["r"] / rows) * code.turn(loop, L1), 0.0
 
 
+def rotations(code: Code) -> tuple[float, float]:
+    """Cycles of `_eigh_kernel`: a sweep of 7, as those of warm subspaces take, has a round for each row, in the L1."""
+    n = code.launch.arguments["n"]
+    sweep = max((x for x in code.root.all() if x.inside), key=lambda x: sum(y.count("LDG", "STG") for y in x.all()))
+    turn = max(sweep.all(), key=lambda x: x.count("STG") * bool(x.count("MUFU")))
+    others = sum(x.cycles(L1) * n / 16 for x in code.root.inside if turn not in x.all())
+    return code.waves * (7 * (n - 1) * (code.turn(turn, L1) + 60) + others), 0.0
+
+
+def small(code: Code) -> tuple[float, float]:
+    """Cycles of a kernel of a step (small.py, leading.py): loops over columns, inner products, parts or pivots."""
+    a, name = code.launch.arguments, code.launch.kernel.__name__
+    columns = math.ceil(min(a.get("span", 0), a.get("n", 0)) / a.get("BLOCK", 1))
+    steps = math.ceil(a["b"] / a["STEP"]) if "STEP" in a else 1
+    tensor = 2 * a["WIDTH"] ** 2 * a.get("STEP", a.get("BLOCK", 1)) * 3 / 2048 if "WIDTH" in a else 0
+
+    def took(loop: Loop, turns: int) -> float:
+        product = bool(loop.count("HGMMA", "HMMA"))
+        turn = max(code.turn(loop) + product * tensor, code.together * product * tensor)
+        return turns * (turn + sum(took(x, steps) for x in loop.inside))
+
+    def turns(loop: Loop) -> int:
+        if name == "_factor_kernel" and not loop.count("HGMMA", "HMMA"):
+            return a["b"]
+        if columns and name != "_total_kernel":
+            return columns
+        return steps if loop.count("HGMMA", "HMMA") else math.ceil(a["parts"] / 4) if "parts" in a else 1
+
+    root = max(timed(code.root.own, L2), code.warps * len(code.root.own))
+    return code.waves * (root + sum(took(x, turns(x)) for x in code.root.inside)), 0.0
+
+
+def step(codes: list[Code]) -> list[tuple[float, float]]:
+    """Cycles and bytes of each launch of a step towards leading values; one more reads a matrix for its norm."""
+    parts, forth = [], {}
+    for code in codes:
+        a, name = code.launch.arguments, code.launch.kernel.__name__
+        if name != "_thin_kernel":
+            parts.append(
+                (rotations if name == "_eigh_kernel" else small)(code) if name != "_sum_kernel" else (2000.0, 0)
+            )
+            continue
+        kind = a["UNIT"], a["EVEN"]
+        programs = math.prod(code.launch.grid)
+        if not a["BACK"]:
+            forth[kind] = programs * a["n"] / a["BLOCK_K"]  # turns of all programs; back it takes as many
+        loop = code.most("HGMMA", "HMMA")
+        tensor = 2 * a["BLOCK"] * a["WIDTH"] * a["BLOCK_K"] * 3 / 2048
+        turn = max(code.turn(loop, L1) + tensor, code.together * tensor)
+        size = 4 if "fp32" in code.launch.signature["W_ptr"] else 2
+        cycles = forth[kind] / min(programs, MULTIPROCESSORS * code.together) * turn + timed(code.root.own, L2)
+        parts.append((cycles, forth[kind] * a["BLOCK"] * a["BLOCK_K"] * size))
+    return [*parts, (0.0, sum(b for _, b in parts) / 3)]
+
+
 MODELS: dict[str, Callable[[Code], tuple[float, float]]] = {
     "_tridiagonal_kernel": reduction, "_syrk_kernel": gram, "_sturm_kernel": counting,
 }  # fmt: skip
 GPUS = {"H100": (1.755e9, 3.35e12), "H200": (1.755e9, 4.8e12)}  # cycles a second, bytes a second
+LAUNCH = 2e-6  # seconds between two kernels that are queued
 ASSUMPTIONS = f"""A model and no measurement, perhaps 40 % off: one warp issues the compiled code as its control bits
 say, with {L1}, {L2} and {HBM} cycles until a load from the L1, the L2 and memory is there, 600 of an atomic operation;
 warps beside it cost its place only where they fill the schedulers; tensor cores run at their full rate; 132
-multiprocessors at 1.755 GHz, 3.35 TB/s (H100) or 4.8 TB/s (H200). Launches, and kernels not named, count nothing."""
+multiprocessors at 1.755 GHz, 3.35 TB/s (H100) or 4.8 TB/s (H200). In a step towards leading values a launch
+takes {1e6 * LAUNCH:.0f} us more, so that the host, which needs longer to queue one, must be ahead; elsewhere launches,
+and kernels not named, count nothing."""
 
 
 def shapes() -> list[tuple[str, float | None, Callable[[], object]]]:
@@ -301,7 +199,16 @@ def shapes() -> list[tuple[str, float | None, Callable[[], object]]]:
         d, e = normal(B, r, dtype=dtype), normal(B, r - 1, dtype=dtype)
         return lambda: sturm(d, e)
 
+    def steps(k: int):
+        few = [normal(*shape) for shape, count in (((768, 768), 48), ((768, 3072), 12), ((3072, 768), 12))
+               for _ in range(count)]  # fmt: skip
+        norms = normal(72, dtype=torch.float64).abs()
+        state = topk_svdvals(few, k, norms=norms).state if torch.cuda.get_device_name() != NAME else None
+        state = state or State(normal(72, k + 8, 768), normal(72, k + 8, 768))
+        return lambda: topk_svdvals(few, k, state=state, norms=norms)
+
     return [
+        ("top 32, a warm step of GPT-2 small", 1, steps(32)),
         ("tridiagonal, 72 of 768", 13, reduces(72, 768, 768)),
         ("tridiagonal, 72 of 768, float64", None, reduces(72, 768, 768, dtype=torch.float64)),
         ("tridiagonal, 105 of 1280", None, reduces(105, 1280, 1280)),
@@ -325,8 +232,15 @@ def expected() -> dict[str, dict]:
             call()
             recorded.append((what, limit, list(record)))
     for what, limit, kernels in recorded:
-        parts = [MODELS[x.kernel.__name__](code_of(x)) for x in kernels if x.kernel.__name__ in MODELS]
-        row = {gpu: 1e3 * sum(max(c / clock, b / rate) for c, b in parts) for gpu, (clock, rate) in GPUS.items()}
+        steps = any(x.kernel.__name__ == "_thin_kernel" for x in kernels)
+        if steps:
+            parts = step([code_of(x) for x in kernels])
+        else:
+            parts = [MODELS[x.kernel.__name__](code_of(x)) for x in kernels if x.kernel.__name__ in MODELS]
+        idle = LAUNCH * len(parts) * steps
+        row = {
+            gpu: 1e3 * (idle + sum(max(c / clock, b / rate) for c, b in parts)) for gpu, (clock, rate) in GPUS.items()
+        }
         found[what] = row | {"bar": limit}
     return found
 

@@ -42,7 +42,9 @@ class Backend(StrEnum):
 
 
 _IN_CPP = {"svdvals", "topk_svdvals", "singular_distribution"}
-_IN_TRITON = {"svdvals", "syrk", "tridiagonal", "sturm", "eigh", "singular_distribution", "newton_schulz"}
+_IN_TRITON = {
+    "svdvals", "topk_svdvals", "syrk", "tridiagonal", "sturm", "eigh", "singular_distribution", "newton_schulz"
+}  # fmt: skip
 # Sides of matrices up to which the Triton kernels are the faster ones.
 LARGEST = {"tridiagonal": 8192}
 

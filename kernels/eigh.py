@@ -32,12 +32,12 @@ LARGEST = 512  # rows; a program holds a few numbers of each
 SWEEPS = 15  # at most, where NaN or rounding keeps the test from holding
 # Of the cosine of two rows, in units of eps: what rounding leaves of a product of 80 to 200 terms.
 TOLERANCE = {torch.float32: 4 * 2.0**-24, torch.float64: 4 * 2.0**-53}
-BLOCK = 32  # columns: eight threads to a row in float32, so that sums take three shuffles
-# Rotated at once, four to a warp. A tile of fewer than 16 bytes a thread would be held by several warps, each of which
+BLOCK = 16  # columns: four threads to a row in float32, so that sums take two shuffles
+# Rotated at once, eight to a warp. A tile of fewer than 16 bytes a thread would be held by several warps, each of which
 # could read rows that another has turned already.
 PAIRS = 64
 ROWS = 64
-WARPS = 16
+WARPS = 8
 SHIFT = 1.25  # times a bound on |A|: less makes rows shorter than the rounding of others, more costs accuracy
 
 if triton is not None:
@@ -108,7 +108,7 @@ if triton is not None:
         sweep = 0
         left = True
         while left:
-            worst = tl.zeros([PAIRS], dtype)  # cosine
+            worst = tl.zeros([PAIRS], dtype)  # cosine, squared
             widest = tl.zeros([PAIRS], dtype)  # tangent of an angle
             for turn in range(turns):
                 for i0 in range(0, half, PAIRS):
@@ -131,13 +131,18 @@ if triton is not None:
                     a = tl.sum(xx, axis=1)
                     b = tl.sum(yy, axis=1)
                     g = tl.sum(xy, axis=1)
-                    cosine = tl.abs(g) / tl.sqrt(tl.where(live, a * b, 1.0))
-                    turned = cosine > tolerance
-                    zeta = _divide(b - a, tl.where(turned, 2.0 * g, 1.0))
-                    root = tl.abs(zeta) + _sqrt(1.0 + zeta * zeta)
-                    t = _divide(tl.where(zeta < 0, -1.0, 1.0).to(dtype), root)
-                    t = tl.where(turned, t, 0.0)
-                    c = _divide(tl.full([PAIRS], 1.0, dtype), _sqrt(1.0 + t * t))
+                    squared = g * g / tl.where(live, a * b, 1.0)  # cosine
+                    turned = squared > tolerance * tolerance
+                    # The angle may be a little off: approximations do. The rotation must be one to rounding.
+                    zeta = (b - a) / tl.where(turned, 2.0 * g, 1.0)
+                    root = tl.abs(zeta) + tl.sqrt(1.0 + zeta * zeta)
+                    t = tl.where(turned, tl.where(zeta < 0, -1.0, 1.0).to(dtype) / root, 0.0)
+                    h = 1.0 + t * t
+                    if dtype == tl.float32:
+                        c = tl.rsqrt(h)
+                        c += 0.5 * c * tl.fma(-h * c, c, 1.0)
+                    else:
+                        c = 1.0 / tl.sqrt(h)
                     s = t * c
                     for j0 in tl.static_range(0, COLUMNS, BLOCK):
                         j = j0 + lanes
@@ -145,12 +150,12 @@ if triton is not None:
                         y = tl.load(y_ptr + j[None, :], mask=live[:, None], other=0.0)
                         tl.store(x_ptr + j[None, :], c[:, None] * x - s[:, None] * y, mask=live[:, None])
                         tl.store(y_ptr + j[None, :], s[:, None] * x + c[:, None] * y, mask=live[:, None])
-                    worst = tl.maximum(worst, cosine)
+                    worst = tl.maximum(worst, squared)
                     widest = tl.maximum(widest, tl.abs(t))
                 tl.debug_barrier()
             sweep += 1
             # what a sweep leaves is at most about n times the product of its widest angle and its largest cosine
-            greatest = tl.max(worst, axis=0)
+            greatest = tl.sqrt(tl.max(worst, axis=0))
             leaves = tl.minimum(greatest, n * tl.max(widest, axis=0) * greatest)
             left = (leaves > tolerance) & (sweep < sweeps)
 

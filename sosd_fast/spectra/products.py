@@ -11,7 +11,7 @@ import torch
 
 from sosd_fast.spectra.arrays import cast, largest_entry, power_of_two, transposed
 
-CHUNK_BYTES = 2**30  # of copies of a list of matrices on a device, at a time
+CHUNK_BYTES = 2**30  # of what is made of a list of matrices on a device, at a time
 
 
 class State(NamedTuple):
@@ -106,13 +106,12 @@ def stacks_of(xp, matrices: list) -> list[Any]:
     return [xp.stack(run) if len(run) > 1 else run[0][None, ...] for run in runs]
 
 
-def chunks(matrices: list):
-    """Slices of a list of matrices of which no copies take more than CHUNK_BYTES, or of one matrix."""
+def chunks(sizes: Sequence[int]):
+    """Slices of a list of matrices of which no more than CHUNK_BYTES are taken, or those of one matrix."""
     first, size = 0, 0
-    for i, A in enumerate(matrices):
-        own = max(4, A.element_size()) * A.shape[0] * A.shape[1]
+    for i, own in enumerate(sizes):
         if i > first and size + own > CHUNK_BYTES:
             yield slice(first, i)
             first, size = i, 0
         size += own
-    yield slice(first, len(matrices))
+    yield slice(first, len(sizes))

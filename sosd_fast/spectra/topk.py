@@ -26,7 +26,9 @@ import numpy as np
 import torch
 
 from sosd_fast import kernels
+from sosd_fast.kernels.leading import leading_step
 from sosd_fast.kernels.subspace import advance_subspaces
+from sosd_fast.kernels.thin import DTYPES, MOST
 from sosd_fast.spectra.arrays import (
     descending,
     eigh_descending,
@@ -134,9 +136,15 @@ def topk_svdvals(
     state = state and State(*(xp.reshape(part, (count, b, r)) for part in state))
     found = []
     with kernels.full_precision(first.device.type) if xp is torch else contextlib.nullcontext():
-        for some in chunks(matrices) if mixed else [slice(None)]:
+        launched = xp is torch and not host and b <= MOST and first.dtype in DTYPES
+        launched = launched and kernels.backend_of("topk_svdvals", first) is kernels.Backend.TRITON
+        if launched and not listed:
+            matrices = list(first.reshape(count, m, n))
+        for some in _chunks(matrices, b, launched) if mixed or launched else [slice(None)]:
             if host:
                 step = _HostStep(matrices if listed else list(first.reshape(count, m, n)), dtype)
+            elif launched:
+                step = functools.partial(_launched_step, matrices[some], None if norms is None else norms[some])
             else:
                 stacks = stacks_of(xp, matrices[some]) if listed else [xp.reshape(first, (count, m, n))]
                 step = functools.partial(subspace_step, Products(xp, stacks, None if norms is None else norms[some]))
@@ -239,6 +247,21 @@ def _rayleigh_ritz(xp, M, H, b):
     C = eigh_descending(xp, T @ H @ transposed(xp, T) - last)[1][:, :b, :] @ T
     square = positive(xp, xp.sum(C * (C @ M), axis=-1))
     return xp.sum(C * (C @ H), axis=-1) / square, C / xp.sqrt(square)[..., None]
+
+
+def _chunks(matrices: list[torch.Tensor], b: int, launched: bool):
+    """Slices of a list, for its copies or, where kernels read it in place, for subspaces and products with these."""
+    if launched:
+        return chunks([4 * b * (max(A.shape) + 10 * min(A.shape)) for A in matrices])
+    return chunks([max(4, A.element_size()) * A.numel() for A in matrices])
+
+
+def _launched_step(matrices: list[torch.Tensor], norms: torch.Tensor | None, V, P):
+    """`subspace_step` by kernels that read the matrices in place."""
+    norms = torch.stack(torch._foreach_norm(matrices, math.inf)) if norms is None else norms
+    _, b, n = V.shape
+    start = cold_state(torch, 1, b, n, V.dtype, V.device).V[0]
+    return leading_step(matrices, V, P, start, norms, _PACE)
 
 
 class _HostStep:

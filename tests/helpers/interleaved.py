@@ -31,6 +31,7 @@ from bench.stub_gpu import Launch
 
 FAR = 40  # bits of the distance between tensors, so that a wrong address still says whose pointer it was made from
 ACQUIRES, RELEASES = (2, 4), (3, 4)  # of Triton's MemSemantic
+ANYWHERE: list[Tensor] = []  # that kernels find by addresses in memory
 PATIENCE = 2000  # looks at counters, none of which changed
 
 
@@ -123,6 +124,10 @@ class Run:
                 value = np.int64(self.buffers[-1].base)
             self.values.append(value if kind[0] == "*" else {"i": np.int32, "f": np.float32}[kind[0]](value))
 
+        self.anywhere = {t.data_ptr(): len(self.buffers) + i for i, t in enumerate(ANYWHERE)}
+        for t in ANYWHERE:
+            self.buffers.append(Buffer("a matrix", len(self.buffers), t, storages, self.clocks))
+
     def found(self, text: str):
         """Keeps a finding; ends the launch with it where the first one is enough."""
         self.faults[text] += 1
@@ -171,6 +176,10 @@ class Program(LayoutInterp):
                 self.free(shared)
             elif op.attrs.get("isAsync"):
                 self.products.append(shared)
+        if name == "tt.int_to_ptr":  # of a tensor's first element
+            address = int(np.asarray(self.value(op.operands[0])))
+            self.bind_results(op, [np.int64(self.whole.buffers[self.whole.anywhere[address]].base)])
+            return
         Interp.eval_op(self, op)
         if name == "ttg.async_copy_global_to_local":
             into = self.value(op.operands[1]).data
@@ -226,7 +235,7 @@ class Program(LayoutInterp):
         live = (
             np.ones(flat.size, bool) if mask is None else np.broadcast_to(mask, np.shape(pointers)).reshape(-1).copy()
         )
-        owners = np.unique(flat[live] >> FAR) if live.any() else np.zeros(1, np.int64)
+        owners = np.unique(flat[live if live.any() else slice(1)] >> FAR)
         assert owners.size == 1, "one access with pointers to several tensors"
         buffer = self.whole.buffers[int(owners[0])]
         at = flat - buffer.base

@@ -18,7 +18,8 @@ from triton.runtime.jit import JITFunction
 from bench.compile_report import recorded, target_of
 from bench.stub_gpu import Launch, launches, put_on
 from sosd_fast.kernels.distribution import singular_distribution, singular_distribution_ref
-from sosd_fast.kernels.eigh import eigh
+from sosd_fast.kernels.eigh import eigh, eigh_ref
+from sosd_fast.kernels.leading import leading_step, leading_step_ref
 from sosd_fast.kernels.newton_schulz import newton_schulz
 from sosd_fast.kernels.sturm import sturm, sturm_ref
 from sosd_fast.kernels.syrk import syrk, syrk_ref
@@ -106,6 +107,20 @@ def polar(*shape: int, dtype: torch.dtype) -> float:
     return error(newton_schulz(G, steps=2), newton_schulz(plain(G), steps=2))
 
 
+def step(dtype: torch.dtype, *shapes: tuple[int, int]) -> float:
+    """Of the leading values after a step; its eigenproblems have cases of their own."""
+    Ws = [normal(*shape, dtype=dtype) for shape in shapes]
+    interleaved.ANYWHERE[:] = Ws
+    n, b = min(shapes[0]), 40
+    start = torch.linalg.qr(normal(n, b).cpu()).Q.mT.contiguous().cuda()
+    V, norms = start.expand(len(Ws), b, n).contiguous(), torch.stack([W.double().norm() for W in Ws])
+    arguments = V, 0 * V, start, norms, 4.0
+    with put_on(sys.modules["sosd_fast.kernels.leading"], {"eigh": eigh_ref}):
+        S = leading_step(Ws, *arguments)[0]
+    truth = leading_step_ref([plain(W) for W in Ws], *(plain(x) if isinstance(x, Tensor) else x for x in arguments))[0]
+    return error(S, truth)
+
+
 SCALE = torch.tensor([0.5, 4.0], dtype=FLOAT64)
 CASES: dict[str, tuple[Callable[[], float], float]] = {  # what its result may err by
     "reduction, shared": (lambda: max(reduction(symmetric(1, 48, 48)) for _ in range(3)), 1e-6),
@@ -137,6 +152,9 @@ CASES: dict[str, tuple[Callable[[], float], float]] = {  # what its result may e
                                  (normal(2, 48, 336, dtype=d), normal(2, 336, 144, dtype=d).mT,
                                   normal(2, 37, 74, dtype=d), normal(2, 74, 37, dtype=d).mT)
                                  for s in (None, SCALE.cuda())), 1e-5),
+    "steps": (lambda: step(FLOAT32, (48, 48), (48, 96), (96, 48)), 1e-4),
+    "steps, half precision": (lambda: step(BFLOAT16, (48, 48), (48, 96), (96, 48)), 1e-4),
+    "steps, odd": (lambda: max(step(d, (45, 45), (45, 90), (90, 45)) for d in (FLOAT32, BFLOAT16)), 1e-4),
     "iterations": (lambda: max(polar(2, 48, 96, dtype=FLOAT16), polar(2, 48, 48, dtype=BFLOAT16),
                    polar(1, 45, 45, dtype=BFLOAT16)), 2e-2),
 }  # fmt: skip
