@@ -27,7 +27,7 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["r", "programs", "first_group", "last_group"])
     def _chase_kernel(
-        band_ptr,  # (B, r + BAND, 2 BAND) float64: entry (i, j), i >= j, at [j, i - j]; zeros where there is none
+        band_ptr,  # (B, r + 2 BAND, 2 BAND) float64: entry (i, j), i >= j, at [j, i - j]; zeros where there is none
         counter_ptr,  # (B, groups) zeros: steps that all sweeps of a group have made
         r,
         programs,
@@ -41,7 +41,7 @@ if triton is not None:
         SWEEPS: tl.constexpr,
     ):
         matrix = tl.program_id(0).to(tl.int64)
-        band_ptr += matrix * (r + BAND) * 2 * BAND
+        band_ptr += matrix * (r + 2 * BAND) * 2 * BAND
         counter_ptr += matrix * groups
         PITCH: tl.constexpr = 2 * BAND - 1  # entry (i, j) is at i + PITCH j
         q = tl.arange(0, SWEEPS)
@@ -122,7 +122,7 @@ if triton is not None:
 
 
 def launch(band: Tensor, r: int, width: int, programs: int, *, together: bool) -> None:
-    """Chases all bulges of band matrices (B, r + width, 2 width) in float64, as `_chase_kernel` holds them, in place.
+    """Chases all bulges of band matrices (B, r + 2 width, 2 width) in float64, as `_chase_kernel` holds them, in place.
 
     With `together` all programs of a matrix run at once, in a cooperative launch; otherwise in turn, group after group.
     """
