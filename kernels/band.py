@@ -30,15 +30,15 @@ if triton is not None:
     def _divide(x, y):
         return tl.div_rn(x, y) if y.dtype == tl.float32 else x / y
 
-    @triton.jit(do_not_specialize=["k"])
+    @triton.jit(do_not_specialize=["panel"])
     def _factor_kernel(
-        A_ptr,  # (B, r, r): rows k .. k + BAND are used up
+        A_ptr,  # (B, r, r): rows of the panel are used up
         band_ptr,  # (B, r + 2 BAND, 2 BAND) float64, as `chase` takes it
         V_ptr,  # (B, r, BAND): rows of the trailing matrix's tiles are written
         factor_ptr,  # (B, BAND, BAND): T
         sums_ptr,  # (B, 2, BAND)
         r,
-        k,
+        panel,
         NEGLIGIBLE: tl.constexpr,
         BAND: tl.constexpr,
         TILE: tl.constexpr,
@@ -47,6 +47,7 @@ if triton is not None:
     ):
         matrix = tl.program_id(0).to(tl.int64)
         dtype = A_ptr.dtype.element_ty
+        k = panel * BAND
         rows_ptr = A_ptr + matrix * r * r + k * r  # the panel, a column of it a row
         band_ptr += (matrix * (r + 2 * BAND) + k) * 2 * BAND
         V_ptr += matrix * r * BAND
@@ -82,15 +83,14 @@ if triton is not None:
                     scales = tl.where(c == j, scale, scales)
                     # v^T of reflectors before, and of columns still to come
                     products = top + scale * dots
-                    w = tl.where(c > j, tau * products, 0.0)
-                    upper = tl.where(c == j, beta, top - w)
-                    to = band_ptr + c * (2 * BAND - 1) + BAND + j
-                    tl.store(to, upper.to(tl.float64), mask=c >= j)
+                    change = tl.where(c > j, tau * products, 0.0)
+                    upper = tl.where(c == j, beta, top - change)
+                    tl.store(band_ptr + c * (2 * BAND - 1) + BAND + j, upper.to(tl.float64), mask=c >= j)
                     earlier = tl.where(c < j, products * scales, 0.0)
                     column = -tau * tl.sum(factor * earlier[None, :], axis=1)
                     column = tl.where(c == j, tau, column)
                     factor = tl.where(c[None, :] == j, column[:, None], factor)
-                    tl.store(w_ptr + c, w * scale)
+                    tl.store(w_ptr + c, change * scale)
                     tl.debug_barrier()
                 if j + 1 < BAND:
                     row_ptr = rows_ptr + j * r
@@ -98,9 +98,9 @@ if triton is not None:
                         w_next = tl.load(w_ptr + j + 1)
                         for i0 in range((j + 1) // 16 * 16, m, WIDTH):
                             i = i0 + lanes
-                            x = tl.load(row_ptr + i, mask=(i > j) & (i < m), other=0.0)
-                            y = tl.load(row_ptr + r + i, mask=(i > j) & (i < m), other=0.0)
-                            tl.store(row_ptr + r + i, y - w_next * x, mask=(i > j) & (i < m))
+                            x = tl.where(i > j, tl.load(row_ptr + i, mask=i < m, other=0.0), 0.0)
+                            y = tl.load(row_ptr + r + i, mask=i < m, other=0.0)
+                            tl.store(row_ptr + r + i, y - w_next * x, mask=i < m)
                         tl.debug_barrier()
                     for first in range(0, BAND, ROWS):
                         rows = first + strip
@@ -108,14 +108,14 @@ if triton is not None:
                         sums = tl.zeros([ROWS, WIDTH], dtype)
                         for i0 in range((j + 1) // 16 * 16, m, WIDTH):
                             i = i0 + lanes
-                            x = tl.load(row_ptr + i, mask=(i > j) & (i < m) & (j >= 0), other=0.0)
-                            y = tl.load(row_ptr + r + i, mask=(i > j + 1) & (i < m), other=0.0)
+                            x = tl.load(row_ptr + i, mask=(i < m) & (j >= 0), other=0.0)
+                            y = tl.load(row_ptr + r + i, mask=i < m, other=0.0)
                             tile_ptr = rows_ptr + rows[:, None] * r + i[None, :]
                             tile = tl.load(tile_ptr, mask=(i < m)[None, :], other=0.0)
-                            tile -= w[:, None] * x[None, :]
-                            sums += tile * y[None, :]
-                            changed = (rows > j + 1)[:, None] & ((i > j) & (i < m) & (j >= 0))[None, :]
-                            tl.store(tile_ptr, tile, mask=changed)
+                            tile -= w[:, None] * tl.where(i > j, x, 0.0)[None, :]
+                            sums += tile * tl.where(i > j + 1, y, 0.0)[None, :]
+                            if (j >= 0) & (first + ROWS > j + 2):
+                                tl.store(tile_ptr, tile, mask=(rows > j + 1)[:, None] & (i < m)[None, :])
                         tl.store(dots_ptr + rows, tl.sum(sums, axis=1))
                 tl.debug_barrier()
             tl.store(factor_ptr + c[:, None] * BAND + c[None, :], factor)
@@ -129,19 +129,20 @@ if triton is not None:
                 at = (i + k + BAND)[None, :] * BAND + c[:, None]
                 tl.store(V_ptr + at, v, mask=(i < m)[None, :])
 
-    @triton.jit(do_not_specialize=["k"])
+    @triton.jit(do_not_specialize=["panel"])
     def _product_kernel(
         A_ptr,  # (B, r, r)
         V_ptr,  # (B, r, BAND)
         Z_ptr,  # (B, r, BAND): Z = A V
         inner_ptr,  # (B, tiles, BAND, BAND): parts of V^T Z
         r,
-        k,
+        panel,
         PRECISION: tl.constexpr,
         BAND: tl.constexpr,
         TILE: tl.constexpr,
     ):
         matrix = tl.program_id(1).to(tl.int64)
+        k = panel * BAND
         begin = (k + BAND) // TILE
         own = begin + tl.program_id(0)
         A_ptr += matrix * r * r
@@ -152,64 +153,64 @@ if triton is not None:
         total = tl.zeros([TILE, BAND], A_ptr.dtype.element_ty)
         for tile in range(begin, own):  # as columns
             other = tile * TILE + n
-            a = tl.load(A_ptr + other[:, None] * r + rows[None, :], mask=(rows < r)[None, :], other=0.0)
+            a = tl.load(A_ptr + other[:, None] * r + rows[None, :])
             v = tl.load(V_ptr + other[:, None] * BAND + c[None, :])
             # a nonzero bound keeps the compiler from folding the addition into the product
             total += tl.dot(tl.trans(a), v, input_precision=PRECISION, max_num_imprecise_acc=TILE)
-        for tile in range(own + 1, tl.cdiv(r, TILE)):
+        for tile in range(own + 1, r // TILE):
             other = tile * TILE + n
-            a = tl.load(A_ptr + rows[:, None] * r + other[None, :], mask=(other < r)[None, :], other=0.0)
-            v = tl.load(V_ptr + other[:, None] * BAND + c[None, :], mask=(other < r)[:, None], other=0.0)
+            a = tl.load(A_ptr + rows[:, None] * r + other[None, :])
+            v = tl.load(V_ptr + other[:, None] * BAND + c[None, :])
             total += tl.dot(a, v, input_precision=PRECISION, max_num_imprecise_acc=TILE)
-        inside = (rows < r)[:, None] & (rows < r)[None, :]
-        a = tl.load(A_ptr + rows[:, None] * r + rows[None, :], mask=inside & (n[:, None] <= n[None, :]), other=0.0)
-        a += tl.trans(tl.where(n[:, None] < n[None, :], a, 0.0))
-        v = tl.load(V_ptr + rows[:, None] * BAND + c[None, :], mask=(rows < r)[:, None], other=0.0)
+        a = tl.load(A_ptr + rows[:, None] * r + rows[None, :])
+        a = tl.where(n[:, None] <= n[None, :], a, tl.trans(a))
+        v = tl.load(V_ptr + rows[:, None] * BAND + c[None, :])
         total += tl.dot(a, v, input_precision=PRECISION, max_num_imprecise_acc=TILE)
         total = tl.where((rows >= k + BAND)[:, None], total, 0.0)
-        tl.store(Z_ptr + matrix * r * BAND + rows[:, None] * BAND + c[None, :], total, mask=(rows < r)[:, None])
+        tl.store(Z_ptr + matrix * r * BAND + rows[:, None] * BAND + c[None, :], total)
         part = tl.dot(tl.trans(v), total, input_precision=PRECISION)
-        inner_ptr += (matrix * tl.cdiv(r, TILE) + own) * BAND * BAND
+        inner_ptr += (matrix * r // TILE + own) * BAND * BAND
         tl.store(inner_ptr + c[:, None] * BAND + c[None, :], part)
 
-    @triton.jit(do_not_specialize=["k"])
+    @triton.jit(do_not_specialize=["panel"])
     def _other_factor_kernel(
         V_ptr,  # (B, r, BAND)
         W_ptr,  # (B, r, BAND): Z, and then W
         inner_ptr,  # (B, tiles, BAND, BAND)
         factor_ptr,  # (B, BAND, BAND)
         r,
-        k,
+        panel,
         PRECISION: tl.constexpr,
         BAND: tl.constexpr,
         TILE: tl.constexpr,
     ):
         matrix = tl.program_id(1).to(tl.int64)
+        k = panel * BAND
         begin = (k + BAND) // TILE
         c = tl.arange(0, BAND)
         square = c[:, None] * BAND + c[None, :]
         rows = (begin + tl.program_id(0)) * TILE + tl.arange(0, TILE)
-        inner_ptr += matrix * tl.cdiv(r, TILE) * BAND * BAND
+        inner_ptr += matrix * (r // TILE) * BAND * BAND
         inner = tl.zeros([BAND, BAND], W_ptr.dtype.element_ty)
-        for tile in range(begin, tl.cdiv(r, TILE)):
+        for tile in range(begin, r // TILE):
             inner += tl.load(inner_ptr + tile * BAND * BAND + square)
         factor = tl.load(factor_ptr + matrix * BAND * BAND + square)
         half = -0.5 * tl.dot(tl.trans(factor), tl.dot(inner, factor, input_precision=PRECISION),
                              input_precision=PRECISION)  # fmt: skip
         at = matrix * r * BAND + rows[:, None] * BAND + c[None, :]
-        v = tl.load(V_ptr + at, mask=(rows < r)[:, None], other=0.0)
-        z = tl.load(W_ptr + at, mask=(rows < r)[:, None], other=0.0)
+        v = tl.load(V_ptr + at)
+        z = tl.load(W_ptr + at)
         w = tl.dot(z, factor, input_precision=PRECISION)
         w += tl.dot(v, half, input_precision=PRECISION, max_num_imprecise_acc=BAND)
-        tl.store(W_ptr + at, w, mask=(rows < r)[:, None])
+        tl.store(W_ptr + at, w)
 
-    @triton.jit(do_not_specialize=["k"])
+    @triton.jit(do_not_specialize=["panel"])
     def _update_kernel(
         A_ptr,  # (B, r, r)
         V_ptr,  # (B, r, BAND)
         W_ptr,  # (B, r, BAND)
         r,
-        k,
+        panel,
         PRECISION: tl.constexpr,
         BAND: tl.constexpr,
         TILE: tl.constexpr,
@@ -221,6 +222,7 @@ if triton is not None:
         column = tl.where((column + 1) * (column + 2) // 2 <= tile, column + 1, column)
         row = tile - column * (column + 1) // 2
         matrix = tl.program_id(1).to(tl.int64)
+        k = panel * BAND
         begin = (k + BAND) // TILE
         n = tl.arange(0, TILE)
         rows = (begin + row) * TILE + n
@@ -230,41 +232,39 @@ if triton is not None:
         W_ptr += matrix * r * BAND
         left = rows[:, None] * BAND + c[None, :]
         right = columns[None, :] * BAND + c[:, None]
-        left_some, right_some = (rows < r)[:, None], (columns < r)[None, :]
-        v = tl.load(V_ptr + left, mask=left_some, other=0.0)
-        w = tl.load(W_ptr + right, mask=right_some, other=0.0)
-        total = tl.dot(v, w, input_precision=PRECISION)
-        w = tl.load(W_ptr + left, mask=left_some, other=0.0)
-        v = tl.load(V_ptr + right, mask=right_some, other=0.0)
-        total += tl.dot(w, v, input_precision=PRECISION, max_num_imprecise_acc=BAND)
         tile_ptr = A_ptr + matrix * r * r + rows[:, None] * r + columns[None, :]
-        inside = left_some & right_some & (rows[:, None] <= columns[None, :])
-        a = tl.load(tile_ptr, mask=inside, other=0.0)
-        tl.store(tile_ptr, a - total, mask=inside)
+        a = tl.load(tile_ptr)
+        v = tl.load(V_ptr + left)
+        w = tl.load(W_ptr + right)
+        total = tl.dot(v, w, input_precision=PRECISION)
+        w = tl.load(W_ptr + left)
+        v = tl.load(V_ptr + right)
+        total += tl.dot(w, v, input_precision=PRECISION, max_num_imprecise_acc=BAND)
+        tl.store(tile_ptr, a - total)
 
 
 def banded(A: Tensor, width: int) -> Tensor:
-    """Reduces A (B, r, r), which is used up, to bands; r is a multiple of `width`, at least 16, and of 16.
+    """Reduces A (B, r, r), which is used up, to bands; r is a multiple of TILE, and that of `width`, at least 16.
 
     Returns:
         (B, r + 2 width, 2 width) float64: entry (i, j), i >= j, of a matrix at [j, i - j].
     """
     B, r, _ = A.shape
-    tiles = -(-r // TILE)
+    tiles = r // TILE
     band = torch.zeros(B, r + 2 * width, 2 * width, dtype=torch.float64, device=A.device)
     V, W = (A.new_empty(B, r, width) for _ in range(2))
     factor, inner = A.new_empty(B, width, width), A.new_empty(B, tiles, width, width)
     sums = A.new_empty(B, 2, width)
     options = {"r": r, "BAND": width, "TILE": TILE}
     precision = kernels.precision_of_products()
-    for k in range(0, r, width):
+    for panel in range(r // width):
         _factor_kernel[(B,)](
-            A_ptr=A, band_ptr=band, V_ptr=V, factor_ptr=factor, sums_ptr=sums, k=k,
+            A_ptr=A, band_ptr=band, V_ptr=V, factor_ptr=factor, sums_ptr=sums, panel=panel,
             NEGLIGIBLE=NEGLIGIBLE[A.dtype], **options, **FACTOR,
         )  # fmt: skip
-        trailing = tiles - (k + width) // TILE
-        if k + width < r:
-            shared = options | PRODUCT | {"k": k, "PRECISION": precision}
+        if panel + 1 < r // width:
+            trailing = tiles - (panel + 1) * width // TILE
+            shared = options | PRODUCT | {"panel": panel, "PRECISION": precision}
             _product_kernel[(trailing, B)](A_ptr=A, V_ptr=V, Z_ptr=W, inner_ptr=inner, **shared)
             _other_factor_kernel[(trailing, B)](V_ptr=V, W_ptr=W, inner_ptr=inner, factor_ptr=factor, **shared)
             _update_kernel[(trailing * (trailing + 1) // 2, B)](A_ptr=A, V_ptr=V, W_ptr=W, **shared)
