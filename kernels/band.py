@@ -14,9 +14,14 @@ from torch import Tensor
 from sosd_fast import kernels
 from sosd_fast.kernels import tl, triton
 
-TILE = 64  # rows and columns of A to a program
-FACTOR = {"ROWS": 8, "WIDTH": 1024, "num_warps": 8}
-PRODUCT = {"num_warps": 4, "num_stages": 3}
+BAND = 32  # columns beside the diagonal
+ALIGNED = 64  # what sides are padded to a multiple of, and so of each TILE
+# Shipped configurations: tiles of A of TILE x TILE; a panel is read ROWS of its columns and WIDTH of its rows at a time.
+# Larger ones spill.
+CONFIGS = {
+    torch.float32: {"TILE": 64, "ROWS": 8, "WIDTH": 1024, "num_warps": 4},
+    torch.float64: {"TILE": 32, "ROWS": 8, "WIDTH": 512, "num_warps": 4},
+}
 # of a sum of squares: what lies below has lost digits, and is no direction to reflect along
 NEGLIGIBLE = {torch.float32: 2.0**-110, torch.float64: 2.0**-1000}
 
@@ -243,29 +248,31 @@ if triton is not None:
         tl.store(tile_ptr, a - total)
 
 
-def banded(A: Tensor, width: int) -> Tensor:
-    """Reduces A (B, r, r), which is used up, to bands; r is a multiple of TILE, and that of `width`, at least 16.
+def banded(A: Tensor) -> Tensor:
+    """Reduces A (B, r, r), which is used up, to bands; r is a multiple of ALIGNED, and only one triangle is read.
 
     Returns:
-        (B, r + 2 width, 2 width) float64: entry (i, j), i >= j, of a matrix at [j, i - j].
+        (B, r + 2 BAND, 2 BAND) float64: entry (i, j), i >= j, of a matrix at [j, i - j].
     """
     B, r, _ = A.shape
-    tiles = r // TILE
-    band = torch.zeros(B, r + 2 * width, 2 * width, dtype=torch.float64, device=A.device)
-    V, W = (A.new_empty(B, r, width) for _ in range(2))
-    factor, inner = A.new_empty(B, width, width), A.new_empty(B, tiles, width, width)
-    sums = A.new_empty(B, 2, width)
-    options = {"r": r, "BAND": width, "TILE": TILE}
-    precision = kernels.precision_of_products()
-    for panel in range(r // width):
+    config = CONFIGS[A.dtype]
+    tile, panels = config["TILE"], r // BAND
+    tiles = r // tile
+    band = torch.zeros(B, r + 2 * BAND, 2 * BAND, dtype=torch.float64, device=A.device)
+    V, W = (A.new_empty(B, r, BAND) for _ in range(2))
+    factor, inner, sums = A.new_empty(B, BAND, BAND), A.new_empty(B, tiles, BAND, BAND), A.new_empty(B, 2, BAND)
+    sizes = {"r": r, "BAND": BAND, "TILE": tile}
+    shared = sizes | {"PRECISION": kernels.precision_of_products(), "num_warps": config["num_warps"], "num_stages": 3}
+    for panel in range(panels):
         _factor_kernel[(B,)](
             A_ptr=A, band_ptr=band, V_ptr=V, factor_ptr=factor, sums_ptr=sums, panel=panel,
-            NEGLIGIBLE=NEGLIGIBLE[A.dtype], **options, **FACTOR,
+            NEGLIGIBLE=NEGLIGIBLE[A.dtype], ROWS=config["ROWS"], WIDTH=config["WIDTH"], num_warps=8, **sizes,
         )  # fmt: skip
-        if panel + 1 < r // width:
-            trailing = tiles - (panel + 1) * width // TILE
-            shared = options | PRODUCT | {"panel": panel, "PRECISION": precision}
-            _product_kernel[(trailing, B)](A_ptr=A, V_ptr=V, Z_ptr=W, inner_ptr=inner, **shared)
-            _other_factor_kernel[(trailing, B)](V_ptr=V, W_ptr=W, inner_ptr=inner, factor_ptr=factor, **shared)
-            _update_kernel[(trailing * (trailing + 1) // 2, B)](A_ptr=A, V_ptr=V, W_ptr=W, **shared)
+        if panel + 1 < panels:
+            count = tiles - (panel + 1) * BAND // tile
+            _product_kernel[(count, B)](A_ptr=A, V_ptr=V, Z_ptr=W, inner_ptr=inner, panel=panel, **shared)
+            _other_factor_kernel[(count, B)](
+                V_ptr=V, W_ptr=W, inner_ptr=inner, factor_ptr=factor, panel=panel, **shared | {"num_warps": 8}
+            )
+            _update_kernel[(count * (count + 1) // 2, B)](A_ptr=A, V_ptr=V, W_ptr=W, panel=panel, **shared)
     return band

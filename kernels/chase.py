@@ -2,8 +2,8 @@ r"""Symmetric band matrices to tridiagonal form, by chasing bulges.
 
 Sweep s clears column s below its off-diagonal with a reflector of BAND rows. Taken to both sides of the diagonal block
 of these rows, it fills the square below, whose first column the next step clears, and so down to the end. A sweep may
-follow the one before two steps behind. A program takes SWEEPS sweeps at once, a warp each, in rounds: all steps of a
-round are of different places. Group g of sweeps waits, where several programs share a matrix, for the steps of group
+follow the one before two steps behind. A program takes SWEEPS sweeps at once, in rounds: all steps of a round
+are of different places. Group g of sweeps waits, where several programs share a matrix, for the steps of group
 g - 1 before it, which need not be of the same program.
 
 In float64 for every matrix: a chase rounds each entry as often as there are columns, and in float32 flat spectra erred
@@ -17,22 +17,24 @@ from torch import Tensor
 
 from sosd_fast import kernels
 from sosd_fast.kernels import tl, triton
+from sosd_fast.kernels.turns import cooperative, places
 
-SWEEPS = 8
-CONFIG = {"num_warps": SWEEPS, "maxnreg": 255}
+# Shipped configuration: four warps to a sweep, of eight columns each; two programs fit on a multiprocessor.
+SWEEPS = 2
+CONFIG = {"num_warps": 8, "maxnreg": 128}
+PER_SM = 2
 NEGLIGIBLE = 2.0**-1000  # of a sum of squares: what lies below has lost digits, and is no direction to reflect along
 ALL = 2**30  # steps of a group that has ended
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["r", "programs", "first_group", "last_group"])
+    @triton.jit(do_not_specialize=["r", "columns", "programs", "groups"])
     def _chase_kernel(
-        band_ptr,  # (B, r + 2 BAND, 2 BAND) float64: entry (i, j), i >= j, at [j, i - j]; zeros where there is none
+        band_ptr,  # (B, columns, 2 BAND) float64: entry (i, j), i >= j, at [j, i - j]; zeros where there is none
         counter_ptr,  # (B, groups) zeros: steps that all sweeps of a group have made
         r,
+        columns,  # r + 2 BAND or more
         programs,
-        first_group,
-        last_group,
         groups,
         NEGLIGIBLE: tl.constexpr,
         ALL: tl.constexpr,
@@ -41,18 +43,18 @@ if triton is not None:
         SWEEPS: tl.constexpr,
     ):
         matrix = tl.program_id(0).to(tl.int64)
-        band_ptr += matrix * (r + 2 * BAND) * 2 * BAND
+        band_ptr += matrix * columns * 2 * BAND
         counter_ptr += matrix * groups
         PITCH: tl.constexpr = 2 * BAND - 1  # entry (i, j) is at i + PITCH j
         q = tl.arange(0, SWEEPS)
         n = tl.arange(0, BAND)
-        # tiles are [sweep, column, row]: a warp has a sweep, a thread all columns of some rows
+        # tiles are [sweep, column, row]: a warp has some columns of a sweep, a thread some of their rows
         column = n[None, :, None]
         row = n[None, None, :]
         at = row + PITCH * column + 0 * q[:, None, None]
         head = (n == 0)[None, :]
 
-        for group in range(first_group + tl.program_id(1), last_group, programs):
+        for group in range(tl.program_id(1), groups, programs):
             sweep = group * SWEEPS + q
             along = tl.zeros([SWEEPS, BAND], tl.float64)  # the last reflectors, by columns
             tau = tl.zeros([SWEEPS], tl.float64)
@@ -121,32 +123,35 @@ if triton is not None:
         return a + c, b + d
 
 
-def launch(band: Tensor, r: int, width: int, programs: int, *, together: bool) -> None:
-    """Chases all bulges of band matrices (B, r + 2 width, 2 width) in float64, as `_chase_kernel` holds them, in place.
+def chase(band: Tensor, r: int, programs: int | None = None) -> tuple[Tensor, Tensor]:
+    """Reduces band matrices, as `band.banded` gives them, which are used up, in their first r columns.
 
-    With `together` all programs of a matrix run at once, in a cooperative launch; otherwise in turn, group after group.
+    Returns:
+        d and e, (B, r) float64; the last e counts for nothing.
     """
-    groups = -(-max(r - 2, 0) // SWEEPS)
-    if not groups:
-        return
-    arguments = {
-        "band_ptr": band,
-        "counter_ptr": torch.zeros(len(band), groups, dtype=torch.int32, device=band.device),
-        "r": r,
-        "groups": groups,
-        "NEGLIGIBLE": NEGLIGIBLE,
-        "ALL": ALL,
-        "BAND": width,
-        "SWEEPS": SWEEPS,
-        **kernels.options_of(CONFIG),
-    }
-    grid = (len(band), programs)
-    if together:
-        _chase_kernel[grid](
-            **arguments, programs=programs, first_group=0, last_group=groups, COOPERATIVE=True,
-            launch_cooperative_grid=True,
-        )  # fmt: skip
-    else:
-        _chase_kernel[(len(band), 1)](
-            **arguments, programs=1, first_group=0, last_group=groups, COOPERATIVE=False
-        )
+    groups = -(-(r - 2) // SWEEPS)
+    if groups > 0:
+        width = band.shape[2] // 2
+        if programs is None:
+            programs = _programs(len(band), r, width, band.device) if band.is_cuda else 1
+        arguments = {
+            "band_ptr": band,
+            "counter_ptr": torch.zeros(len(band), groups, dtype=torch.int32, device=band.device),
+            "r": r,
+            "columns": band.shape[1],
+            "groups": groups,
+            "NEGLIGIBLE": NEGLIGIBLE,
+            "ALL": ALL,
+            "BAND": width,
+            "SWEEPS": SWEEPS,
+            **kernels.options_of(CONFIG),
+        }
+        launched = programs > 1 and cooperative(_chase_kernel[(len(band), programs)], arguments | {"programs": programs})
+        if not launched:
+            _chase_kernel[(len(band), 1)](**arguments, programs=1, COOPERATIVE=False)
+    return band[:, :r, 0], band[:, :r, 1]
+
+
+def _programs(B: int, r: int, width: int, device: torch.device) -> int:
+    """As many programs a matrix as find work, 2 SWEEPS steps behind one another, and are certain to run at once."""
+    return max(1, min(places(PER_SM, device) // B, r // (2 * SWEEPS * width) + 1))

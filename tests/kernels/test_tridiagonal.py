@@ -184,7 +184,7 @@ def test_how_many_programs(monkeypatch):
 
 
 def test_programs_that_wait_are_launched_in_turn(monkeypatch):
-    module = sys.modules["sosd_fast.kernels.tridiagonal"]
+    module = sys.modules["sosd_fast.kernels.turns"]
     said = []
 
     class Stream:
@@ -221,7 +221,7 @@ def test_programs_that_wait_are_launched_in_turn(monkeypatch):
 
 
 def test_a_refused_cooperative_launch_is_made_alone(device, monkeypatch, caplog):
-    module = sys.modules["sosd_fast.kernels.tridiagonal"]
+    module, turns = (sys.modules[f"sosd_fast.kernels.{name}"] for name in ("tridiagonal", "turns"))
 
     class Cuda(torch.Tensor):
         is_cuda = True
@@ -239,13 +239,13 @@ def test_a_refused_cooperative_launch_is_made_alone(device, monkeypatch, caplog)
     alone = tridiagonal(A, programs=1)
     monkeypatch.setattr(module, "_tridiagonal_kernel", Refusing())
     if device == "cpu":
-        monkeypatch.setattr(module, "_in_turn", contextlib.nullcontext)
-    module._warn_alone.cache_clear()
+        monkeypatch.setattr(turns, "_in_turn", contextlib.nullcontext)
+    turns._warn_alone.cache_clear()
     for _ in range(2):
         found = module._launch(A.clone()[None].as_subclass(Cuda), 32, 3)
         assert torch.equal(found[0][0], alone[0]) and torch.equal(found[1][0, :-1], alone[1])
     assert sum("several programs to a matrix" in message for message in caplog.messages) == 1
-    module._warn_alone.cache_clear()
+    turns._warn_alone.cache_clear()
 
 
 def test_only_one_triangle_is_read(device):
@@ -267,3 +267,12 @@ def test_batches_strides_and_nan(device):
     assert (d2[0, 1].isnan().any() or e2[0, 1].isnan().any()) and torch.equal(d2[1], d[1]) and torch.equal(e2[1], e[1])
     assert torch.equal(d2[0, 0], d[0, 0])
     assert tridiagonal(A[:0])[0].shape == (0, 2, 6)
+
+
+@pytest.mark.parametrize("dtype", list(EPS), ids=str)
+@pytest.mark.parametrize("r", [1, 2, 3, 33, 45, 64] + [200, 531] * bool(len(CASES) > 7))
+def test_two_stages(device, r, dtype):
+    A = gram("gaussian", r, dtype, device)
+    d, e = tridiagonal(A.triu() + torch.full_like(A, torch.nan).tril(-1), band_from=1)
+    assert d.shape == (r,) and e.shape == (r - 1,) and d.dtype == e.dtype == dtype
+    assert_same_eigenvalues(d, e, A)
