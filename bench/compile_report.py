@@ -24,12 +24,15 @@ from bench.stub_gpu import Launch, launches
 from sosd_fast.kernels.distribution import singular_distribution
 from sosd_fast.kernels.eigh import eigh
 from sosd_fast.kernels.newton_schulz import newton_schulz
+from sosd_fast.kernels.tridiagonal import tridiagonal
 from sosd_fast.spectra.svdvals import spectra
 
 TARGETS = ("80", "90", "100", "gfx942")
 MMA = re.compile(r"\b(wgmma|tcgen05|mma|v_mfma)[._]")  # in PTX, and in the assembly of AMD's
-# kernel -> what is meant of it, where rows begin at multiples of 16
-MEANT = {"syrk": "mma", "tridiagonal": "wide", "eigh": "wide"}
+# kernel, or kernel and type -> what is meant of it, where rows begin at multiples of 16
+MEANT = {
+    "syrk": "mma", "tridiagonal": "wide", "eigh": "wide", "factor": "wide", "product fp32": "mma", "update fp32": "mma",
+}  # fmt: skip
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
@@ -58,6 +61,10 @@ def calls() -> dict[str, Callable[[], object]]:
         # leading values: k = 32 has problems of 80 rows, k = 88 of 192
         for n in (80, 192) if dtype == FLOAT32 else (80,):
             found[f"eigenproblems of {n}, {str(dtype)[6:]}"] = functools.partial(eigh, empty(72, n, n, dtype=dtype)[0])
+        # 80 GB of a GPU hold them; by programs that share a matrix and, of many matrices, by one each
+        for batch in (16, 300):
+            G = empty(batch, 2048, 2048, dtype=dtype)[0]
+            found[f"bands of {batch}, {str(dtype)[6:]}"] = functools.partial(tridiagonal, G, overwrite=True)
         S = empty(72, 768, dtype=dtype)[0]
         found[f"spectra, {str(dtype)[6:]}"] = functools.partial(singular_distribution, S, S, S)
     return found
@@ -135,13 +142,14 @@ def most_registers(launch: Launch) -> int:
 def faults(launch: Launch, row: dict) -> list[str]:
     """What must not be."""
     found = []
-    kernel = row["kernel"].split()[0]
+    name = row["kernel"].split(":")[0]
+    meant = MEANT.get(name, MEANT.get(name.split()[0]))
     if row["spill"]:
         found.append(f"{row['spill']} bytes of stack")
-    if MEANT.get(kernel) == "mma" and not row["mma"]:
+    if meant == "mma" and not row["mma"]:
         found.append("no tensor-core instruction")
     cuda = launch.options.backend_name == "cuda"
-    if MEANT.get(kernel) == "wide" and not row["wide"] and cuda and launch.arguments.get("r", 16) % 16 == 0:
+    if meant == "wide" and not row["wide"] and cuda and launch.arguments.get("r", 16) % 16 == 0:
         found.append("no 16-byte loads")
     if row["registers"] > most_registers(launch):
         found.append(f"more than {most_registers(launch)} registers")

@@ -1,7 +1,7 @@
 r"""Symmetric matrices to band matrices with the same eigenvalues, by blocks of reflectors.
 
 Panel k, the BAND columns from BAND k on, is made upper triangular below the diagonal block: Q = I - V T V^T. With
-Z = A V and the trailing A, W = Z T - 1/2 V T^T (V^T Z) T; then A <- A - V W^T - W V^T. A is read twice and written once
+Z = A V and the trailing A, W = (Z - 1/2 V T^T V^T Z) T; then A <- A - V W^T - W V^T. A is read twice and written once
 for a panel, where the reduction to tridiagonal form reads it for each column. Only tiles on and right of the diagonal
 are kept. Products are three of TF32's in float32, whose partial sums are added by rounding additions, as `syrk` does.
 
@@ -200,13 +200,11 @@ if triton is not None:
         for tile in range(begin, r // TILE):
             inner += tl.load(inner_ptr + tile * BAND * BAND + square)
         factor = tl.load(factor_ptr + matrix * BAND * BAND + square)
-        half = -0.5 * tl.dot(tl.trans(factor), tl.dot(inner, factor, input_precision=PRECISION),
-                             input_precision=PRECISION)  # fmt: skip
+        inner = tl.dot(tl.trans(factor), inner, input_precision=PRECISION)
         at = matrix * r * BAND + rows[:, None] * BAND + c[None, :]
-        v = tl.load(V_ptr + at)
-        z = tl.load(W_ptr + at)
-        w = tl.dot(z, factor, input_precision=PRECISION)
-        w += tl.dot(v, half, input_precision=PRECISION, max_num_imprecise_acc=BAND)
+        w = tl.load(W_ptr + at)
+        w -= 0.5 * tl.dot(tl.load(V_ptr + at), inner, input_precision=PRECISION, max_num_imprecise_acc=BAND)
+        w = tl.dot(w, factor, input_precision=PRECISION)
         tl.store(W_ptr + at, w)
 
     @triton.jit(do_not_specialize=["panel"])
