@@ -20,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 
 from bench import timing_model
 from bench.harness import finish, parser, show
+from bench.sass import disassembled
 from bench.stub_gpu import Launch, launches
 from sosd_fast.kernels.distribution import singular_distribution
 from sosd_fast.kernels.eigh import eigh
@@ -118,7 +119,7 @@ def build(i: int) -> dict:
 
 def resources(cubin: bytes) -> dict:
     """Registers, stack and local bytes, by cuobjdump."""
-    text = timing_model.disassembled(cubin, "-res-usage")
+    text = disassembled(cubin, "-res-usage")
     values = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     return {"registers": int(values["REG"]), "spill": int(values["STACK"]) + int(values["LOCAL"])}
 

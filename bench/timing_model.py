@@ -3,180 +3,18 @@
 import ast
 import inspect
 import math
-import re
-import subprocess
-import tempfile
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 
 from bench.harness import bar, interleaved_cuda, show
-from bench.stub_gpu import MULTIPROCESSORS, Launch, launches
+from bench.sass import HBM, L1, L2, Code, Loop, code_of
+from bench.stub_gpu import MULTIPROCESSORS, launches
 from sosd_fast.kernels.sturm import sturm
 from sosd_fast.kernels.syrk import syrk
 from sosd_fast.kernels.tridiagonal import tridiagonal
-
-LATENCY = {  # cycles until a result is there
-    "ATOM": 600, "ATOMG": 600, "LDS": 30, "LDSM": 33, "SHFL": 26, "MUFU": 40, "LDC": 30, "DFMA": 16, "DADD": 16,
-    "DMUL": 16, "DMMA": 40,
-}  # fmt: skip
-OTHER = 20  # of another operation that says by a scoreboard when it is done, or that it has read its operands
-L1, L2, HBM = 38, 280, 800  # of a load
-
-
-@dataclass
-class Instruction:
-    """One instruction and what its control bits say."""
-
-    address: int
-    text: str
-    stall: int  # cycles until the next may be issued
-    writes: int  # the scoreboard that says that its result is there; 7 is none
-    reads: int  # that its operands have been read
-    waits: int  # a mask of scoreboards
-
-    @property
-    def name(self) -> str:
-        """The operation, without its modifiers."""
-        return re.sub(r"^@!?U?P\w+\s+", "", self.text).split()[0].split(".")[0].rstrip(";")
-
-
-@dataclass
-class Loop:
-    """Code between the target of a backward branch and the branch, without the loops inside."""
-
-    first: int
-    last: int
-    own: list[Instruction] = field(default_factory=list)
-    inside: list["Loop"] = field(default_factory=list)
-
-    def count(self, *names: str) -> int:
-        """How many of its own instructions are such operations."""
-        return sum(i.name in names for i in self.own)
-
-    def cycles(self, load: int = L2) -> float:
-        """Cycles that one warp takes for a turn, once it goes round and round, given the latency of a load."""
-        return timed(self.own * 3, load) - timed(self.own * 2, load)
-
-    def all(self) -> list["Loop"]:
-        """This loop and all inside."""
-        return [self, *(each for loop in self.inside for each in loop.all())]
-
-
-def disassembled(cubin: bytes, *options: str, tool: str = "cuobjdump") -> str:
-    """What NVIDIA's tools say of a compiled kernel."""
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
-
-
-def instructions(cubin: bytes) -> list[Instruction]:
-    """The code of the first function in a cubin."""
-    pattern = r"/\*([0-9a-f]{4,})\*/\s+(.*?);?\s+/\* 0x[0-9a-f]{16} \*/\s+/\* 0x([0-9a-f]{16}) \*/"
-    found = []
-    for address, text, control in re.findall(pattern, disassembled(cubin, "-sass")):
-        bits = int(control, 16) >> 41
-        stall, write, read, waits = bits & 15, bits >> 5 & 7, bits >> 8 & 7, bits >> 11 & 63
-        found.append(Instruction(int(address, 16), text, stall, write, read, waits))
-    return found
-
-
-def lines(cubin: bytes, launch: Launch) -> dict[int, int]:
-    """The line of a kernel's source file that each instruction was compiled from, by its address."""
-    found, line = {}, 0
-    name = Path(inspect.getsourcefile(launch.kernel.fn) or "").name
-    for row in disassembled(cubin, "-g", "-c", tool="nvdisasm").splitlines():
-        if place := re.search(r'//## File "([^"]*)", line (\d+)', row):
-            line = int(place[2]) if Path(place[1]).name == name else line
-        elif at := re.search(r"/\*([0-9a-f]{4,})\*/", row):
-            found[int(at[1], 16)] = line
-    return found
-
-
-def timed(code: list[Instruction], load: int) -> float:
-    """Cycles until one warp has issued instructions, one after the other, as their control bits say."""
-    now, ready = 0.0, [0.0] * 8
-    for i in code:
-        for board in range(6):
-            if i.waits >> board & 1:
-                now = max(now, ready[board])
-        latency = load if i.name == "LDG" else LATENCY.get(i.name, OTHER)
-        ready[i.writes] = max(ready[i.writes], now + latency)
-        ready[i.reads] = max(ready[i.reads], now + OTHER)
-        now += max(i.stall, 1)
-    return now
-
-
-def loops(code: list[Instruction]) -> Loop:
-    """The whole code as a loop that is run once, with the loops inside it."""
-    ends = {}
-    for i in code:
-        if i.name == "BRA" and (to := re.search(r"0x([0-9a-f]+)", i.text)) and int(to[1], 16) < i.address:
-            first = int(to[1], 16)
-            ends[first] = max(ends.get(first, 0), i.address)
-    root = Loop(-1, code[-1].address + 1)
-    found = [root]
-    for first, last in sorted(ends.items(), key=lambda e: (e[0], -e[1])):
-        parent = min((x for x in found if x.first <= first and last <= x.last), key=lambda x: x.last - x.first)
-        if any(x is not parent and first <= x.last and x.first <= first for x in parent.inside):
-            continue  # overlaps another: a continued loop
-        found.append(Loop(first, last))
-        parent.inside.append(found[-1])
-    for i in code:
-        inner = min((x for x in found if x.first <= i.address <= x.last), key=lambda x: x.last - x.first)
-        inner.own.append(i)
-    return root
-
-
-@dataclass
-class Code:
-    """A launch, its compiled loops, and how many of its programs are on a multiprocessor at once."""
-
-    launch: Launch
-    root: Loop
-    together: int
-    lines: dict[int, int] = field(default_factory=dict)  # of the source, by addresses
-    known: dict[tuple[int, int], float] = field(default_factory=dict)
-
-    @property
-    def warps(self) -> float:
-        """Of each of the four schedulers of a multiprocessor."""
-        return self.together * self.launch.options.num_warps / 4
-
-    @property
-    def waves(self) -> int:
-        """How often a multiprocessor is filled with programs."""
-        return math.ceil(math.prod(self.launch.grid) / (MULTIPROCESSORS * self.together))
-
-    def turn(self, loop: Loop, load: int = L2) -> float:
-        """Cycles of a turn of a loop in all programs of a multiprocessor: of a warp's latencies, or of issuing."""
-        key = loop.first, load
-        if key not in self.known:
-            self.known[key] = max(loop.cycles(load), self.warps * len(loop.own))
-        return self.known[key]
-
-    def most(self, *names: str) -> Loop:
-        """The innermost loop with the most instructions of some names."""
-        return max((x for x in self.root.all() if not x.inside), key=lambda x: x.count(*names))
-
-
-def code_of(launch: Launch) -> Code:
-    """Compiles a launch for an H100 and reads its code."""
-    binary = launch.compile(GPUTarget("cuda", 90, 32))
-    cubin = binary.asm["cubin"]
-    registers = int(re.search(r"REG:(\d+)", disassembled(cubin, "-res-usage"))[1])  # pyright: ignore
-    threads = 32 * launch.options.num_warps
-    fit = min(65536 // (math.ceil(registers / 8) * 8 * threads), 2048 // threads, 32)
-    fit = min(fit, 232448 // max(binary.metadata.shared + 1024, 1))
-    together = max(1, min(fit, math.ceil(math.prod(launch.grid) / MULTIPROCESSORS)))
-    return Code(launch, loops(instructions(cubin)), together, lines(cubin, launch))
 
 
 def written(code: Code) -> tuple[ast.For, dict[ast.For, list[Loop]]]:
@@ -207,7 +45,10 @@ def written(code: Code) -> tuple[ast.For, dict[ast.For, list[Loop]]]:
     return next(x for x in statements if ast.unparse(x.target) == "event"), found
 
 
-def reduction(code: Code, cache: float = 50e6) -> tuple[float, float]:
+CACHE = 50e6  # bytes of the L2
+
+
+def reduction(code: Code) -> tuple[float, float]:
     """Cycles and bytes from memory of `_tridiagonal_kernel`; only the first program, with the most strips, counts.
 
     Each loop turns as often as the source says: its `range` is evaluated for every event. Matrices that do not fit the
@@ -242,7 +83,7 @@ def reduction(code: Code, cache: float = 50e6) -> tuple[float, float]:
     cycles = read = 0.0
     for j in range(r - 1):
         first = j % a["PANEL"] == 0
-        load = HBM if batch * (r - j) ** 2 * size / 2 > cache else L2
+        load = HBM if batch * (r - j) ** 2 * size / 2 > CACHE else L2
         for updates in (True, False) if first and j else (False,):
             finished = a["PANEL"] if updates else j % a["PANEL"]
             known |= {"updates": updates, "j": j, "finished": finished, "q": max(finished - 1, 0), "step": 1 - updates}
@@ -273,8 +114,78 @@ def counting(code: Code) -> tuple[float, float]:
     return code.waves * a["iterations"] * math.ceil(a["r"] / rows) * code.turn(loop, L1), 0.0
 
 
+def factoring(code: Code) -> tuple[float, float]:
+    """Cycles of `band._factor_kernel`, a panel of each matrix."""
+    a = code.launch.arguments
+    columns, width = a["BAND"], a["WIDTH"]
+    rows = a["A_ptr"][1] - (a["panel"] + 1) * columns
+    if not rows:
+        return 0.0, 0.0
+    turns = math.ceil(rows / width)
+    each = max(code.root.inside, key=lambda x: len(x.inside))  # over columns of the panel
+    strips = max(each.inside, key=lambda x: len(x.inside))
+    (row,) = (x for x in each.inside if x is not strips)
+    unrolled = row.count("LDG") // 2
+    (last,) = (x for x in code.root.inside if x is not each)
+    column = code.turn(each) + turns / unrolled * code.turn(row)
+    column += columns // a["ROWS"] * (code.turn(strips) + turns * code.turn(strips.inside[0]))
+    return code.root.cycles(L2) + columns * column + math.ceil(rows / a["TILE"]) * code.turn(last), 0.0
+
+
+def _rest(code: Code) -> tuple[float, float, int, bool]:
+    """Of a step of `band.banded`: how often a multiprocessor is filled, the bytes of the trailing matrices' triangles,
+    their side in tiles, and whether they are in memory, for the cache does not hold them."""
+    a = code.launch.arguments
+    batch, r, columns = a["V_ptr"]
+    size = 8 if "fp64" in code.launch.signature["V_ptr"] else 4
+    triangle = batch * (r - (a["panel"] + 1) * columns) ** 2 * size / 2
+    fill = max(1.0, math.prod(code.launch.grid) / (MULTIPROCESSORS * code.together))
+    return fill, triangle, code.launch.grid[0], triangle > CACHE
+
+
+def multiplying(code: Code) -> tuple[float, float]:
+    """Cycles and bytes of `band._product_kernel`: its copies are on their way while it computes."""
+    a = code.launch.arguments
+    fill, triangle, tiles, far = _rest(code)
+    tensor = 2 * a["TILE"] ** 2 * a["BAND"] * 3 / 2048
+    turn = max(*(max(code.turn(x, L1) + tensor, code.together * tensor) for x in code.root.inside))
+    return fill * (tiles * turn + code.turn(code.root, HBM if far else L2)), 2 * triangle * far
+
+
+def joining(code: Code) -> tuple[float, float]:
+    """Cycles of `band._other_factor_kernel`."""
+    fill, _, tiles, _ = _rest(code)
+    sums = max(code.root.inside, key=lambda x: len(x.own))
+    turns = tiles / max(1, sums.count("LDG") // 2)
+    return fill * (code.turn(code.root) + turns * code.turn(sums)), 0.0
+
+
+def updating(code: Code) -> tuple[float, float]:
+    """Cycles and bytes of `band._update_kernel`, a tile a program."""
+    a = code.launch.arguments
+    fill, triangle, _, far = _rest(code)
+    tensor = code.together * 2 * 2 * a["TILE"] ** 2 * a["BAND"] * 3 / 2048
+    return fill * max(code.turn(code.root, HBM if far else L2), tensor), 2 * triangle * far
+
+
+def chasing(code: Code) -> tuple[float, float]:
+    """Cycles of `chase._chase_kernel`: rounds of groups, each two steps a sweep behind the one before it."""
+    a = code.launch.arguments
+    r, programs, sweeps = a["r"], a["programs"], a["SWEEPS"]
+    ends: list[int] = []
+    start = 0
+    for group in range(a["groups"]):
+        start = max(start + 2 * sweeps if group else 0, ends[group - programs] if group >= programs else 0)
+        ends.append(start + (r - 2 - group * sweeps) // a["BAND"] + 1 + 2 * (sweeps - 1))
+    turn = max(code.root.all()[1:], key=lambda x: len(x.own))
+    waits = [x for x in turn.inside if x.count("ATOM", "ATOMG", "LDG")]
+    return code.waves * ends[-1] * (code.turn(turn) + sum(map(code.turn, waits))), 0.0
+
+
 MODELS: dict[str, Callable[[Code], tuple[float, float]]] = {
     "_tridiagonal_kernel": reduction, "_syrk_kernel": gram, "_sturm_kernel": counting,
+    "_factor_kernel": factoring, "_product_kernel": multiplying, "_other_factor_kernel": joining,
+    "_update_kernel": updating, "_chase_kernel": chasing,
 }  # fmt: skip
 GPUS = {"H100": (1.755e9, 3.35e12), "H200": (1.755e9, 4.8e12)}  # cycles a second, bytes a second
 ASSUMPTIONS = f"""A model and no measurement, perhaps 40 % off: one warp issues the compiled code as its control bits

@@ -24,20 +24,18 @@ SWEEPS = 2
 CONFIG = {"num_warps": 8, "maxnreg": 128}
 PER_SM = 2
 NEGLIGIBLE = 2.0**-1000  # of a sum of squares: what lies below has lost digits, and is no direction to reflect along
-ALL = 2**30  # steps of a group that has ended
 
 if triton is not None:
 
     @triton.jit(do_not_specialize=["r", "columns", "programs", "groups"])
     def _chase_kernel(
         band_ptr,  # (B, columns, 2 BAND) float64: entry (i, j), i >= j, at [j, i - j]; zeros where there is none
-        counter_ptr,  # (B, groups) zeros: steps that all sweeps of a group have made
+        counter_ptr,  # (B, groups) zeros: rounds that a group has made
         r,
         columns,  # r + 2 BAND or more
         programs,
         groups,
         NEGLIGIBLE: tl.constexpr,
-        ALL: tl.constexpr,
         COOPERATIVE: tl.constexpr,
         BAND: tl.constexpr,
         SWEEPS: tl.constexpr,
@@ -62,10 +60,13 @@ if triton is not None:
             rounds = (r - 2 - group * SWEEPS) // BAND + 1 + 2 * (SWEEPS - 1)
             for turn in range(0, rounds):
                 if COOPERATIVE:
-                    if (group > 0) & (seen < turn + 2):
+                    # rounds of the group before, after which its last sweep is two steps ahead, or all that it has
+                    ahead = tl.minimum(turn + 2 * SWEEPS, (r - 2 - group * SWEEPS + SWEEPS) // BAND + 2 * SWEEPS - 1)
+                    if (group > 0) & (seen < ahead):
                         last_ptr = counter_ptr + group - 1
-                        while tl.atomic_add(last_ptr, 0, sem="relaxed", scope="gpu") < turn + 2:
+                        while tl.atomic_add(last_ptr, 0, sem="relaxed", scope="gpu") < ahead:
                             pass
+                        # once: an acquire for each look would empty the multiprocessor's first cache
                         seen = tl.atomic_add(last_ptr, 0, sem="acquire", scope="gpu")
                 tl.debug_barrier()
                 step = turn - 2 * q
@@ -115,8 +116,7 @@ if triton is not None:
 
                 tl.debug_barrier()
                 if COOPERATIVE:
-                    steps = tl.where(turn + 1 == rounds, ALL, turn - 2 * (SWEEPS - 1) + 1)
-                    tl.atomic_xchg(counter_ptr + group, tl.maximum(steps, 0), sem="release", scope="gpu")
+                    tl.atomic_add(counter_ptr + group, 1, sem="release", scope="gpu")
 
     @triton.jit
     def _add_both(a, b, c, d):
@@ -141,7 +141,6 @@ def chase(band: Tensor, r: int, programs: int | None = None) -> tuple[Tensor, Te
             "columns": band.shape[1],
             "groups": groups,
             "NEGLIGIBLE": NEGLIGIBLE,
-            "ALL": ALL,
             "BAND": width,
             "SWEEPS": SWEEPS,
             **kernels.options_of(CONFIG),

@@ -61,9 +61,9 @@ def error(found: Tensor, truth: Tensor) -> float:
     return float((plain(found) - plain(truth)).abs().max() / plain(truth).abs().max())
 
 
-def reduction(A: Tensor, programs: int | None = None) -> float:
+def reduction(A: Tensor, programs: int | None = None, band_from: int | None = None) -> float:
     """Of the eigenvalues of T."""
-    d, e = map(plain, tridiagonal(A, programs=programs))
+    d, e = map(plain, tridiagonal(A, programs=programs, band_from=band_from))
     T = torch.diag_embed(d) + torch.diag_embed(e, 1) + torch.diag_embed(e, -1)
     return error(torch.linalg.eigvalsh(T), torch.linalg.eigvalsh(plain(A)))
 
@@ -111,6 +111,8 @@ CASES: dict[str, tuple[Callable[[], float], float]] = {  # what its result may e
     "reduction, shared": (lambda: max(reduction(symmetric(1, 48, 48)) for _ in range(3)), 1e-6),
     "reduction, two matrices shared": (lambda: reduction(symmetric(2, 32, 32), 2), 1e-6),
     "reduction, alone": (lambda: reduction(symmetric(2, 32, 32), 1), 1e-6),
+    "bands": (lambda: reduction(symmetric(1, 100, 100), 3, band_from=1), 1e-6),
+    "bands in float64": (lambda: reduction(symmetric(2, 40, 40, dtype=FLOAT64), 1, band_from=1), 1e-13),
     "spectra": (lambda: singular_values(FLOAT32, "gram32", (32, 32), (32, 48), (48, 32)), 1e-5),
     "spectra, odd": (lambda: singular_values(FLOAT32, "gram32", (37, 37), (37, 74), (74, 37)), 1e-5),
     "spectra, one": (lambda: singular_values(FLOAT32, "gram32", (101, 32)), 1e-5),
