@@ -128,8 +128,10 @@ def factoring(code: Code) -> tuple[float, float]:
     unrolled = row.count("LDG") // 2
     (last,) = (x for x in code.root.inside if x is not each)
     column = code.turn(each) + turns / unrolled * code.turn(row)
-    column += columns // a["ROWS"] * (code.turn(strips) + turns * code.turn(strips.inside[0]))
-    return code.root.cycles(L2) + columns * column + math.ceil(rows / a["TILE"]) * code.turn(last), 0.0
+    taken = sum(columns // a["ROWS"] - j // a["ROWS"] for j in range(columns))
+    strip = code.turn(strips) + turns * code.turn(strips.inside[0])
+    rest = code.turn(code.root) + math.ceil(rows / a["TILE"]) * code.turn(last)
+    return code.waves * (columns * column + taken * strip + rest), 0.0
 
 
 def _rest(code: Code) -> tuple[float, float, int, bool]:

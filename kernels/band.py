@@ -40,7 +40,7 @@ if triton is not None:
         A_ptr,  # (B, r, r): rows of the panel are used up
         band_ptr,  # (B, r + 2 BAND, 2 BAND) float64, as `chase` takes it
         V_ptr,  # (B, r, BAND): rows of the trailing matrix's tiles are written
-        factor_ptr,  # (B, BAND, BAND): T
+        tau_ptr,  # (B, BAND)
         sums_ptr,  # (B, 2, BAND)
         r,
         panel,
@@ -56,7 +56,7 @@ if triton is not None:
         rows_ptr = A_ptr + matrix * r * r + k * r  # the panel, a column of it a row
         band_ptr += (matrix * (r + 2 * BAND) + k) * 2 * BAND
         V_ptr += matrix * r * BAND
-        factor_ptr += matrix * BAND * BAND
+        tau_ptr += matrix * BAND
         dots_ptr = sums_ptr + matrix * 2 * BAND
         w_ptr = dots_ptr + BAND
         lanes = tl.arange(0, WIDTH)
@@ -73,7 +73,6 @@ if triton is not None:
             m = r - k - BAND
             # sums of products with column j + 1 below row j + 1, and reflector j taken to what is right of it
             scales = tl.zeros([BAND], dtype)
-            factor = tl.zeros([BAND, BAND], dtype)
             for j in range(-1, BAND):
                 if j >= 0:
                     dots = tl.load(dots_ptr + c)
@@ -86,19 +85,15 @@ if triton is not None:
                     scale = tl.where(turns, _divide(1.0, divisor), 0.0)
                     tau = tl.where(turns, _divide(-divisor, tl.where(turns, beta, 1.0)), 0.0)
                     scales = tl.where(c == j, scale, scales)
-                    # v^T of reflectors before, and of columns still to come
-                    products = top + scale * dots
-                    change = tl.where(c > j, tau * products, 0.0)
+                    change = tl.where(c > j, tau * (top + scale * dots), 0.0)
                     upper = tl.where(c == j, beta, top - change)
                     tl.store(band_ptr + c * (2 * BAND - 1) + BAND + j, upper.to(tl.float64), mask=c >= j)
-                    earlier = tl.where(c < j, products * scales, 0.0)
-                    column = -tau * tl.sum(factor * earlier[None, :], axis=1)
-                    column = tl.where(c == j, tau, column)
-                    factor = tl.where(c[None, :] == j, column[:, None], factor)
+                    tl.store(tau_ptr + j, tau)
                     tl.store(w_ptr + c, change * scale)
                     tl.debug_barrier()
                 if j + 1 < BAND:
                     row_ptr = rows_ptr + j * r
+                    last_ptr = rows_ptr + tl.maximum(j, 0) * r  # before the first column, what meets zeros
                     if j >= 0:
                         w_next = tl.load(w_ptr + j + 1)
                         for i0 in range((j + 1) // 16 * 16, m, WIDTH):
@@ -107,23 +102,21 @@ if triton is not None:
                             y = tl.load(row_ptr + r + i, mask=i < m, other=0.0)
                             tl.store(row_ptr + r + i, y - w_next * x, mask=i < m)
                         tl.debug_barrier()
-                    for first in range(0, BAND, ROWS):
+                    for first in range((j + 1) // ROWS * ROWS, BAND, ROWS):
                         rows = first + strip
                         w = tl.load(w_ptr + rows, mask=(rows > j + 1) & (j >= 0), other=0.0)
                         sums = tl.zeros([ROWS, WIDTH], dtype)
                         for i0 in range((j + 1) // 16 * 16, m, WIDTH):
                             i = i0 + lanes
-                            x = tl.load(row_ptr + i, mask=(i < m) & (j >= 0), other=0.0)
+                            x = tl.load(last_ptr + i, mask=i < m, other=0.0)
                             y = tl.load(row_ptr + r + i, mask=i < m, other=0.0)
                             tile_ptr = rows_ptr + rows[:, None] * r + i[None, :]
                             tile = tl.load(tile_ptr, mask=(i < m)[None, :], other=0.0)
                             tile -= w[:, None] * tl.where(i > j, x, 0.0)[None, :]
                             sums += tile * tl.where(i > j + 1, y, 0.0)[None, :]
-                            if (j >= 0) & (first + ROWS > j + 2):
-                                tl.store(tile_ptr, tile, mask=(rows > j + 1)[:, None] & (i < m)[None, :])
+                            tl.store(tile_ptr, tile, mask=(rows > j + 1)[:, None] & (i < m)[None, :])
                         tl.store(dots_ptr + rows, tl.sum(sums, axis=1))
                 tl.debug_barrier()
-            tl.store(factor_ptr + c[:, None] * BAND + c[None, :], factor)
             # V, with zeros above
             for i0 in range(begin - k - BAND, m, TILE):
                 i = i0 + tl.arange(0, TILE)
@@ -139,7 +132,7 @@ if triton is not None:
         A_ptr,  # (B, r, r)
         V_ptr,  # (B, r, BAND)
         Z_ptr,  # (B, r, BAND): Z = A V
-        inner_ptr,  # (B, tiles, BAND, BAND): parts of V^T Z
+        inner_ptr,  # (B, tiles, 2, BAND, BAND): parts of V^T Z and V^T V
         r,
         panel,
         PRECISION: tl.constexpr,
@@ -173,16 +166,16 @@ if triton is not None:
         total += tl.dot(a, v, input_precision=PRECISION, max_num_imprecise_acc=TILE)
         total = tl.where((rows >= k + BAND)[:, None], total, 0.0)
         tl.store(Z_ptr + matrix * r * BAND + rows[:, None] * BAND + c[None, :], total)
-        part = tl.dot(tl.trans(v), total, input_precision=PRECISION)
-        inner_ptr += (matrix * r // TILE + own) * BAND * BAND
-        tl.store(inner_ptr + c[:, None] * BAND + c[None, :], part)
+        inner_ptr += (matrix * (r // TILE) + own) * 2 * BAND * BAND + c[:, None] * BAND + c[None, :]
+        tl.store(inner_ptr, tl.dot(tl.trans(v), total, input_precision=PRECISION))
+        tl.store(inner_ptr + BAND * BAND, tl.dot(tl.trans(v), v, input_precision=PRECISION))
 
     @triton.jit(do_not_specialize=["panel"])
     def _other_factor_kernel(
         V_ptr,  # (B, r, BAND)
         W_ptr,  # (B, r, BAND): Z, and then W
-        inner_ptr,  # (B, tiles, BAND, BAND)
-        factor_ptr,  # (B, BAND, BAND)
+        inner_ptr,  # (B, tiles, 2, BAND, BAND)
+        tau_ptr,  # (B, BAND)
         r,
         panel,
         PRECISION: tl.constexpr,
@@ -193,13 +186,19 @@ if triton is not None:
         k = panel * BAND
         begin = (k + BAND) // TILE
         c = tl.arange(0, BAND)
-        square = c[:, None] * BAND + c[None, :]
         rows = (begin + tl.program_id(0)) * TILE + tl.arange(0, TILE)
-        inner_ptr += matrix * (r // TILE) * BAND * BAND
+        inner_ptr += matrix * (r // TILE) * 2 * BAND * BAND + c[:, None] * BAND + c[None, :]
         inner = tl.zeros([BAND, BAND], W_ptr.dtype.element_ty)
+        square = tl.zeros([BAND, BAND], W_ptr.dtype.element_ty)
         for tile in range(begin, r // TILE):
-            inner += tl.load(inner_ptr + tile * BAND * BAND + square)
-        factor = tl.load(factor_ptr + matrix * BAND * BAND + square)
+            inner += tl.load(inner_ptr + tile * 2 * BAND * BAND)
+            square += tl.load(inner_ptr + (tile * 2 + 1) * BAND * BAND)
+        factor = tl.zeros([BAND, BAND], W_ptr.dtype.element_ty)  # T, from tau and V^T V
+        for j in range(BAND):
+            tau = tl.load(tau_ptr + matrix * BAND + j)
+            products = tl.sum(tl.where((c[:, None] == j) & (c[None, :] < j), square, 0.0), axis=0)
+            column = tl.where(c == j, tau, -tau * tl.sum(factor * products[None, :], axis=1))
+            factor = tl.where(c[None, :] == j, column[:, None], factor)
         inner = tl.dot(tl.trans(factor), inner, input_precision=PRECISION)
         at = matrix * r * BAND + rows[:, None] * BAND + c[None, :]
         w = tl.load(W_ptr + at)
@@ -258,19 +257,19 @@ def banded(A: Tensor) -> Tensor:
     tiles = r // tile
     band = torch.zeros(B, r + 2 * BAND, 2 * BAND, dtype=torch.float64, device=A.device)
     V, W = (A.new_empty(B, r, BAND) for _ in range(2))
-    factor, inner, sums = A.new_empty(B, BAND, BAND), A.new_empty(B, tiles, BAND, BAND), A.new_empty(B, 2, BAND)
+    tau, inner, sums = A.new_empty(B, BAND), A.new_empty(B, tiles, 2, BAND, BAND), A.new_empty(B, 2, BAND)
     sizes = {"r": r, "BAND": BAND, "TILE": tile}
     shared = sizes | {"PRECISION": kernels.precision_of_products(), "num_warps": config["num_warps"], "num_stages": 3}
     for panel in range(panels):
         _factor_kernel[(B,)](
-            A_ptr=A, band_ptr=band, V_ptr=V, factor_ptr=factor, sums_ptr=sums, panel=panel,
+            A_ptr=A, band_ptr=band, V_ptr=V, tau_ptr=tau, sums_ptr=sums, panel=panel,
             NEGLIGIBLE=NEGLIGIBLE[A.dtype], ROWS=config["ROWS"], WIDTH=config["WIDTH"], num_warps=8, **sizes,
         )  # fmt: skip
         if panel + 1 < panels:
             count = tiles - (panel + 1) * BAND // tile
             _product_kernel[(count, B)](A_ptr=A, V_ptr=V, Z_ptr=W, inner_ptr=inner, panel=panel, **shared)
             _other_factor_kernel[(count, B)](
-                V_ptr=V, W_ptr=W, inner_ptr=inner, factor_ptr=factor, panel=panel, **shared | {"num_warps": 8}
+                V_ptr=V, W_ptr=W, inner_ptr=inner, tau_ptr=tau, panel=panel, **shared | {"num_warps": 8}
             )
             _update_kernel[(count * (count + 1) // 2, B)](A_ptr=A, V_ptr=V, W_ptr=W, panel=panel, **shared)
     return band

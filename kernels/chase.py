@@ -12,6 +12,8 @@ by 1.2 times their bound (LOG.md#two-stage-built).
 Source: Haidar, Ltaief & Dongarra, SC 2011.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -19,10 +21,11 @@ from sosd_fast import kernels
 from sosd_fast.kernels import tl, triton
 from sosd_fast.kernels.turns import cooperative, places
 
-# Shipped configuration: four warps to a sweep, of eight columns each; two programs fit on a multiprocessor.
-SWEEPS = 2
-CONFIG = {"num_warps": 8, "maxnreg": 128}
-PER_SM = 2
+# Shipped configurations. Of many programs to a matrix each takes a sweep, by eight warps of four columns, and four fit on
+# a multiprocessor; of few, each takes four sweeps, and a multiprocessor.
+MANY = {"SWEEPS": 1, "num_warps": 8, "maxnreg": 64}
+FEW = {"SWEEPS": 4, "num_warps": 16, "maxnreg": 128}
+PER_SM = 65536 // (32 * MANY["num_warps"] * MANY["maxnreg"])
 NEGLIGIBLE = 2.0**-1000  # of a sum of squares: what lies below has lost digits, and is no direction to reflect along
 
 if triton is not None:
@@ -84,9 +87,7 @@ if triton is not None:
 
                 # the reflectors that clear its first column
                 v = tl.sum(tl.where(column == 0, square, 0.0), axis=1)
-                below, alpha = tl.reduce(
-                    (tl.where(head, 0.0, v * v), tl.where(head, v, 0.0)), 1, _add_both
-                )
+                below, alpha = tl.reduce((tl.where(head, 0.0, v * v), tl.where(head, v, 0.0)), 1, _add_both)
                 turns = ~(below <= NEGLIGIBLE)  # also NaN, to be passed on
                 beta = tl.where(turns, tl.where(alpha > 0, -1.0, 1.0) * tl.sqrt(alpha * alpha + below), alpha)
                 divisor = tl.where(turns, alpha - beta, 1.0)
@@ -123,34 +124,31 @@ if triton is not None:
         return a + c, b + d
 
 
-def chase(band: Tensor, r: int, programs: int | None = None) -> tuple[Tensor, Tensor]:
+def chase(band: Tensor, r: int, programs: int | None = None, *, many: bool = True) -> tuple[Tensor, Tensor]:
     """Reduces band matrices, as `band.banded` gives them, which are used up, in their first r columns.
 
     Returns:
         d and e, (B, r) float64; the last e counts for nothing.
     """
-    groups = -(-(r - 2) // SWEEPS)
-    if groups > 0:
-        width = band.shape[2] // 2
+    B, columns, width = len(band), band.shape[1], band.shape[2] // 2
+    if r > 2:
         if programs is None:
-            programs = _programs(len(band), r, width, band.device) if band.is_cuda else 1
+            room = places(PER_SM, band.device) if band.is_cuda else 1
+            many = room > kernels.multiprocessors(band.device)
+            # as many as find work, 2 SWEEPS steps behind one another, and are certain to run at once
+            programs = max(1, min(room // B, r // (2 * width * (MANY if many else FEW)["SWEEPS"]) + 1))
+        config = MANY if many and programs > 1 else FEW
+        groups = -(-(r - 2) // config["SWEEPS"])
         arguments = {
             "band_ptr": band,
-            "counter_ptr": torch.zeros(len(band), groups, dtype=torch.int32, device=band.device),
+            "counter_ptr": torch.zeros(B, groups, dtype=torch.int32, device=band.device),
             "r": r,
-            "columns": band.shape[1],
+            "columns": columns,
             "groups": groups,
             "NEGLIGIBLE": NEGLIGIBLE,
             "BAND": width,
-            "SWEEPS": SWEEPS,
-            **kernels.options_of(CONFIG),
         }
-        launched = programs > 1 and cooperative(_chase_kernel[(len(band), programs)], arguments | {"programs": programs})
-        if not launched:
-            _chase_kernel[(len(band), 1)](**arguments, programs=1, COOPERATIVE=False)
+        launch = functools.partial(_chase_kernel[(B, programs)], **arguments, programs=programs)
+        if programs == 1 or not cooperative(launch, kernels.options_of(config), band.device):
+            _chase_kernel[(B, 1)](**arguments, programs=1, COOPERATIVE=False, **kernels.options_of(config))
     return band[:, :r, 0], band[:, :r, 1]
-
-
-def _programs(B: int, r: int, width: int, device: torch.device) -> int:
-    """As many programs a matrix as find work, 2 SWEEPS steps behind one another, and are certain to run at once."""
-    return max(1, min(places(PER_SM, device) // B, r // (2 * SWEEPS * width) + 1))

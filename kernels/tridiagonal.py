@@ -329,7 +329,7 @@ def _launch(A: Tensor, columns: int, programs: int | None) -> tuple[Tensor, Tens
     if programs == 1:
         launch(**arguments, first_event=1, last_event=last, COOPERATIVE=False)
     elif A.is_cuda:
-        if not cooperative(launch, arguments | {"first_event": 1, "last_event": last}):
+        if not cooperative(launch, arguments | {"first_event": 1, "last_event": last}, A.device):
             return _launch(A, columns, 1)
     else:  # the interpreter runs programs in turn: none could wait for another
         for event in range(1, last):

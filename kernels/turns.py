@@ -27,12 +27,12 @@ def places(per_sm: int, device: torch.device) -> int:
     return together * per_sm
 
 
-def cooperative(launch: Callable, arguments: dict[str, Any]) -> bool:
+def cooperative(launch: Callable, arguments: dict[str, Any], device: torch.device) -> bool:
     """Launches a kernel with COOPERATIVE; false, with a warning, if the GPU has no room for all programs at once.
 
     The driver refuses what could not run all at once, instead of waiting for ever.
     """
-    with _in_turn(next(t for t in arguments.values() if isinstance(t, torch.Tensor)).device):
+    with _in_turn(device):
         try:
             launch(**arguments, COOPERATIVE=True, launch_cooperative_grid=True)
         except RuntimeError as error:
