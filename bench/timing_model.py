@@ -135,8 +135,10 @@ def factoring(code: Code) -> tuple[float, float]:
 
 
 def _rest(code: Code) -> tuple[float, float, int, bool]:
-    """Of a step of `band.banded`: how often a multiprocessor is filled, the bytes of the trailing matrices' triangles,
-    their side in tiles, and whether they are in memory, for the cache does not hold them."""
+    """What the trailing matrices make of a step of `band.banded`.
+
+    How often a multiprocessor is filled, bytes of their triangles, their side in tiles, and whether they are in memory.
+    """
     a = code.launch.arguments
     batch, r, columns = a["V_ptr"]
     size = 8 if "fp64" in code.launch.signature["V_ptr"] else 4

@@ -16,12 +16,13 @@ from sosd_fast.kernels import tl, triton
 
 BAND = 32  # columns beside the diagonal
 ALIGNED = 64  # what sides are padded to a multiple of, and so of each TILE
-# Shipped configurations: tiles of A of TILE x TILE; a panel is read ROWS of its columns and WIDTH of its rows at a time.
-# Larger ones spill.
+# Shipped configurations: tiles of A of TILE x TILE; a panel is read ROWS of its columns and WIDTH of its rows at a
+# time. Larger ones spill.
 CONFIGS = {
     torch.float32: {"TILE": 64, "ROWS": 8, "WIDTH": 1024, "num_warps": 4},
     torch.float64: {"TILE": 32, "ROWS": 8, "WIDTH": 512, "num_warps": 4},
 }
+FACTOR = {"num_warps": 8, "maxnreg": 255}  # without a limit, 128 registers are taken on sm_100, and some spill
 # of a sum of squares: what lies below has lost digits, and is no direction to reflect along
 NEGLIGIBLE = {torch.float32: 2.0**-110, torch.float64: 2.0**-1000}
 
@@ -148,6 +149,9 @@ if triton is not None:
         c = tl.arange(0, BAND)
         n = tl.arange(0, TILE)
         rows = own * TILE + n
+        inner_ptr += (matrix * (r // TILE) + own) * 2 * BAND * BAND + c[:, None] * BAND + c[None, :]
+        v = tl.load(V_ptr + rows[:, None] * BAND + c[None, :])
+        tl.store(inner_ptr + BAND * BAND, tl.dot(tl.trans(v), v, input_precision=PRECISION))
         total = tl.zeros([TILE, BAND], A_ptr.dtype.element_ty)
         for tile in range(begin, own):  # as columns
             other = tile * TILE + n
@@ -166,9 +170,7 @@ if triton is not None:
         total += tl.dot(a, v, input_precision=PRECISION, max_num_imprecise_acc=TILE)
         total = tl.where((rows >= k + BAND)[:, None], total, 0.0)
         tl.store(Z_ptr + matrix * r * BAND + rows[:, None] * BAND + c[None, :], total)
-        inner_ptr += (matrix * (r // TILE) + own) * 2 * BAND * BAND + c[:, None] * BAND + c[None, :]
         tl.store(inner_ptr, tl.dot(tl.trans(v), total, input_precision=PRECISION))
-        tl.store(inner_ptr + BAND * BAND, tl.dot(tl.trans(v), v, input_precision=PRECISION))
 
     @triton.jit(do_not_specialize=["panel"])
     def _other_factor_kernel(
@@ -263,7 +265,7 @@ def banded(A: Tensor) -> Tensor:
     for panel in range(panels):
         _factor_kernel[(B,)](
             A_ptr=A, band_ptr=band, V_ptr=V, tau_ptr=tau, sums_ptr=sums, panel=panel,
-            NEGLIGIBLE=NEGLIGIBLE[A.dtype], ROWS=config["ROWS"], WIDTH=config["WIDTH"], num_warps=8, **sizes,
+            NEGLIGIBLE=NEGLIGIBLE[A.dtype], ROWS=config["ROWS"], WIDTH=config["WIDTH"], **kernels.options_of(FACTOR), **sizes,
         )  # fmt: skip
         if panel + 1 < panels:
             count = tiles - (panel + 1) * BAND // tile
