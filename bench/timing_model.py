@@ -204,9 +204,9 @@ def shapes() -> list[tuple[str, float | None, Callable[[], object]]]:
     def normal(*shape, dtype=torch.float32):
         return torch.randn(*shape, dtype=dtype, device="cuda")
 
-    def reduces(*shape, dtype=torch.float32):
+    def reduces(*shape, dtype=torch.float32, band_from=None):
         A = normal(*shape, dtype=dtype)
-        return lambda: tridiagonal(A, overwrite=True)
+        return lambda: tridiagonal(A, overwrite=True, band_from=band_from)
 
     def multiplies(*shape):
         A = normal(*shape)
@@ -220,7 +220,10 @@ def shapes() -> list[tuple[str, float | None, Callable[[], object]]]:
         ("tridiagonal, 72 of 768", 13, reduces(72, 768, 768)),
         ("tridiagonal, 72 of 768, float64", None, reduces(72, 768, 768, dtype=torch.float64)),
         ("tridiagonal, 105 of 1280", None, reduces(105, 1280, 1280)),
+        ("tridiagonal, 24 of 2048", None, reduces(24, 2048, 2048)),
         ("tridiagonal, 16 of 4096", 200, reduces(16, 4096, 4096)),
+        ("tridiagonal, 16 of 4096, in one stage", None, reduces(16, 4096, 4096, band_from=4097)),
+        ("tridiagonal, 16 of 4096, float64", None, reduces(16, 4096, 4096, dtype=torch.float64)),
         ("tridiagonal, 264 of 128", None, reduces(264, 128, 128)),
         ("Gram, 48 of 768 x 768", None, multiplies(48, 768, 768)),
         ("Gram, 24 of 768 x 3072", None, multiplies(24, 768, 3072)),

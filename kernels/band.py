@@ -265,7 +265,8 @@ def banded(A: Tensor) -> Tensor:
     for panel in range(panels):
         _factor_kernel[(B,)](
             A_ptr=A, band_ptr=band, V_ptr=V, tau_ptr=tau, sums_ptr=sums, panel=panel,
-            NEGLIGIBLE=NEGLIGIBLE[A.dtype], ROWS=config["ROWS"], WIDTH=config["WIDTH"], **kernels.options_of(FACTOR), **sizes,
+            NEGLIGIBLE=NEGLIGIBLE[A.dtype], ROWS=config["ROWS"], WIDTH=config["WIDTH"],
+            **kernels.options_of(FACTOR), **sizes,
         )  # fmt: skip
         if panel + 1 < panels:
             count = tiles - (panel + 1) * BAND // tile

@@ -33,7 +33,7 @@ CONFIGS = {
 # programs that fit on a multiprocessor, by its 65536 registers
 PER_SM = {dtype: 65536 // (32 * config["num_warps"] * config["maxnreg"]) for dtype, config in CONFIGS.items()}
 # the side from which matrices go by way of bands (LOG.md#two-stages-on-gpus)
-BAND_FROM = {torch.float32: 2048, torch.float64: 2048}
+BAND_FROM = {torch.float32: 1280, torch.float64: 1024}
 MOST = 2 * PANEL - 1  # programs to a matrix: what they give is added up by vectors of 2 PANEL
 
 if triton is not None:
