@@ -22,6 +22,7 @@ from bench import timing_model
 from bench.harness import finish, parser, show
 from bench.sass import disassembled
 from bench.stub_gpu import Launch, launches
+from sosd_fast.kernels.chase import chase
 from sosd_fast.kernels.distribution import singular_distribution
 from sosd_fast.kernels.eigh import eigh
 from sosd_fast.kernels.newton_schulz import newton_schulz
@@ -62,12 +63,14 @@ def calls() -> dict[str, Callable[[], object]]:
         # leading values: k = 32 has problems of 80 rows, k = 88 of 192
         for n in (80, 192) if dtype == FLOAT32 else (80,):
             found[f"eigenproblems of {n}, {str(dtype)[6:]}"] = functools.partial(eigh, empty(72, n, n, dtype=dtype)[0])
-        # 80 GB of a GPU hold them; by programs that share a matrix and, of many matrices, by one each
+        # chased by programs that share a matrix and, of many matrices, by one each
         for batch in (16, 300):
             G = empty(batch, 2048, 2048, dtype=dtype)[0]
             found[f"bands of {batch}, {str(dtype)[6:]}"] = functools.partial(tridiagonal, G, overwrite=True)
         S = empty(72, 768, dtype=dtype)[0]
         found[f"spectra, {str(dtype)[6:]}"] = functools.partial(singular_distribution, S, S, S)
+    # as few programs share a matrix beside other ranks
+    found["bands by few"] = functools.partial(chase, empty(4, 2112, 64, dtype=FLOAT64)[0], 2048, 8, many=False)
     return found
 
 

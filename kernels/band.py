@@ -3,7 +3,8 @@ r"""Symmetric matrices to band matrices with the same eigenvalues, by blocks of 
 Panel k, the BAND columns from BAND k on, is made upper triangular below the diagonal block: Q = I - V T V^T. With
 Z = A V and the trailing A, W = (Z - 1/2 V T^T V^T Z) T; then A <- A - V W^T - W V^T. A is read twice and written once
 for a panel, where the reduction to tridiagonal form reads it for each column. Only tiles on and right of the diagonal
-are kept. Products are three of TF32's in float32, whose partial sums are added by rounding additions, as `syrk` does.
+are kept. Products with A, and A's change, are three of TF32's in float32, whose partial sums are added by rounding
+additions, as `syrk` does. The small ones round: truncated, V^T Z and V^T V alone tripled the error of flat spectra.
 
 Source: Bischof, Lang & Sun (2000); LAPACK sytrd_sy2sb.
 """
@@ -151,7 +152,7 @@ if triton is not None:
         rows = own * TILE + n
         inner_ptr += (matrix * (r // TILE) + own) * 2 * BAND * BAND + c[:, None] * BAND + c[None, :]
         v = tl.load(V_ptr + rows[:, None] * BAND + c[None, :])
-        tl.store(inner_ptr + BAND * BAND, tl.dot(tl.trans(v), v, input_precision=PRECISION))
+        tl.store(inner_ptr + BAND * BAND, tl.dot(tl.trans(v), v, input_precision="ieee"))
         total = tl.zeros([TILE, BAND], A_ptr.dtype.element_ty)
         for tile in range(begin, own):  # as columns
             other = tile * TILE + n
@@ -170,7 +171,7 @@ if triton is not None:
         total += tl.dot(a, v, input_precision=PRECISION, max_num_imprecise_acc=TILE)
         total = tl.where((rows >= k + BAND)[:, None], total, 0.0)
         tl.store(Z_ptr + matrix * r * BAND + rows[:, None] * BAND + c[None, :], total)
-        tl.store(inner_ptr, tl.dot(tl.trans(v), total, input_precision=PRECISION))
+        tl.store(inner_ptr, tl.dot(tl.trans(v), total, input_precision="ieee"))
 
     @triton.jit(do_not_specialize=["panel"])
     def _other_factor_kernel(
@@ -201,11 +202,11 @@ if triton is not None:
             products = tl.sum(tl.where((c[:, None] == j) & (c[None, :] < j), square, 0.0), axis=0)
             column = tl.where(c == j, tau, -tau * tl.sum(factor * products[None, :], axis=1))
             factor = tl.where(c[None, :] == j, column[:, None], factor)
-        inner = tl.dot(tl.trans(factor), inner, input_precision=PRECISION)
+        inner = tl.dot(tl.trans(factor), inner, input_precision="ieee")
         at = matrix * r * BAND + rows[:, None] * BAND + c[None, :]
         w = tl.load(W_ptr + at)
-        w -= 0.5 * tl.dot(tl.load(V_ptr + at), inner, input_precision=PRECISION, max_num_imprecise_acc=BAND)
-        w = tl.dot(w, factor, input_precision=PRECISION)
+        w -= 0.5 * tl.dot(tl.load(V_ptr + at), inner, input_precision="ieee")
+        w = tl.dot(w, factor, input_precision="ieee")
         tl.store(W_ptr + at, w)
 
     @triton.jit(do_not_specialize=["panel"])
