@@ -181,7 +181,6 @@ if triton is not None:
         tau_ptr,  # (B, BAND)
         r,
         panel,
-        PRECISION: tl.constexpr,
         BAND: tl.constexpr,
         TILE: tl.constexpr,
     ):
@@ -273,7 +272,7 @@ def banded(A: Tensor) -> Tensor:
             count = tiles - (panel + 1) * BAND // tile
             _product_kernel[(count, B)](A_ptr=A, V_ptr=V, Z_ptr=W, inner_ptr=inner, panel=panel, **shared)
             _other_factor_kernel[(count, B)](
-                V_ptr=V, W_ptr=W, inner_ptr=inner, tau_ptr=tau, panel=panel, **shared | {"num_warps": 8}
+                V_ptr=V, W_ptr=W, inner_ptr=inner, tau_ptr=tau, panel=panel, num_warps=8, **sizes
             )
             _update_kernel[(count * (count + 1) // 2, B)](A_ptr=A, V_ptr=V, W_ptr=W, panel=panel, **shared)
     return band
