@@ -286,7 +286,7 @@ def test_two_stages(device, r, dtype):
 
 
 def test_special_spectra_in_two_stages(device):
-    names = ["rank_one", "half_zeros", "flat", "zero"] + [name for name in SPECTRA if MORE]
+    names = ["half_zeros", "flat"] + [name for name in SPECTRA if MORE]
     A = torch.stack([gram(name, 66 if MORE else 34, torch.float32, device) for name in [*names, "gaussian"]])
     A[-1, 3, 5] = A[-1, 5, 3] = torch.nan
     d, e = tridiagonal(A, band_from=1)
