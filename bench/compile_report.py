@@ -18,20 +18,25 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from bench import loops, timing_model
+from bench import timing_model
 from bench.harness import finish, parser, show
+from bench.sass import disassembled
 from bench.stub_gpu import Launch, launches
+from sosd_fast.kernels.chase import chase
 from sosd_fast.kernels.distribution import singular_distribution
 from sosd_fast.kernels.eigh import eigh
 from sosd_fast.kernels.newton_schulz import newton_schulz
+from sosd_fast.kernels.tridiagonal import tridiagonal
 from sosd_fast.spectra.products import State
 from sosd_fast.spectra.svdvals import spectra
 from sosd_fast.spectra.topk import topk_svdvals
 
 TARGETS = ("80", "90", "100", "gfx942")
 MMA = re.compile(r"\b(wgmma|tcgen05|mma|v_mfma)[._]")  # in PTX, and in the assembly of AMD's
-# kernel -> what is meant of it, where rows begin at multiples of 16
-MEANT = {"syrk": "mma", "thin": "mma", "tridiagonal": "wide", "eigh": "wide"}
+# kernel, or kernel and type -> what is meant of it, where rows begin at multiples of 16
+MEANT = {
+    "syrk": "mma", "thin": "mma", "tridiagonal": "wide", "eigh": "wide", "factor": "wide", "product fp32": "mma", "update fp32": "mma",
+}  # fmt: skip
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
 
@@ -65,8 +70,14 @@ def calls() -> dict[str, Callable[[], object]]:
         # leading values: k = 32 has problems of 80 rows, k = 88 of 192
         for n in (80, 192) if dtype == FLOAT32 else (80,):
             found[f"eigenproblems of {n}, {str(dtype)[6:]}"] = functools.partial(eigh, empty(72, n, n, dtype=dtype)[0])
+        # chased by programs that share a matrix and, of many matrices, by one each
+        for batch in (16, 300):
+            G = empty(batch, 2048, 2048, dtype=dtype)[0]
+            found[f"bands of {batch}, {str(dtype)[6:]}"] = functools.partial(tridiagonal, G, overwrite=True)
         S = empty(72, 768, dtype=dtype)[0]
         found[f"spectra, {str(dtype)[6:]}"] = functools.partial(singular_distribution, S, S, S)
+    # as few programs share a matrix beside other ranks
+    found["bands by few"] = functools.partial(chase, empty(4, 2112, 64, dtype=FLOAT64)[0], 2048, 8, many=False)
     return found
 
 
@@ -118,7 +129,7 @@ def build(i: int) -> dict:
 
 def resources(cubin: bytes) -> dict:
     """Registers, stack and local bytes, by cuobjdump."""
-    text = loops.disassembled(cubin, "-res-usage")
+    text = disassembled(cubin, "-res-usage")
     values = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     return {"registers": int(values["REG"]), "spill": int(values["STACK"]) + int(values["LOCAL"])}
 
@@ -142,13 +153,14 @@ def most_registers(launch: Launch) -> int:
 def faults(launch: Launch, row: dict) -> list[str]:
     """What must not be."""
     found = []
-    kernel = row["kernel"].split()[0]
+    name = row["kernel"].split(":")[0]
+    meant = MEANT.get(name, MEANT.get(name.split()[0]))
     if row["spill"]:
         found.append(f"{row['spill']} bytes of stack")
-    if MEANT.get(kernel) == "mma" and not row["mma"]:
+    if meant == "mma" and not row["mma"]:
         found.append("no tensor-core instruction")
     cuda = launch.options.backend_name == "cuda"
-    if MEANT.get(kernel) == "wide" and not row["wide"] and cuda and launch.arguments.get("r", 16) % 16 == 0:
+    if meant == "wide" and not row["wide"] and cuda and launch.arguments.get("r", 16) % 16 == 0:
         found.append("no 16-byte loads")
     if row["registers"] > most_registers(launch):
         found.append(f"more than {most_registers(launch)} registers")

@@ -10,7 +10,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 
 from bench.harness import bar, interleaved_cuda, show
-from bench.loops import HBM, L1, L2, Code, Loop, code_of, timed
+from bench.sass import HBM, L1, L2, Code, Loop, code_of, timed
 from bench.stub_gpu import MULTIPROCESSORS, NAME, launches
 from sosd_fast.kernels.sturm import sturm
 from sosd_fast.kernels.syrk import syrk
@@ -47,7 +47,10 @@ def written(code: Code) -> tuple[ast.For, dict[ast.For, list[Loop]]]:
     return next(x for x in statements if ast.unparse(x.target) == "event"), found
 
 
-def reduction(code: Code, cache: float = 50e6) -> tuple[float, float]:
+CACHE = 50e6  # bytes of the L2
+
+
+def reduction(code: Code) -> tuple[float, float]:
     """Cycles and bytes from memory of `_tridiagonal_kernel`; only the first program, with the most strips, counts.
 
     Each loop turns as often as the source says: its `range` is evaluated for every event. Matrices that do not fit the
@@ -82,7 +85,7 @@ def reduction(code: Code, cache: float = 50e6) -> tuple[float, float]:
     cycles = read = 0.0
     for j in range(r - 1):
         first = j % a["PANEL"] == 0
-        load = HBM if batch * (r - j) ** 2 * size / 2 > cache else L2
+        load = HBM if batch * (r - j) ** 2 * size / 2 > CACHE else L2
         for updates in (True, False) if first and j else (False,):
             finished = a["PANEL"] if updates else j % a["PANEL"]
             known |= {"updates": updates, "j": j, "finished": finished, "q": max(finished - 1, 0), "step": 1 - updates}
@@ -135,7 +138,7 @@ def small(code: Code) -> tuple[float, float]:
         return turns * (turn + sum(took(x, steps) for x in loop.inside))
 
     def turns(loop: Loop) -> int:
-        if name == "_factor_kernel" and not loop.count("HGMMA", "HMMA"):
+        if name == "_cholesky_kernel" and not loop.count("HGMMA", "HMMA"):
             return a["b"]
         if columns and name != "_total_kernel":
             return columns
@@ -168,8 +171,82 @@ def step(codes: list[Code]) -> list[tuple[float, float]]:
     return [*parts, (0.0, sum(b for _, b in parts) / 3)]
 
 
+def factoring(code: Code) -> tuple[float, float]:
+    """Cycles of `band._factor_kernel`, a panel of each matrix."""
+    a = code.launch.arguments
+    columns, width = a["BAND"], a["WIDTH"]
+    rows = a["A_ptr"][1] - (a["panel"] + 1) * columns
+    if not rows:
+        return 0.0, 0.0
+    turns = math.ceil(rows / width)
+    each = max(code.root.inside, key=lambda x: len(x.inside))  # over columns of the panel
+    strips = max(each.inside, key=lambda x: len(x.inside))
+    (row,) = (x for x in each.inside if x is not strips)
+    unrolled = row.count("LDG") // 2
+    (last,) = (x for x in code.root.inside if x is not each)
+    column = code.turn(each) + turns / unrolled * code.turn(row)
+    taken = sum(columns // a["ROWS"] - j // a["ROWS"] for j in range(columns))
+    strip = code.turn(strips) + turns * code.turn(strips.inside[0])
+    rest = code.turn(code.root) + math.ceil(rows / a["TILE"]) * code.turn(last)
+    return code.waves * (columns * column + taken * strip + rest), 0.0
+
+
+def _rest(code: Code) -> tuple[float, float, int, bool]:
+    """What the trailing matrices make of a step of `band.banded`.
+
+    How often a multiprocessor is filled, bytes of their triangles, their side in tiles, and whether they are in memory.
+    """
+    a = code.launch.arguments
+    batch, r, columns = a["V_ptr"]
+    size = 8 if "fp64" in code.launch.signature["V_ptr"] else 4
+    triangle = batch * (r - (a["panel"] + 1) * columns) ** 2 * size / 2
+    fill = max(1.0, math.prod(code.launch.grid) / (MULTIPROCESSORS * code.together))
+    return fill, triangle, code.launch.grid[0], triangle > CACHE
+
+
+def multiplying(code: Code) -> tuple[float, float]:
+    """Cycles and bytes of `band._product_kernel`: its copies are on their way while it computes."""
+    a = code.launch.arguments
+    fill, triangle, tiles, far = _rest(code)
+    tensor = 2 * a["TILE"] ** 2 * a["BAND"] * 3 / 2048
+    turn = max(*(max(code.turn(x, L1) + tensor, code.together * tensor) for x in code.root.inside))
+    return fill * (tiles * turn + code.turn(code.root, HBM if far else L2)), 2 * triangle * far
+
+
+def joining(code: Code) -> tuple[float, float]:
+    """Cycles of `band._other_factor_kernel`."""
+    fill, _, tiles, _ = _rest(code)
+    sums = max(code.root.inside, key=lambda x: len(x.own))
+    turns = tiles / max(1, sums.count("LDG") // 2)
+    return fill * (code.turn(code.root) + turns * code.turn(sums)), 0.0
+
+
+def updating(code: Code) -> tuple[float, float]:
+    """Cycles and bytes of `band._update_kernel`, a tile a program."""
+    a = code.launch.arguments
+    fill, triangle, _, far = _rest(code)
+    tensor = code.together * 2 * 2 * a["TILE"] ** 2 * a["BAND"] * 3 / 2048
+    return fill * max(code.turn(code.root, HBM if far else L2), tensor), 2 * triangle * far
+
+
+def chasing(code: Code) -> tuple[float, float]:
+    """Cycles of `chase._chase_kernel`: rounds of groups, each two steps a sweep behind the one before it."""
+    a = code.launch.arguments
+    r, programs, sweeps = a["r"], a["programs"], a["SWEEPS"]
+    ends: list[int] = []
+    start = 0
+    for group in range(a["groups"]):
+        start = max(start + 2 * sweeps if group else 0, ends[group - programs] if group >= programs else 0)
+        ends.append(start + (r - 2 - group * sweeps) // a["BAND"] + 1 + 2 * (sweeps - 1))
+    turn = max(code.root.all()[1:], key=lambda x: len(x.own))
+    waits = [x for x in turn.inside if x.count("ATOM", "ATOMG", "LDG")]
+    return code.waves * ends[-1] * (code.turn(turn) + sum(map(code.turn, waits))), 0.0
+
+
 MODELS: dict[str, Callable[[Code], tuple[float, float]]] = {
     "_tridiagonal_kernel": reduction, "_syrk_kernel": gram, "_sturm_kernel": counting,
+    "_factor_kernel": factoring, "_product_kernel": multiplying, "_other_factor_kernel": joining,
+    "_update_kernel": updating, "_chase_kernel": chasing,
 }  # fmt: skip
 GPUS = {"H100": (1.755e9, 3.35e12), "H200": (1.755e9, 4.8e12)}  # cycles a second, bytes a second
 LAUNCH = 2e-6  # seconds between two kernels that are queued
@@ -187,9 +264,9 @@ def shapes() -> list[tuple[str, float | None, Callable[[], object]]]:
     def normal(*shape, dtype=torch.float32):
         return torch.randn(*shape, dtype=dtype, device="cuda")
 
-    def reduces(*shape, dtype=torch.float32):
+    def reduces(*shape, dtype=torch.float32, band_from=None):
         A = normal(*shape, dtype=dtype)
-        return lambda: tridiagonal(A, overwrite=True)
+        return lambda: tridiagonal(A, overwrite=True, band_from=band_from)
 
     def multiplies(*shape):
         A = normal(*shape)
@@ -212,7 +289,10 @@ def shapes() -> list[tuple[str, float | None, Callable[[], object]]]:
         ("tridiagonal, 72 of 768", 13, reduces(72, 768, 768)),
         ("tridiagonal, 72 of 768, float64", None, reduces(72, 768, 768, dtype=torch.float64)),
         ("tridiagonal, 105 of 1280", None, reduces(105, 1280, 1280)),
+        ("tridiagonal, 24 of 2048", None, reduces(24, 2048, 2048)),
         ("tridiagonal, 16 of 4096", 200, reduces(16, 4096, 4096)),
+        ("tridiagonal, 16 of 4096, in one stage", None, reduces(16, 4096, 4096, band_from=4097)),
+        ("tridiagonal, 16 of 4096, float64", None, reduces(16, 4096, 4096, dtype=torch.float64)),
         ("tridiagonal, 264 of 128", None, reduces(264, 128, 128)),
         ("Gram, 48 of 768 x 768", None, multiplies(48, 768, 768)),
         ("Gram, 24 of 768 x 3072", None, multiplies(24, 768, 3072)),

@@ -29,8 +29,8 @@ SUMS = 6  # V V^T, P P^T, H, D V^T, D D^T, D Z^T
 if triton is not None:
     from sosd_fast.kernels.small import (
         _basis_kernel,
+        _cholesky_kernel,
         _dot,
-        _factor_kernel,
         _inner_kernel,
         _put,
         _tile,
@@ -290,7 +290,7 @@ def leading_step(
         multiply(3, 6, **subspace, Z_ptr=Z)
         G = products.inner_gram(D)
         small |= {"STEP": STEP, "change_ptr": change, "num_warps": 8}
-        _factor_kernel[(B,)](pivots_ptr=pivots, LEAST=LEAST, **small)
+        _cholesky_kernel[(B,)](pivots_ptr=pivots, LEAST=LEAST, **small)
         del small["SMALLEST"]
         _basis_kernel[(B,)](G_ptr=G, A_ptr=A, pivots_ptr=pivots, num_stages=1, **small)
         values, vectors = eigh(A)

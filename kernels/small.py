@@ -105,7 +105,7 @@ if triton is not None:
         tl.store(sums_ptr + matrix * size + at, total, mask=at < last)
 
     @triton.jit
-    def _factor_kernel(
+    def _cholesky_kernel(
         sums_ptr,  # (B, SUMS, b, b)
         change_ptr,  # (B, 5, b, b), out: K, where the rows of D'' = K (D - D V^T V) are orthonormal or zero
         pivots_ptr,  # (B, b), out: inf where a row is left out

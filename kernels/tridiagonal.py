@@ -12,18 +12,15 @@ them alike, bit for bit, so that they need to wait for one another once a column
 Source: Dongarra, Hammarling & Sorensen (1989); LAPACK sytrd and latrd.
 """
 
-import contextlib
-import functools
 import math
-import threading
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sosd_fast import kernels
-from sosd_fast.kernels import Backend, tl, triton
+from sosd_fast.kernels import Backend, band, tl, triton
+from sosd_fast.kernels.chase import chase
+from sosd_fast.kernels.turns import cooperative, places
 
 PANEL = 16
 ALIGNED = 32  # elements: passes over rows begin at a multiple, and matrices are padded to one; rows of a strip
@@ -35,6 +32,8 @@ CONFIGS = {
 }
 # programs that fit on a multiprocessor, by its 65536 registers
 PER_SM = {dtype: 65536 // (32 * config["num_warps"] * config["maxnreg"]) for dtype, config in CONFIGS.items()}
+# the side from which matrices go by way of bands (LOG.md#two-stages-on-gpus)
+BAND_FROM = {torch.float32: 1280, torch.float64: 1024}
 MOST = 2 * PANEL - 1  # programs to a matrix: what they give is added up by vectors of 2 PANEL
 
 if triton is not None:
@@ -260,13 +259,16 @@ if triton is not None:
                     tl.store(y_now + (program + 1) * pitch + i, tl.sum(mine, axis=0), mask=inside)
 
 
-def tridiagonal(A: Tensor, *, overwrite: bool = False, programs: int | None = None) -> tuple[Tensor, Tensor]:
+def tridiagonal(
+    A: Tensor, *, overwrite: bool = False, programs: int | None = None, band_from: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Reduces symmetric matrices to tridiagonal ones with the same eigenvalues.
 
     Args:
         A: (..., r, r), float32 or float64, symmetric: one triangle is read. Not modified, unless `overwrite`.
-        overwrite: A may be used as workspace, which saves a copy if it is contiguous and r a multiple of 32.
+        overwrite: A may be used as workspace, which saves a copy if it is contiguous and r a multiple of 64.
         programs: to share a matrix, on a GPU; None takes as many as fit.
+        band_from: the side from which matrices go by way of bands, in two stages; None as the timing model tells.
 
     Returns:
         d (..., r) and e (..., r - 1), the diagonal and the off-diagonal (of either sign) of T = Q^T A Q.
@@ -287,13 +289,17 @@ def tridiagonal(A: Tensor, *, overwrite: bool = False, programs: int | None = No
     if not A.numel() or kernels.backend_of("tridiagonal", A) is not Backend.TRITON:
         return tridiagonal_ref(A)
     work = A.detach().reshape(-1, r, r)
-    if r % ALIGNED:  # zeros beyond change nothing, and rows that begin anywhere would be read an element at a time
-        more = -r % ALIGNED
+    two_stages = r >= (BAND_FROM[A.dtype] if band_from is None else band_from)
+    more = -r % (band.ALIGNED if two_stages else ALIGNED)
+    if more:  # zeros beyond change nothing, and rows that begin anywhere would be read an element at a time
         work = torch.nn.functional.pad(work, (0, more, 0, more))
     else:
         work = work.contiguous() if overwrite else work.clone(memory_format=torch.contiguous_format)
     with torch.cuda.device_of(work):
-        d, e = _launch(work, r, programs)
+        if two_stages:
+            d, e = (t.to(A.dtype) for t in chase(band.banded(work), r, programs))
+        else:
+            d, e = _launch(work, r, programs)
     return d[:, :r].reshape(*batch, r), e[:, : r - 1].reshape(*batch, r - 1)
 
 
@@ -323,61 +329,19 @@ def _launch(A: Tensor, columns: int, programs: int | None) -> tuple[Tensor, Tens
     if programs == 1:
         launch(**arguments, first_event=1, last_event=last, COOPERATIVE=False)
     elif A.is_cuda:
-        # cooperative: the driver refuses what could not run all at once, instead of waiting for ever
-        with _in_turn(A.device):
-            try:
-                launch(**arguments, first_event=1, last_event=last, COOPERATIVE=True, launch_cooperative_grid=True)
-            except RuntimeError as error:
-                _warn_alone(str(error))
-                return _launch(A, columns, 1)
+        if not cooperative(launch, arguments | {"first_event": 1, "last_event": last}, A.device):
+            return _launch(A, columns, 1)
     else:  # the interpreter runs programs in turn: none could wait for another
         for event in range(1, last):
             launch(**arguments, first_event=event, last_event=event + 1, COOPERATIVE=False)
     return out[:, 0], out[:, 1]
 
 
-@contextlib.contextmanager
-def _in_turn(device: torch.device) -> Iterator[None]:
-    """Lets a launch begin when the last one on the device has ended, whatever their streams; the host does not wait.
-
-    Two at once, each with a part of its programs on the device, could wait for ever for the rest.
-    """
-    with _lock:
-        stream = torch.cuda.current_stream(device)
-        if device in _launched:
-            stream.wait_event(_launched[device])
-        yield
-        _launched[device] = stream.record_event()
-
-
-_lock = threading.Lock()
-_launched: dict[torch.device, Any] = {}  # events, recorded behind the last launch whose programs wait
-
-
-@functools.cache
-def _warn_alone(error: str):
-    kernels.log.warning(
-        "sosd_fast: the GPU did not take several programs to a matrix (%s), so one has to do, more slowly. "
-        "Leave it more of the GPU.",
-        error,
-    )
-
-
 def _programs(B: int, r: int, dtype: torch.dtype, device: torch.device) -> int:
     """As many programs a matrix as are of use and certain to run at once."""
-    if torch.cuda.is_current_stream_capturing():
-        return 1  # a graph's launches cannot take their turn
-    together = kernels.multiprocessors(device)
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
-        # Kernels of two groups of ranks that wait for the same kernels on other GPUs, of 32 programs at most each, find
-        # room beside: else they could wait for each other by way of the reductions that keep them from starting.
-        together //= 2
-    else:
-        together *= PER_SM[dtype]
     # A column of n entries costs each of p programs 3.6 n^2 / 2 p instructions for its strips, and 3.1 p n to add up
     # what all gave (by count, on sm_90), the least where p^2 is 0.58 n; n = 3/4 r stands for all columns.
-    return max(1, min(together // B, math.isqrt(7 * r // 16), r // ALIGNED, MOST))
+    return max(1, min(places(PER_SM[dtype], device) // B, math.isqrt(7 * r // 16), r // ALIGNED, MOST))
 
 
 def tridiagonal_ref(A: Tensor) -> tuple[Tensor, Tensor]:

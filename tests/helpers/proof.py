@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.compile_report import recorded, target_of
 from bench.stub_gpu import Launch, launches, put_on
+from sosd_fast.kernels.chase import chase
 from sosd_fast.kernels.distribution import singular_distribution, singular_distribution_ref
 from sosd_fast.kernels.eigh import eigh, eigh_ref
 from sosd_fast.kernels.leading import leading_step, leading_step_ref
@@ -62,10 +63,22 @@ def error(found: Tensor, truth: Tensor) -> float:
     return float((plain(found) - plain(truth)).abs().max() / plain(truth).abs().max())
 
 
-def reduction(A: Tensor, programs: int | None = None) -> float:
+def reduction(A: Tensor, programs: int | None = None, band_from: int | None = None) -> float:
     """Of the eigenvalues of T."""
-    d, e = map(plain, tridiagonal(A, programs=programs))
+    d, e = map(plain, tridiagonal(A, programs=programs, band_from=band_from))
     T = torch.diag_embed(d) + torch.diag_embed(e, 1) + torch.diag_embed(e, -1)
+    return error(torch.linalg.eigvalsh(T), torch.linalg.eigvalsh(plain(A)))
+
+
+def chased(B: int, r: int, programs: int) -> float:
+    """Of the eigenvalues of T, for bands by few programs to a matrix."""
+    band = torch.zeros(B, r + 32, 32, dtype=FLOAT64).cuda()
+    A = symmetric(B, r, r, dtype=FLOAT64).tril(16).triu(-16)
+    for j in range(r):
+        column = A[:, j : j + 17, j]
+        band[:, j, : column.shape[1]] = column
+    d, e = map(plain, chase(band, r, programs, many=False))
+    T = torch.diag_embed(d) + torch.diag_embed(e[:, : r - 1], 1) + torch.diag_embed(e[:, : r - 1], -1)
     return error(torch.linalg.eigvalsh(T), torch.linalg.eigvalsh(plain(A)))
 
 
@@ -126,6 +139,9 @@ CASES: dict[str, tuple[Callable[[], float], float]] = {  # what its result may e
     "reduction, shared": (lambda: max(reduction(symmetric(1, 48, 48)) for _ in range(3)), 1e-6),
     "reduction, two matrices shared": (lambda: reduction(symmetric(2, 32, 32), 2), 1e-6),
     "reduction, alone": (lambda: reduction(symmetric(2, 32, 32), 1), 1e-6),
+    "bands": (lambda: reduction(symmetric(1, 100, 100), 3, band_from=1), 1e-6),
+    "bands by few": (lambda: chased(2, 50, 3), 1e-13),
+    "bands in float64": (lambda: reduction(symmetric(2, 40, 40, dtype=FLOAT64), 1, band_from=1), 1e-13),
     "spectra": (lambda: singular_values(FLOAT32, "gram32", (32, 32), (32, 48), (48, 32)), 1e-5),
     "spectra, odd": (lambda: singular_values(FLOAT32, "gram32", (37, 37), (37, 74), (74, 37)), 1e-5),
     "spectra, one": (lambda: singular_values(FLOAT32, "gram32", (101, 32)), 1e-5),
@@ -255,6 +271,7 @@ def source(where: tuple[str, ...], what: str, by: str):
 WAIT = ("tridiagonal", "_wait", "_tridiagonal_kernel")
 ACQUIRE = 'while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < arrivals:\n            pass\n'
 REDUCTION = ("tridiagonal", "_tridiagonal_kernel")
+CHASE = ("chase", "_chase_kernel")
 MORE, FEWER = "programs * (event - first_event) + 1", "programs * (event - first_event) - 1"
 COUNT = "programs * (event - first_event)"
 Change = tuple[tuple[str, ...], str, str]  # where, what, by what
@@ -265,6 +282,9 @@ FAULTS: dict[str, tuple[str, Edit | Change | dict, str]] = {  # case, change, wh
         "reduction, shared", (WAIT, ACQUIRE, ACQUIRE[6:-30] + "\n"), "another program"),
     "a wait for one program fewer": ("reduction, shared", (REDUCTION, COUNT, FEWER), "another program"),
     "a wait for one program more": ("reduction, shared", (REDUCTION, COUNT, MORE), "waits for ever"),
+    "a chase whose release is relaxed": ("bands by few", replaced("add, release", "add, relaxed"), "another program"),
+    "a chase that waits for one round fewer": (
+        "bands by few", (CHASE, "turn + 2 * SWEEPS,", "turn + 2 * SWEEPS - 1,"), "another program"),
     "reads what programs write just now": (
         "reduction, shared", (REDUCTION, "y_last + part * pitch", "y_now + part * pitch"),
         "another program"),

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from bench.loops import disassembled
+from bench.sass import disassembled
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ MMA = {"80": "mma", "90": "wgmma", "100": "tcgen05", "gfx942": "v_mfma"}
 SYRK = "syrk fp32: GPT-2"
 SOME = {
     "90": [SYRK, "syrk fp16: Newton-Schulz (12", "syrk bf16: 531", "singular_distribution", "scale fp32: 531",
-           "sturm fp32: GPT-2", "sturm fp64: 531", "eigh fp32: eigenproblems of 192", "eigh fp64", ": step, GPT-2 small, float32"],
+           "sturm fp32: GPT-2", "sturm fp64: 531", "eigh fp32: eigenproblems of 192", "eigh fp64",
+           ": step, GPT-2 small, float32"],
     "gfx942": [SYRK, "tridiagonal fp32: GPT-2"],
 }  # fmt: skip
 CASES = {target: [""] for target in os.environ.get("SOSD_TARGETS", "").split()} or SOME
@@ -75,7 +76,19 @@ def test_compiles_without_spills(target):
 
 def the_report_compiles_what_is_launched(keys):
     kernels = {row["name"].split()[0] for row in keys}
-    steps = {"thin", "thin_gram", "sum", "inner", "total", "mend", "directions", "factor", "basis", "values", "advance"}
+    steps = {
+        "thin",
+        "thin_gram",
+        "sum",
+        "inner",
+        "total",
+        "mend",
+        "directions",
+        "cholesky",
+        "basis",
+        "values",
+        "advance",
+    }
     assert kernels == {"syrk", "tridiagonal", "scale", "sturm", "eigh", "singular_distribution", *steps}
     products = [row for row in keys if row["name"].startswith("syrk fp32")]
     whole, odd = (next(row for row in products if x in row["name"]) for x in ("GPT", "531"))
@@ -86,6 +99,8 @@ def the_report_compiles_what_is_launched(keys):
     shared, alone = (next(row for row in reductions if x in row["name"]) for x in ("GPT", "many"))
     assert shared["constants"]["COOPERATIVE"] == "True" and shared["options"]["launch_cooperative_grid"] == "True"
     assert alone["constants"]["COOPERATIVE"] == "False" and alone["constants"]["first_event"] == "1"
+    chases = {(row["constants"]["COOPERATIVE"], row["constants"]["SWEEPS"]) for row in keys if "chase" in row["name"]}
+    assert chases == {("True", "1"), ("False", "4"), ("True", "4")}
 
 
 def rocm_is_asked_for_nothing_it_does_not_know(keys):

@@ -25,7 +25,7 @@ for name in [name for name in sys.modules if name.split(".")[0] in ("sosd_fast",
 import proof
 print(json.dumps(eval(sys.argv[2], vars(proof))))
 """
-GROUPS = ["reduction", "spectra", "eigen", "distributions", "products", "steps", "iterations"]
+GROUPS = ["reduction", "bands", "spectra", "eigen", "distributions", "products", "steps", "iterations"]
 
 
 def proved(expression):

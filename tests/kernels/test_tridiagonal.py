@@ -10,7 +10,7 @@ import torch
 from sosd_fast import kernels
 from sosd_fast.kernels import Backend, triton
 from sosd_fast.kernels.tridiagonal import tridiagonal, tridiagonal_ref
-from sosd_fast.testing import matrix
+from sosd_fast.testing import SPECTRA, matrix
 
 EPS = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
@@ -187,7 +187,7 @@ def test_how_many_programs(monkeypatch):
 
 
 def test_programs_that_wait_are_launched_in_turn(monkeypatch):
-    module = sys.modules["sosd_fast.kernels.tridiagonal"]
+    module = sys.modules["sosd_fast.kernels.turns"]
     said = []
 
     class Stream:
@@ -224,7 +224,7 @@ def test_programs_that_wait_are_launched_in_turn(monkeypatch):
 
 
 def test_a_refused_cooperative_launch_is_made_alone(device, monkeypatch, caplog):
-    module = sys.modules["sosd_fast.kernels.tridiagonal"]
+    module, turns = (sys.modules[f"sosd_fast.kernels.{name}"] for name in ("tridiagonal", "turns"))
 
     class Cuda(torch.Tensor):
         is_cuda = True
@@ -242,13 +242,13 @@ def test_a_refused_cooperative_launch_is_made_alone(device, monkeypatch, caplog)
     alone = tridiagonal(A, programs=1)
     monkeypatch.setattr(module, "_tridiagonal_kernel", Refusing())
     if device == "cpu":
-        monkeypatch.setattr(module, "_in_turn", contextlib.nullcontext)
-    module._warn_alone.cache_clear()
+        monkeypatch.setattr(turns, "_in_turn", contextlib.nullcontext)
+    turns._warn_alone.cache_clear()
     for _ in range(2):
         found = module._launch(A.clone()[None].as_subclass(Cuda), 32, 3)
         assert torch.equal(found[0][0], alone[0]) and torch.equal(found[1][0, :-1], alone[1])
     assert sum("several programs to a matrix" in message for message in caplog.messages) == 1
-    module._warn_alone.cache_clear()
+    turns._warn_alone.cache_clear()
 
 
 def test_only_one_triangle_is_read(device):
@@ -270,3 +270,85 @@ def test_batches_strides_and_nan(device):
     assert (d2[0, 1].isnan().any() or e2[0, 1].isnan().any()) and torch.equal(d2[1], d[1]) and torch.equal(e2[1], e[1])
     assert torch.equal(d2[0, 0], d[0, 0])
     assert tridiagonal(A[:0])[0].shape == (0, 2, 6)
+
+
+MORE = bool(len(CASES) > 7)
+
+
+@pytest.mark.parametrize(
+    ("r", "dtype"),
+    [(3, torch.float32), (45, torch.float64), (64, torch.float32)]
+    + [(r, dtype) for r in (1, 2, 33, 45, 64, 200, 531) for dtype in EPS] * MORE,
+    ids=str,
+)
+def test_two_stages(device, r, dtype):
+    A = gram("gaussian", r, dtype, device)
+    d, e = tridiagonal(A.triu() + torch.full_like(A, torch.nan).tril(-1), band_from=1)
+    assert d.shape == (r,) and e.shape == (r - 1,) and d.dtype == e.dtype == dtype
+    assert_same_eigenvalues(d, e, A)
+
+
+def test_special_spectra_in_two_stages(device):
+    names = ["half_zeros", "flat"] + [name for name in SPECTRA if MORE]
+    A = torch.stack([gram(name, 66 if MORE else 34, torch.float32, device) for name in [*names, "gaussian"]])
+    A[-1, 3, 5] = A[-1, 5, 3] = torch.nan
+    d, e = tridiagonal(A, band_from=1)
+    for i in range(len(names)):
+        assert_same_eigenvalues(d[i], e[i], A[i])
+    assert d[-1].isnan().any() or e[-1].isnan().any()
+
+
+def test_by_way_of_bands_from_some_side_on(monkeypatch):
+    """Where the timing model expects gain; `gram_eigenvalues`, and so all spectra of CUDA tensors, ask for no other."""
+    module = sys.modules["sosd_fast.kernels.tridiagonal"]
+    went = []
+
+    class Reached(Exception):
+        pass
+
+    def reached(way):
+        def instead(*_):
+            went.append(way)
+            raise Reached
+
+        return instead
+
+    monkeypatch.setattr(kernels, "interpreted", True)
+    monkeypatch.setattr(module.band, "banded", reached("two"))
+    monkeypatch.setattr(module, "_launch", reached("one"))
+    for dtype, side in module.BAND_FROM.items():
+        for r in (side - 1, side, 2048):
+            with pytest.raises(Reached):
+                tridiagonal(torch.zeros((), dtype=dtype).expand(r, r), overwrite=True)
+    assert went == ["one", "two", "two"] * 2
+
+
+def test_how_many_programs_chase(monkeypatch):
+    module = sys.modules["sosd_fast.kernels.chase"]
+    monkeypatch.setattr(kernels, "multiprocessors", lambda _: 132)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **arguments: launched.append((grid[1], arguments["SWEEPS"], arguments["COOPERATIVE"]))
+
+    class Cuda(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(module, "_chase_kernel", Kernel())
+    monkeypatch.setattr(sys.modules["sosd_fast.kernels.turns"], "_in_turn", contextlib.nullcontext)
+
+    def chases(B, r):
+        module.chase(torch.empty(1, 1, 1, dtype=torch.float64).expand(B, r + 64, 64).as_subclass(Cuda), r)
+        return launched.pop()
+
+    assert module.PER_SM == 4
+    assert chases(16, 4096) == (33, 1, True) and chases(1, 4096) == (65, 1, True)  # as many as find work
+    assert chases(300, 2048) == (1, 4, False)
+    with monkeypatch.context() as several:
+        several.setattr(torch.distributed, "is_initialized", lambda: True)
+        several.setattr(torch.distributed, "get_world_size", lambda: 8)
+        assert chases(16, 4096) == (4, 4, True)  # half of the multiprocessors, four sweeps each
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert chases(16, 4096) == (1, 4, False)

@@ -1,4 +1,4 @@
-"""Loops of compiled code, run by one warp in a model of a multiprocessor."""
+"""Compiled code: its instructions, its loops, and how long a warp takes for a turn of one, in a model."""
 
 import inspect
 import math
@@ -46,6 +46,7 @@ class Loop:
     last: int
     own: list[Instruction] = field(default_factory=list)
     inside: list["Loop"] = field(default_factory=list)
+    known: dict[int, float] = field(default_factory=dict)
 
     def count(self, *names: str) -> int:
         """How many of its own instructions are such operations."""
@@ -53,7 +54,9 @@ class Loop:
 
     def cycles(self, load: int = L2) -> float:
         """Cycles that one warp takes for a turn, once it goes round and round, given the latency of a load."""
-        return timed(self.own * 3, load) - timed(self.own * 2, load)
+        if load not in self.known:
+            self.known[load] = timed(self.own * 3, load) - timed(self.own * 2, load)
+        return self.known[load]
 
     def all(self) -> list["Loop"]:
         """This loop and all inside."""
@@ -135,7 +138,6 @@ class Code:
     root: Loop
     together: int
     lines: dict[int, int] = field(default_factory=dict)  # of the source, by addresses
-    known: dict[tuple[int, int], float] = field(default_factory=dict)
 
     @property
     def warps(self) -> float:
@@ -149,23 +151,26 @@ class Code:
 
     def turn(self, loop: Loop, load: int = L2) -> float:
         """Cycles of a turn of a loop in all programs of a multiprocessor: of a warp's latencies, or of issuing."""
-        key = loop.first, load
-        if key not in self.known:
-            self.known[key] = max(loop.cycles(load), self.warps * len(loop.own))
-        return self.known[key]
+        return max(loop.cycles(load), self.warps * len(loop.own))
 
     def most(self, *names: str) -> Loop:
         """The innermost loop with the most instructions of some names."""
         return max((x for x in self.root.all() if not x.inside), key=lambda x: x.count(*names))
 
 
+_COMPILED: dict[str, tuple[int, int, Loop, dict[int, int]]] = {}  # by the key of a launch
+
+
 def code_of(launch: Launch) -> Code:
     """Compiles a launch for an H100 and reads its code."""
-    binary = launch.compile(GPUTarget("cuda", 90, 32))
-    cubin = binary.asm["cubin"]
-    registers = int(re.search(r"REG:(\d+)", disassembled(cubin, "-res-usage"))[1])  # pyright: ignore
+    if launch.key not in _COMPILED:
+        binary = launch.compile(GPUTarget("cuda", 90, 32))
+        cubin = binary.asm["cubin"]
+        registers = int(re.search(r"REG:(\d+)", disassembled(cubin, "-res-usage"))[1])  # pyright: ignore
+        _COMPILED[launch.key] = registers, binary.metadata.shared, loops(instructions(cubin)), lines(cubin, launch)
+    registers, shared, root, where = _COMPILED[launch.key]
     threads = 32 * launch.options.num_warps
     fit = min(65536 // (math.ceil(registers / 8) * 8 * threads), 2048 // threads, 32)
-    fit = min(fit, 232448 // max(binary.metadata.shared + 1024, 1))
+    fit = min(fit, 232448 // max(shared + 1024, 1))
     together = max(1, min(fit, math.ceil(math.prod(launch.grid) / MULTIPROCESSORS)))
-    return Code(launch, loops(instructions(cubin)), together, lines(cubin, launch))
+    return Code(launch, root, together, where)

@@ -1,0 +1,278 @@
+r"""Symmetric matrices to band matrices with the same eigenvalues, by blocks of reflectors.
+
+Panel k, the BAND columns from BAND k on, is made upper triangular below the diagonal block: Q = I - V T V^T. With
+Z = A V and the trailing A, W = (Z - 1/2 V T^T V^T Z) T; then A <- A - V W^T - W V^T. A is read twice and written once
+for a panel, where the reduction to tridiagonal form reads it for each column. Only tiles on and right of the diagonal
+are kept. Products with A, and A's change, are three of TF32's in float32, whose partial sums are added by rounding
+additions, as `syrk` does. The small ones round: truncated, V^T Z and V^T V alone tripled the error of flat spectra.
+
+Source: Bischof, Lang & Sun (2000); LAPACK sytrd_sy2sb.
+"""
+
+import torch
+from torch import Tensor
+
+from sosd_fast import kernels
+from sosd_fast.kernels import tl, triton
+
+BAND = 32  # columns beside the diagonal
+ALIGNED = 64  # what sides are padded to a multiple of, and so of each TILE
+# Shipped configurations: tiles of A of TILE x TILE; a panel is read ROWS of its columns and WIDTH of its rows at a
+# time. Larger ones spill.
+CONFIGS = {
+    torch.float32: {"TILE": 64, "ROWS": 8, "WIDTH": 1024, "num_warps": 4},
+    torch.float64: {"TILE": 32, "ROWS": 8, "WIDTH": 512, "num_warps": 4},
+}
+FACTOR = {"num_warps": 8, "maxnreg": 255}  # without a limit, 128 registers are taken on sm_100, and some spill
+# of a sum of squares: what lies below has lost digits, and is no direction to reflect along
+NEGLIGIBLE = {torch.float32: 2.0**-110, torch.float64: 2.0**-1000}
+
+if triton is not None:
+
+    @triton.jit
+    def _sqrt(x):
+        return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
+
+    @triton.jit
+    def _divide(x, y):
+        return tl.div_rn(x, y) if y.dtype == tl.float32 else x / y
+
+    @triton.jit(do_not_specialize=["panel"])
+    def _factor_kernel(
+        A_ptr,  # (B, r, r): rows of the panel are used up
+        band_ptr,  # (B, r + 2 BAND, 2 BAND) float64, as `chase` takes it
+        V_ptr,  # (B, r, BAND): rows of the trailing matrix's tiles are written
+        tau_ptr,  # (B, BAND)
+        sums_ptr,  # (B, 2, BAND)
+        r,
+        panel,
+        NEGLIGIBLE: tl.constexpr,
+        BAND: tl.constexpr,
+        TILE: tl.constexpr,
+        ROWS: tl.constexpr,
+        WIDTH: tl.constexpr,
+    ):
+        matrix = tl.program_id(0).to(tl.int64)
+        dtype = A_ptr.dtype.element_ty
+        k = panel * BAND
+        rows_ptr = A_ptr + matrix * r * r + k * r  # the panel, a column of it a row
+        band_ptr += (matrix * (r + 2 * BAND) + k) * 2 * BAND
+        V_ptr += matrix * r * BAND
+        tau_ptr += matrix * BAND
+        dots_ptr = sums_ptr + matrix * 2 * BAND
+        w_ptr = dots_ptr + BAND
+        lanes = tl.arange(0, WIDTH)
+        c = tl.arange(0, BAND)
+        strip = tl.arange(0, ROWS)
+        begin = (k + BAND) // TILE * TILE
+
+        block = tl.load(rows_ptr + c[:, None] * r + k + c[None, :], mask=c[:, None] <= c[None, :], other=0.0)
+        to = band_ptr + c[:, None] * (2 * BAND - 1) + c[None, :]
+        tl.store(to, block.to(tl.float64), mask=c[:, None] <= c[None, :])
+
+        if k + BAND < r:
+            rows_ptr += k + BAND  # rows below the diagonal block, from 0 to m
+            m = r - k - BAND
+            # sums of products with column j + 1 below row j + 1, and reflector j taken to what is right of it
+            scales = tl.zeros([BAND], dtype)
+            for j in range(-1, BAND):
+                if j >= 0:
+                    dots = tl.load(dots_ptr + c)
+                    top = tl.load(rows_ptr + c * r + j)
+                    alpha = tl.sum(tl.where(c == j, top, 0.0))
+                    below = tl.sum(tl.where(c == j, dots, 0.0))
+                    turns = ~(below <= NEGLIGIBLE)  # also NaN, to be passed on
+                    beta = tl.where(turns, tl.where(alpha > 0, -1.0, 1.0) * _sqrt(alpha * alpha + below), alpha)
+                    divisor = tl.where(turns, alpha - beta, 1.0)
+                    scale = tl.where(turns, _divide(1.0, divisor), 0.0)
+                    tau = tl.where(turns, _divide(-divisor, tl.where(turns, beta, 1.0)), 0.0)
+                    scales = tl.where(c == j, scale, scales)
+                    change = tl.where(c > j, tau * (top + scale * dots), 0.0)
+                    upper = tl.where(c == j, beta, top - change)
+                    tl.store(band_ptr + c * (2 * BAND - 1) + BAND + j, upper.to(tl.float64), mask=c >= j)
+                    tl.store(tau_ptr + j, tau)
+                    tl.store(w_ptr + c, change * scale)
+                    tl.debug_barrier()
+                if j + 1 < BAND:
+                    row_ptr = rows_ptr + j * r
+                    last_ptr = rows_ptr + tl.maximum(j, 0) * r  # before the first column, what meets zeros
+                    if j >= 0:
+                        w_next = tl.load(w_ptr + j + 1)
+                        for i0 in range((j + 1) // 16 * 16, m, WIDTH):
+                            i = i0 + lanes
+                            x = tl.where(i > j, tl.load(row_ptr + i, mask=i < m, other=0.0), 0.0)
+                            y = tl.load(row_ptr + r + i, mask=i < m, other=0.0)
+                            tl.store(row_ptr + r + i, y - w_next * x, mask=i < m)
+                        tl.debug_barrier()
+                    for first in range((j + 1) // ROWS * ROWS, BAND, ROWS):
+                        rows = first + strip
+                        w = tl.load(w_ptr + rows, mask=(rows > j + 1) & (j >= 0), other=0.0)
+                        sums = tl.zeros([ROWS, WIDTH], dtype)
+                        for i0 in range((j + 1) // 16 * 16, m, WIDTH):
+                            i = i0 + lanes
+                            x = tl.load(last_ptr + i, mask=i < m, other=0.0)
+                            y = tl.load(row_ptr + r + i, mask=i < m, other=0.0)
+                            tile_ptr = rows_ptr + rows[:, None] * r + i[None, :]
+                            tile = tl.load(tile_ptr, mask=(i < m)[None, :], other=0.0)
+                            tile -= w[:, None] * tl.where(i > j, x, 0.0)[None, :]
+                            sums += tile * tl.where(i > j + 1, y, 0.0)[None, :]
+                            tl.store(tile_ptr, tile, mask=(rows > j + 1)[:, None] & (i < m)[None, :])
+                        tl.store(dots_ptr + rows, tl.sum(sums, axis=1))
+                tl.debug_barrier()
+            # V, with zeros above
+            for i0 in range(begin - k - BAND, m, TILE):
+                i = i0 + tl.arange(0, TILE)
+                v = tl.load(rows_ptr + c[:, None] * r + i[None, :], mask=(i[None, :] > c[:, None]) & (i < m)[None, :],
+                            other=0.0)  # fmt: skip
+                v *= scales[:, None]
+                v = tl.where((i[None, :] == c[:, None]) & (scales != 0)[:, None], 1.0, v)
+                at = (i + k + BAND)[None, :] * BAND + c[:, None]
+                tl.store(V_ptr + at, v, mask=(i < m)[None, :])
+
+    @triton.jit(do_not_specialize=["panel"])
+    def _product_kernel(
+        A_ptr,  # (B, r, r)
+        V_ptr,  # (B, r, BAND)
+        Z_ptr,  # (B, r, BAND): Z = A V
+        inner_ptr,  # (B, tiles, 2, BAND, BAND): parts of V^T Z and V^T V
+        r,
+        panel,
+        PRECISION: tl.constexpr,
+        BAND: tl.constexpr,
+        TILE: tl.constexpr,
+    ):
+        matrix = tl.program_id(1).to(tl.int64)
+        k = panel * BAND
+        begin = (k + BAND) // TILE
+        own = begin + tl.program_id(0)
+        A_ptr += matrix * r * r
+        V_ptr += matrix * r * BAND
+        c = tl.arange(0, BAND)
+        n = tl.arange(0, TILE)
+        rows = own * TILE + n
+        inner_ptr += (matrix * (r // TILE) + own) * 2 * BAND * BAND + c[:, None] * BAND + c[None, :]
+        v = tl.load(V_ptr + rows[:, None] * BAND + c[None, :])
+        tl.store(inner_ptr + BAND * BAND, tl.dot(tl.trans(v), v, input_precision="ieee"))
+        total = tl.zeros([TILE, BAND], A_ptr.dtype.element_ty)
+        for tile in range(begin, own):  # as columns
+            other = tile * TILE + n
+            a = tl.load(A_ptr + other[:, None] * r + rows[None, :])
+            v = tl.load(V_ptr + other[:, None] * BAND + c[None, :])
+            # a nonzero bound keeps the compiler from folding the addition into the product
+            total += tl.dot(tl.trans(a), v, input_precision=PRECISION, max_num_imprecise_acc=TILE)
+        for tile in range(own + 1, r // TILE):
+            other = tile * TILE + n
+            a = tl.load(A_ptr + rows[:, None] * r + other[None, :])
+            v = tl.load(V_ptr + other[:, None] * BAND + c[None, :])
+            total += tl.dot(a, v, input_precision=PRECISION, max_num_imprecise_acc=TILE)
+        a = tl.load(A_ptr + rows[:, None] * r + rows[None, :])
+        a = tl.where(n[:, None] <= n[None, :], a, tl.trans(a))
+        v = tl.load(V_ptr + rows[:, None] * BAND + c[None, :])
+        total += tl.dot(a, v, input_precision=PRECISION, max_num_imprecise_acc=TILE)
+        total = tl.where((rows >= k + BAND)[:, None], total, 0.0)
+        tl.store(Z_ptr + matrix * r * BAND + rows[:, None] * BAND + c[None, :], total)
+        tl.store(inner_ptr, tl.dot(tl.trans(v), total, input_precision="ieee"))
+
+    @triton.jit(do_not_specialize=["panel"])
+    def _other_factor_kernel(
+        V_ptr,  # (B, r, BAND)
+        W_ptr,  # (B, r, BAND): Z, and then W
+        inner_ptr,  # (B, tiles, 2, BAND, BAND)
+        tau_ptr,  # (B, BAND)
+        r,
+        panel,
+        BAND: tl.constexpr,
+        TILE: tl.constexpr,
+    ):
+        matrix = tl.program_id(1).to(tl.int64)
+        k = panel * BAND
+        begin = (k + BAND) // TILE
+        c = tl.arange(0, BAND)
+        rows = (begin + tl.program_id(0)) * TILE + tl.arange(0, TILE)
+        inner_ptr += matrix * (r // TILE) * 2 * BAND * BAND + c[:, None] * BAND + c[None, :]
+        inner = tl.zeros([BAND, BAND], W_ptr.dtype.element_ty)
+        square = tl.zeros([BAND, BAND], W_ptr.dtype.element_ty)
+        for tile in range(begin, r // TILE):
+            inner += tl.load(inner_ptr + tile * 2 * BAND * BAND)
+            square += tl.load(inner_ptr + (tile * 2 + 1) * BAND * BAND)
+        factor = tl.zeros([BAND, BAND], W_ptr.dtype.element_ty)  # T, from tau and V^T V
+        for j in range(BAND):
+            tau = tl.load(tau_ptr + matrix * BAND + j)
+            products = tl.sum(tl.where((c[:, None] == j) & (c[None, :] < j), square, 0.0), axis=0)
+            column = tl.where(c == j, tau, -tau * tl.sum(factor * products[None, :], axis=1))
+            factor = tl.where(c[None, :] == j, column[:, None], factor)
+        inner = tl.dot(tl.trans(factor), inner, input_precision="ieee")
+        at = matrix * r * BAND + rows[:, None] * BAND + c[None, :]
+        w = tl.load(W_ptr + at)
+        w -= 0.5 * tl.dot(tl.load(V_ptr + at), inner, input_precision="ieee")
+        w = tl.dot(w, factor, input_precision="ieee")
+        tl.store(W_ptr + at, w)
+
+    @triton.jit(do_not_specialize=["panel"])
+    def _update_kernel(
+        A_ptr,  # (B, r, r)
+        V_ptr,  # (B, r, BAND)
+        W_ptr,  # (B, r, BAND)
+        r,
+        panel,
+        PRECISION: tl.constexpr,
+        BAND: tl.constexpr,
+        TILE: tl.constexpr,
+    ):
+        # tile 0 is (0, 0), tiles 1 and 2 are (0, 1) and (1, 1), ...
+        tile = tl.program_id(0)
+        column = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)
+        column = tl.where(column * (column + 1) // 2 > tile, column - 1, column)
+        column = tl.where((column + 1) * (column + 2) // 2 <= tile, column + 1, column)
+        row = tile - column * (column + 1) // 2
+        matrix = tl.program_id(1).to(tl.int64)
+        k = panel * BAND
+        begin = (k + BAND) // TILE
+        n = tl.arange(0, TILE)
+        rows = (begin + row) * TILE + n
+        columns = (begin + column) * TILE + n
+        c = tl.arange(0, BAND)
+        V_ptr += matrix * r * BAND
+        W_ptr += matrix * r * BAND
+        left = rows[:, None] * BAND + c[None, :]
+        right = columns[None, :] * BAND + c[:, None]
+        tile_ptr = A_ptr + matrix * r * r + rows[:, None] * r + columns[None, :]
+        a = tl.load(tile_ptr)
+        v = tl.load(V_ptr + left)
+        w = tl.load(W_ptr + right)
+        total = tl.dot(v, w, input_precision=PRECISION)
+        w = tl.load(W_ptr + left)
+        v = tl.load(V_ptr + right)
+        total += tl.dot(w, v, input_precision=PRECISION, max_num_imprecise_acc=BAND)
+        tl.store(tile_ptr, a - total)
+
+
+def banded(A: Tensor) -> Tensor:
+    """Reduces A (B, r, r), which is used up, to bands; r is a multiple of ALIGNED, and only one triangle is read.
+
+    Returns:
+        (B, r + 2 BAND, 2 BAND) float64: entry (i, j), i >= j, of a matrix at [j, i - j].
+    """
+    B, r, _ = A.shape
+    config = CONFIGS[A.dtype]
+    tile, panels = config["TILE"], r // BAND
+    tiles = r // tile
+    band = torch.zeros(B, r + 2 * BAND, 2 * BAND, dtype=torch.float64, device=A.device)
+    V, W = (A.new_empty(B, r, BAND) for _ in range(2))
+    tau, inner, sums = A.new_empty(B, BAND), A.new_empty(B, tiles, 2, BAND, BAND), A.new_empty(B, 2, BAND)
+    sizes = {"r": r, "BAND": BAND, "TILE": tile}
+    shared = sizes | {"PRECISION": kernels.precision_of_products(), "num_warps": config["num_warps"], "num_stages": 3}
+    for panel in range(panels):
+        _factor_kernel[(B,)](
+            A_ptr=A, band_ptr=band, V_ptr=V, tau_ptr=tau, sums_ptr=sums, panel=panel,
+            NEGLIGIBLE=NEGLIGIBLE[A.dtype], ROWS=config["ROWS"], WIDTH=config["WIDTH"],
+            **kernels.options_of(FACTOR), **sizes,
+        )  # fmt: skip
+        if panel + 1 < panels:
+            count = tiles - (panel + 1) * BAND // tile
+            _product_kernel[(count, B)](A_ptr=A, V_ptr=V, Z_ptr=W, inner_ptr=inner, panel=panel, **shared)
+            _other_factor_kernel[(count, B)](
+                V_ptr=V, W_ptr=W, inner_ptr=inner, tau_ptr=tau, panel=panel, num_warps=8, **sizes
+            )
+            _update_kernel[(count * (count + 1) // 2, B)](A_ptr=A, V_ptr=V, W_ptr=W, panel=panel, **shared)
+    return band

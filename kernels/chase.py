@@ -1,0 +1,154 @@
+r"""Symmetric band matrices to tridiagonal form, by chasing bulges.
+
+Sweep s clears column s below its off-diagonal with a reflector of BAND rows. Taken to both sides of the diagonal block
+of these rows, it fills the square below, whose first column the next step clears, and so down to the end. A sweep may
+follow the one before two steps behind. A program takes SWEEPS sweeps at once, in rounds: all steps of a round
+are of different places. Group g of sweeps waits, where several programs share a matrix, for the steps of group
+g - 1 before it, which need not be of the same program.
+
+In float64 for every matrix: a chase rounds each entry as often as there are columns, and in float32 flat spectra erred
+by 1.2 times their bound (LOG.md#two-stage-built).
+
+Source: Haidar, Ltaief & Dongarra, SC 2011.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from sosd_fast import kernels
+from sosd_fast.kernels import tl, triton
+from sosd_fast.kernels.turns import cooperative, places
+
+# Shipped configurations. Of many programs to a matrix each takes a sweep, by eight warps of four columns, and four fit
+# on a multiprocessor; of few, each takes four sweeps, and a multiprocessor.
+MANY = {"SWEEPS": 1, "num_warps": 8, "maxnreg": 64}
+FEW = {"SWEEPS": 4, "num_warps": 16, "maxnreg": 128}
+PER_SM = 65536 // (32 * MANY["num_warps"] * MANY["maxnreg"])
+NEGLIGIBLE = 2.0**-1000  # of a sum of squares: what lies below has lost digits, and is no direction to reflect along
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["r", "columns", "programs", "groups"])
+    def _chase_kernel(
+        band_ptr,  # (B, columns, 2 BAND) float64: entry (i, j), i >= j, at [j, i - j]; zeros where there is none
+        counter_ptr,  # (B, groups) zeros: rounds that a group has made
+        r,
+        columns,  # r + 2 BAND or more
+        programs,
+        groups,
+        NEGLIGIBLE: tl.constexpr,
+        COOPERATIVE: tl.constexpr,
+        BAND: tl.constexpr,
+        SWEEPS: tl.constexpr,
+    ):
+        matrix = tl.program_id(0).to(tl.int64)
+        band_ptr += matrix * columns * 2 * BAND
+        counter_ptr += matrix * groups
+        PITCH: tl.constexpr = 2 * BAND - 1  # entry (i, j) is at i + PITCH j
+        q = tl.arange(0, SWEEPS)
+        n = tl.arange(0, BAND)
+        # tiles are [sweep, column, row]: a warp has some columns of a sweep, a thread some of their rows
+        column = n[None, :, None]
+        row = n[None, None, :]
+        at = row + PITCH * column + 0 * q[:, None, None]
+        head = (n == 0)[None, :]
+
+        for group in range(tl.program_id(1), groups, programs):
+            sweep = group * SWEEPS + q
+            along = tl.zeros([SWEEPS, BAND], tl.float64)  # the last reflectors, by columns
+            tau = tl.zeros([SWEEPS], tl.float64)
+            seen = 0
+            rounds = (r - 2 - group * SWEEPS) // BAND + 1 + 2 * (SWEEPS - 1)
+            for turn in range(0, rounds):
+                if COOPERATIVE:
+                    # rounds of the group before, after which its last sweep is two steps ahead, or all that it has
+                    ahead = tl.minimum(turn + 2 * SWEEPS, (r - 2 - group * SWEEPS + SWEEPS) // BAND + 2 * SWEEPS - 1)
+                    if (group > 0) & (seen < ahead):
+                        last_ptr = counter_ptr + group - 1
+                        while tl.atomic_add(last_ptr, 0, sem="relaxed", scope="gpu") < ahead:
+                            pass
+                        # once: an acquire for each look would empty the multiprocessor's first cache
+                        seen = tl.atomic_add(last_ptr, 0, sem="acquire", scope="gpu")
+                tl.debug_barrier()
+                step = turn - 2 * q
+                start = sweep + 1 + step * BAND  # the first row of the square, and of the diagonal block
+                live = (step >= 0) & (start < r)
+                first = step == 0  # there the square is a column: its others are of the diagonal block
+                left = tl.where(first, start - 1, start - BAND)
+
+                # the square: the last reflectors from the right
+                square_ptr = band_ptr + (start + PITCH * left)[:, None, None] + at
+                some = live[:, None, None] & ((column == 0) | (step > 0)[:, None, None])
+                square = tl.load(square_ptr, mask=some, other=0.0)
+                y = tl.sum(square * along[:, :, None], axis=1) * tau[:, None]
+                square -= along[:, :, None] * y[:, None, :]
+
+                # the reflectors that clear its first column
+                v = tl.sum(tl.where(column == 0, square, 0.0), axis=1)
+                below, alpha = tl.reduce((tl.where(head, 0.0, v * v), tl.where(head, v, 0.0)), 1, _add_both)
+                turns = ~(below <= NEGLIGIBLE)  # also NaN, to be passed on
+                beta = tl.where(turns, tl.where(alpha > 0, -1.0, 1.0) * tl.sqrt(alpha * alpha + below), alpha)
+                divisor = tl.where(turns, alpha - beta, 1.0)
+                tau = tl.where(turns, -divisor / tl.where(turns, beta, 1.0), 0.0)
+                v = tl.where(head, 1.0, v * (1.0 / divisor)[:, None])
+                v = tl.where(turns[:, None], v, 0.0)
+
+                # from the left; what comes next is loaded meanwhile
+                block_ptr = band_ptr + (start + PITCH * start)[:, None, None] + at
+                lower = live[:, None, None] & (row >= column)
+                block = tl.load(block_ptr, mask=lower, other=0.0)
+                products = tl.sum(square * v[:, None, :], axis=2) * tau[:, None]
+                square -= products[:, :, None] * v[:, None, :]
+                cleared = tl.where(head, beta[:, None], 0.0)
+                square = tl.where(column == 0, cleared[:, None, :], square)
+                tl.store(square_ptr, square, mask=some)
+
+                # the diagonal block, from both sides; its lower half, with half of the diagonal
+                block = tl.where(row == column, 0.5 * block, block)
+                along = v
+                w = tl.sum(block * along[:, :, None], axis=1) + tl.sum(block * v[:, None, :], axis=2)
+                gamma = 0.5 * tau * tl.sum(w * v, axis=1)
+                w = (w - gamma[:, None] * v) * tau[:, None]
+                change = w[:, :, None] * v[:, None, :] + along[:, :, None] * w[:, None, :]
+                block = tl.where(row == column, 2.0 * block, block) - change
+                tl.store(block_ptr, block, mask=lower)
+
+                tl.debug_barrier()
+                if COOPERATIVE:
+                    tl.atomic_add(counter_ptr + group, 1, sem="release", scope="gpu")
+
+    @triton.jit
+    def _add_both(a, b, c, d):
+        return a + c, b + d
+
+
+def chase(band: Tensor, r: int, programs: int | None = None, *, many: bool = True) -> tuple[Tensor, Tensor]:
+    """Reduces band matrices, as `band.banded` gives them, which are used up, in their first r columns.
+
+    Returns:
+        d and e, (B, r) float64; the last e counts for nothing.
+    """
+    B, columns, width = len(band), band.shape[1], band.shape[2] // 2
+    if r > 2:
+        if programs is None:
+            room = places(PER_SM, band.device) if band.is_cuda else 1
+            many = room > kernels.multiprocessors(band.device)
+            # as many as find work, 2 SWEEPS steps behind one another, and are certain to run at once
+            programs = max(1, min(room // B, r // (2 * width * (MANY if many else FEW)["SWEEPS"]) + 1))
+        config = MANY if many and programs > 1 else FEW
+        groups = -(-(r - 2) // config["SWEEPS"])
+        arguments = {
+            "band_ptr": band,
+            "counter_ptr": torch.zeros(B, groups, dtype=torch.int32, device=band.device),
+            "r": r,
+            "columns": columns,
+            "groups": groups,
+            "NEGLIGIBLE": NEGLIGIBLE,
+            "BAND": width,
+        }
+        launch = functools.partial(_chase_kernel[(B, programs)], **arguments, programs=programs)
+        if programs == 1 or not cooperative(launch, kernels.options_of(config), band.device):
+            _chase_kernel[(B, 1)](**arguments, programs=1, COOPERATIVE=False, **kernels.options_of(config))
+    return band[:, :r, 0], band[:, :r, 1]
