@@ -87,7 +87,8 @@ def keys():
 def test_the_report_compiles_what_is_launched(keys):
     rows = [row for row in keys[0] if row["target"] == "90"]
     kernels = {row["name"].split()[0] for row in rows}
-    assert kernels == {"syrk", "tridiagonal", "scale", "sturm", "eigh", "singular_distribution"}
+    banded = {"factor", "product", "other_factor", "update", "chase"}
+    assert kernels == {"syrk", "tridiagonal", "scale", "sturm", "eigh", "singular_distribution"} | banded
     products = [row for row in rows if row["name"].startswith("syrk fp32")]
     whole, odd = (next(row for row in products if x in row["name"]) for x in ("GPT", "531"))
     assert whole["constants"]["GRAIN"] == "16" and odd["constants"]["GRAIN"] == "1"  # 768, 531
@@ -96,6 +97,8 @@ def test_the_report_compiles_what_is_launched(keys):
     shared, alone = (next(row for row in reductions if x in row["name"]) for x in ("GPT", "many"))
     assert shared["constants"]["COOPERATIVE"] == "True" and shared["options"]["launch_cooperative_grid"] == "True"
     assert alone["constants"]["COOPERATIVE"] == "False" and alone["constants"]["first_event"] == "1"
+    chases = {(row["constants"]["COOPERATIVE"], row["constants"]["SWEEPS"]) for row in rows if "chase" in row["name"]}
+    assert chases == {("True", "1"), ("False", "4"), ("True", "4")}
 
 
 def test_rocm_is_asked_for_nothing_it_does_not_know(keys):
