@@ -72,10 +72,10 @@ def reduction(A: Tensor, programs: int | None = None, band_from: int | None = No
 
 def chased(B: int, r: int, programs: int) -> float:
     """Of the eigenvalues of T, for bands by few programs to a matrix."""
-    band = torch.zeros(B, r + 32, 32, dtype=FLOAT64).cuda()
-    A = symmetric(B, r, r, dtype=FLOAT64).tril(16).triu(-16)
+    band = torch.zeros(B, r + 64, 64, dtype=FLOAT64).cuda()
+    A = symmetric(B, r, r, dtype=FLOAT64).tril(32).triu(-32)
     for j in range(r):
-        column = A[:, j : j + 17, j]
+        column = A[:, j : j + 33, j]
         band[:, j, : column.shape[1]] = column
     d, e = map(plain, chase(band, r, programs, many=False))
     T = torch.diag_embed(d) + torch.diag_embed(e[:, : r - 1], 1) + torch.diag_embed(e[:, : r - 1], -1)
@@ -140,7 +140,7 @@ CASES: dict[str, tuple[Callable[[], float], float]] = {  # what its result may e
     "reduction, two matrices shared": (lambda: reduction(symmetric(2, 32, 32), 2), 1e-6),
     "reduction, alone": (lambda: reduction(symmetric(2, 32, 32), 1), 1e-6),
     "bands": (lambda: reduction(symmetric(1, 100, 100), 3, band_from=1), 1e-6),
-    "bands by few": (lambda: chased(2, 50, 3), 1e-13),
+    "bands by few": (lambda: chased(2, 80, 3), 1e-13),
     "bands in float64": (lambda: reduction(symmetric(2, 40, 40, dtype=FLOAT64), 1, band_from=1), 1e-13),
     "spectra": (lambda: singular_values(FLOAT32, "gram32", (32, 32), (32, 48), (48, 32)), 1e-5),
     "spectra, odd": (lambda: singular_values(FLOAT32, "gram32", (37, 37), (37, 74), (74, 37)), 1e-5),
