@@ -52,22 +52,26 @@ def eigenvalues(d, e):
     return (low + high) / 2
 
 
-def assert_same_eigenvalues(d, e, A):
-    """Backward error: a few eps |A| a reflector at most, and they average out: 1 to 3 where r is 64 to 531."""
+def assert_same_eigenvalues(d, e, A, stages=1):
+    """Backward error: a few eps |A| a reflector at most, and they average out: 1 to 3 where r is 64 to 531.
+
+    Flat spectra err by 27 units at 256, and in two stages by 37 (LOG.md#two-stages-on-gpus).
+    """
     if A.dtype == torch.float64:
         truth = eigenvalues(*tridiagonal_exact(A))
     else:
         truth = torch.linalg.eigvalsh(A.double()).cpu().numpy()
     error = np.abs(eigenvalues(d.cpu().numpy(), e.cpu().numpy()) - truth).max()
     units = error / (EPS[A.dtype] * max(np.abs(truth).max(), 1e-300))
-    assert units <= 4 + 2 * A.shape[-1] ** 0.5, units
+    assert units <= (4 + 2 * A.shape[-1] ** 0.5) * (1.5 if stages == 2 else 1), units
 
 
 # Sides, and programs to a matrix. 16 is a panel, and what sides are padded to a multiple of. The interpreter takes
 # minutes for the last ones: `make check` runs them. Types differ in rounding alone: each has one of the larger sizes.
 SIZES = [(1, 1), (2, 1), (3, 1), (16, 1), (3, 3)]
 CASES = [(64, 1, torch.float32), (45, 3, torch.float64)]
-if torch.cuda.is_available() or "SOSD_TARGETS" in os.environ:
+MORE = torch.cuda.is_available() or "SOSD_TARGETS" in os.environ
+if MORE:
     SIZES += [(45, 1), (45, 3), (64, 1), (64, 3), (200, 1), (200, 3), (531, 1), (531, 3)]
     CASES = []
 CASES += [(*size, dtype) for size in SIZES for dtype in EPS]
@@ -272,9 +276,6 @@ def test_batches_strides_and_nan(device):
     assert tridiagonal(A[:0])[0].shape == (0, 2, 6)
 
 
-MORE = bool(len(CASES) > 7)
-
-
 @pytest.mark.parametrize(
     ("r", "dtype"),
     [(3, torch.float32), (45, torch.float64), (64, torch.float32)]
@@ -294,7 +295,7 @@ def test_special_spectra_in_two_stages(device):
     A[-1, 3, 5] = A[-1, 5, 3] = torch.nan
     d, e = tridiagonal(A, band_from=1)
     for i in range(len(names)):
-        assert_same_eigenvalues(d[i], e[i], A[i])
+        assert_same_eigenvalues(d[i], e[i], A[i], stages=2)
     assert d[-1].isnan().any() or e[-1].isnan().any()
 
 
