@@ -44,7 +44,7 @@ finally:
 )
 MMA = {"80": "mma", "90": "wgmma", "100": "tcgen05", "gfx942": "v_mfma"}
 # Some for one target of each maker, of kernels in several precisions the widest; SOSD_TARGETS="80 90 100 gfx942", as
-# `make check` sets it, compiles everything for those it names, and the steps towards leading values, which take minutes.
+# `make check` sets it, compiles everything for those it names, and the steps towards leading values: they take minutes.
 # The reduction on sm_90 is in test_tridiagonal_code.py.
 SYRK = "syrk fp32: GPT-2"
 SOME = {
