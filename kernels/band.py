@@ -28,14 +28,7 @@ FACTOR = {"num_warps": 8, "maxnreg": 255}  # without a limit, 128 registers are 
 NEGLIGIBLE = {torch.float32: 2.0**-110, torch.float64: 2.0**-1000}
 
 if triton is not None:
-
-    @triton.jit
-    def _sqrt(x):
-        return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
-
-    @triton.jit
-    def _divide(x, y):
-        return tl.div_rn(x, y) if y.dtype == tl.float32 else x / y
+    from sosd_fast.kernels.rounded import divide, sqrt
 
     @triton.jit(do_not_specialize=["panel"])
     def _factor_kernel(
@@ -82,10 +75,10 @@ if triton is not None:
                     alpha = tl.sum(tl.where(c == j, top, 0.0))
                     below = tl.sum(tl.where(c == j, dots, 0.0))
                     turns = ~(below <= NEGLIGIBLE)  # also NaN, to be passed on
-                    beta = tl.where(turns, tl.where(alpha > 0, -1.0, 1.0) * _sqrt(alpha * alpha + below), alpha)
+                    beta = tl.where(turns, tl.where(alpha > 0, -1.0, 1.0) * sqrt(alpha * alpha + below), alpha)
                     divisor = tl.where(turns, alpha - beta, 1.0)
-                    scale = tl.where(turns, _divide(1.0, divisor), 0.0)
-                    tau = tl.where(turns, _divide(-divisor, tl.where(turns, beta, 1.0)), 0.0)
+                    scale = tl.where(turns, divide(1.0, divisor), 0.0)
+                    tau = tl.where(turns, divide(-divisor, tl.where(turns, beta, 1.0)), 0.0)
                     scales = tl.where(c == j, scale, scales)
                     change = tl.where(c > j, tau * (top + scale * dots), 0.0)
                     upper = tl.where(c == j, beta, top - change)

@@ -41,7 +41,7 @@ WARPS = 8
 SHIFT = 1.25  # times a bound on |A|: less makes rows shorter than the rounding of others, more costs accuracy
 
 if triton is not None:
-    from sosd_fast.kernels.tridiagonal import _divide, _sqrt
+    from sosd_fast.kernels.rounded import divide, sqrt
 
     @triton.jit
     def _eigh_kernel(
@@ -195,12 +195,12 @@ if triton is not None:
                 squares_x += x * x
             place = tl.sum(before, axis=1)
             tl.store(values_ptr + place, value, mask=i < n)
-            norm_x = _sqrt(tl.where(i < n, tl.sum(squares_x, axis=1), 1.0))
+            norm_x = sqrt(tl.where(i < n, tl.sum(squares_x, axis=1), 1.0))
             for j0 in range(0, COLUMNS, BLOCK):
                 j = j0 + lanes
                 inside = (i[:, None] < n) & (j[None, :] < n)
                 x = tl.load(X_ptr + i[:, None] * COLUMNS + j[None, :], mask=inside, other=0.0)
-                v = _divide(x, tl.zeros([ROWS, BLOCK], dtype) + norm_x[:, None])
+                v = divide(x, tl.zeros([ROWS, BLOCK], dtype) + norm_x[:, None])
                 tl.store(vectors_ptr + place[:, None] * n + j[None, :], v, mask=inside)
 
 

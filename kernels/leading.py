@@ -27,6 +27,7 @@ SMALLEST = 64 * torch.finfo(torch.float32).smallest_normal  # a square that is n
 SUMS = 6  # V V^T, P P^T, H, D V^T, D D^T, D Z^T
 
 if triton is not None:
+    from sosd_fast.kernels.rounded import divide, sqrt
     from sosd_fast.kernels.small import (
         _basis_kernel,
         _cholesky_kernel,
@@ -37,7 +38,6 @@ if triton is not None:
         _times,
         _total_kernel,
     )
-    from sosd_fast.kernels.tridiagonal import _divide, _sqrt
 
     @triton.jit
     def _mend_kernel(
@@ -66,10 +66,10 @@ if triton is not None:
         sums_ptr += matrix * SUMS * b * b
         lanes = tl.arange(0, WIDTH)
         columns = tl.arange(0, BLOCK)
+        norm = tl.load(norms_ptr + matrix)
+        finite = tl.abs(norm) < float("inf")
         if part == 0:
             # the product of the two is near the norm: each is in the range of float32, the norm need not be
-            norm = tl.load(norms_ptr + matrix)
-            finite = tl.abs(norm) < float("inf")
             largest = tl.where(finite & (norm > 0), norm, 1.0)
             one = (tl.sqrt(largest).to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
             two = ((largest / one).to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
@@ -86,7 +86,8 @@ if triton is not None:
             v = _tile(V_ptr + k, n, lanes, columns, b, end - k)
             p = _tile(P_ptr + k, n, lanes, columns, b, end - k)
             start = _tile(start_ptr + k, n, lanes, columns, b, end - k)
-            v -= 0.5 * _dot(off, v, PRECISION)  # a step of Newton's towards orthonormal rows, or rounding would stay
+            # A step of Newton's towards orthonormal rows, or rounding would stay. What is not finite keeps its rows.
+            v -= tl.where(finite, 0.5, 0.0) * _dot(off, v, PRECISION)
             _put(old_V_ptr + k, n, lanes, columns, b, end - k, tl.where(sound, v, start))
             _put(old_P_ptr + k, n, lanes, columns, b, end - k, tl.where(sound, p, 0.0))
 
@@ -172,9 +173,9 @@ if triton is not None:
             squares += tl.load(squares_ptr + (matrix * parts + part) * b + lanes, mask=lanes < b, other=0.0)
         _, seen, divisor = _seen(sums_ptr + (matrix * SUMS + 2) * b * b, lanes, b, SMALLEST)
         S = tl.load(values_ptr + matrix * 2 * b + lanes, mask=lanes < b, other=0.0)
-        S = _sqrt(tl.where(S > 0, S, 0.0))
+        S = sqrt(tl.where(S > 0, S, 0.0))
         # of an unseen direction it says nothing of what took its place
-        residual = tl.where(seen, _divide(_sqrt(squares), _sqrt(divisor)), S)
+        residual = tl.where(seen, divide(sqrt(squares), sqrt(divisor)), S)
         nan = float("nan")
         tl.store(S_ptr + matrix * b + lanes, tl.where(finite, S / one / two, nan), mask=lanes < b)
         tl.store(residual_ptr + matrix * b + lanes, tl.where(finite, residual / one / two, nan), mask=lanes < b)

@@ -37,15 +37,7 @@ BAND_FROM = {torch.float32: 1280, torch.float64: 1024}
 MOST = 2 * PANEL - 1  # programs to a matrix: what they give is added up by vectors of 2 PANEL
 
 if triton is not None:
-
-    @triton.jit
-    def _sqrt(x):
-        """Rounds to nearest: approximations would leave H = I - tau v v^T less than orthogonal."""
-        return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
-
-    @triton.jit
-    def _divide(x, y):
-        return tl.div_rn(x, y) if y.dtype == tl.float32 else x / y
+    from sosd_fast.kernels.rounded import divide, sqrt
 
     @triton.jit
     def _wait(counter_ptr, arrivals, COOPERATIVE: tl.constexpr):
@@ -197,10 +189,10 @@ if triton is not None:
             else:
                 square, alpha = tl.split(tl.sum(tl.join(squares, subhead), axis=0))
                 live = square != 0  # also NaN, to be passed on
-                beta = tl.where(live, tl.where(alpha > 0, -1.0, 1.0) * _sqrt(alpha * alpha + square), alpha)
+                beta = tl.where(live, tl.where(alpha > 0, -1.0, 1.0) * sqrt(alpha * alpha + square), alpha)
                 divisor = tl.where(live, alpha - beta, 1.0)
-                inverse = tl.where(live, _divide(1.0, divisor), 0.0)
-                tau = tl.where(live, _divide(-divisor, tl.where(live, beta, 1.0)), 0.0)
+                inverse = tl.where(live, divide(1.0, divisor), 0.0)
+                tau = tl.where(live, divide(-divisor, tl.where(live, beta, 1.0)), 0.0)
                 if program == 0:
                     tl.store(out_ptr + r + j, beta)
                     tl.store(out_ptr + 2 * r + j, tau)
