@@ -192,9 +192,10 @@ def _plan(shapes: tuple[tuple[int, int, bool], ...], n: int, pinned: bool) -> _P
     arrays: list[np.ndarray] = []
 
     def put(*columns) -> slice:
-        first = sum(map(len, arrays))
-        arrays.append(np.stack(np.broadcast_arrays(*columns), -1).reshape(-1))
-        return slice(first, first + len(arrays[-1]))
+        first, numbers = sum(map(len, arrays)), np.stack(np.broadcast_arrays(*columns), -1).reshape(-1)
+        # each begins at a multiple of 16 bytes, or a kernel would be compiled anew where one does not
+        arrays.append(np.pad(numbers, (0, len(numbers) % 2)))
+        return slice(first, first + len(numbers))
 
     def launched(*columns) -> list[_Launch]:
         of = kind[columns[0]]
