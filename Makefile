@@ -19,9 +19,10 @@ test-integrations: install  ## with the real Trainer, Lightning, TensorBoard, W&
 	  { $(ROOT) apt-get update -qq && $(ROOT) apt-get install -yqq --no-install-recommends chromium; }
 	$(PYTHON) -m pytest tests/integrations tests/runs tests/checkpoints tests/test_examples.py
 
-check: test  ## what a change must pass: the same, every kernel for every GPU, more drawn cases, a smoke test of the benchmarks
-	SOSD_TARGETS="80 90 100 gfx942" SOSD_DRAWS=10 $(PYTHON) -m pytest -q tests/kernels/test_compile.py \
-	  tests/kernels/test_tridiagonal.py tests/kernels/test_tridiagonal_code.py tests/spectra/test_topk_odd.py
+check: export SOSD_EVERY = 1
+check: export SOSD_TARGETS = 80 90 100 gfx942
+check: export SOSD_DRAWS = 10
+check: test  ## the same with every case, every kernel for every GPU, more drawn cases, a smoke test of the benchmarks
 	$(PYTHON) -m pytest -q bench --benchmark-disable
 	$(PYTHON) -m bench.svd_overhead --steps 3
 

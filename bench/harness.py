@@ -59,10 +59,13 @@ def interleaved(variants: dict[str, Callable], repeats: int, warmup: int = 2) ->
     return {name: quantiles(times) for name, times in seconds.items()}
 
 
+FLUSH_BYTES = 2**28  # several times any L2
+
+
 def interleaved_cuda(variants: dict[str, Callable], repeats: int, warmup: int = 2) -> dict[str, dict[str, float]]:
     """`interleaved` by CUDA events, with a cold L2 and the host running ahead, as in a training step."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")  # several times any L2
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     for i in range(warmup + repeats):
         for name, run in variants.items():
             began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -60,7 +60,7 @@ def main():
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     harness.ROOT = Path(tempfile.mkdtemp(prefix="rehearsal"))  # a stub's figures are no result
-    harness.bar, harness.interleaved_cuda = bar, once
+    harness.bar, harness.interleaved_cuda, harness.FLUSH_BYTES = bar, once, 1
     model.PRESETS["gpt2-small"] = model.Config(n_layer=2, n_head=2, width=48, ff_width=96, context=32, vocab=256)
     if name != "pytest":
         module = importlib.import_module(name)

@@ -52,12 +52,12 @@ class Tensor_(Tensor):  # noqa: N801
         assert isinstance(stream, Stream)
 
 
-def put(t: Any) -> Any:
-    """Tensors, or those in a sequence, as on the stub."""
+def put(t: Any, kind: type[Tensor] = Tensor_) -> Any:
+    """Tensors, or those in a sequence, as on the stub; those that are on it as plain ones, with `Tensor`."""
     if isinstance(t, Tensor):
-        return t if isinstance(t, Tensor_) else t.as_subclass(Tensor_)
+        return t if isinstance(t, Tensor_) == (kind is Tensor_) else t.as_subclass(kind)
     if isinstance(t, (tuple, list)):
-        items = [put(each) for each in t]
+        items = [put(each, kind) for each in t]
         return type(t)(*items) if hasattr(t, "_fields") else type(t)(items)  # pyright: ignore
     return t
 
@@ -131,7 +131,7 @@ class _Mode(TorchFunctionMode):
                 )
         with _Disabled():
             if self.storage == "meta":  # whose operations are written in Python, and ask for the device
-                args, kwargs = tree_map_only(Tensor_, lambda t: t.as_subclass(Tensor), (args, kwargs))
+                args, kwargs = put(args, Tensor), {k: put(v, Tensor) for k, v in kwargs.items()}
             found = func(*args, **kwargs)
         wanted = named[0] == "cuda" if named else here
         if any(found is t for t in operands):  # in place, or nothing to do

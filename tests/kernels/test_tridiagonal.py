@@ -1,11 +1,11 @@
 import contextlib
-import os
 import sys
 from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
+from every import EVERY
 
 from sosd_fast import kernels
 from sosd_fast.kernels import Backend, triton
@@ -70,8 +70,7 @@ def assert_same_eigenvalues(d, e, A, stages=1):
 # minutes for the last ones: `make check` runs them. Types differ in rounding alone: each has one of the larger sizes.
 SIZES = [(1, 1), (2, 1), (3, 1), (16, 1), (3, 3)]
 CASES = [(64, 1, torch.float32), (45, 3, torch.float64)]
-MORE = torch.cuda.is_available() or "SOSD_TARGETS" in os.environ
-if MORE:
+if EVERY:
     SIZES += [(45, 1), (45, 3), (64, 1), (64, 3), (200, 1), (200, 3), (531, 1), (531, 3)]
     CASES = []
 CASES += [(*size, dtype) for size in SIZES for dtype in EPS]
@@ -279,7 +278,7 @@ def test_batches_strides_and_nan(device):
 @pytest.mark.parametrize(
     ("r", "dtype"),
     [(3, torch.float32), (45, torch.float64), (64, torch.float32)]
-    + [(r, dtype) for r in (1, 2, 33, 45, 64, 200, 531) for dtype in EPS] * MORE,
+    + [(r, dtype) for r in (1, 2, 33, 45, 64, 200, 531) for dtype in EPS] * EVERY,
     ids=str,
 )
 def test_two_stages(device, r, dtype):
@@ -290,8 +289,8 @@ def test_two_stages(device, r, dtype):
 
 
 def test_special_spectra_in_two_stages(device):
-    names = ["half_zeros", "flat"] + [name for name in SPECTRA if MORE]
-    A = torch.stack([gram(name, 66 if MORE else 34, torch.float32, device) for name in [*names, "gaussian"]])
+    names = ["half_zeros", "flat"] + [name for name in SPECTRA if EVERY]
+    A = torch.stack([gram(name, 66 if EVERY else 34, torch.float32, device) for name in [*names, "gaussian"]])
     A[-1, 3, 5] = A[-1, 5, 3] = torch.nan
     d, e = tridiagonal(A, band_from=1)
     for i in range(len(names)):
