@@ -7,7 +7,7 @@ ROOT := $(if $(filter 0,$(shell id -u)),,sudo)  # for packages of the system
 demo: install  ## train a small GPT-2 on real text with the tracker on (about 4 minutes)
 	$(PYTHON) training/run.py --tracker=fast
 
-test: install  ## all tests but tests/integrations, then lint, format and types (about 6 minutes)
+test: install  ## all tests but tests/integrations, then lint, format and types (about 5 minutes)
 	$(PYTHON) -m pytest -n 2 --dist=worksteal
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -22,7 +22,7 @@ test-integrations: install  ## with the real Trainer, Lightning, TensorBoard, W&
 check: export SOSD_EVERY = 1
 check: export SOSD_TARGETS = 80 90 100 gfx942
 check: export SOSD_DRAWS = 10
-check: test  ## the same with every case, every kernel for every GPU, more drawn cases, a smoke test of the benchmarks
+check: test  ## the same with every case, every kernel for every GPU, a smoke test of the benchmarks
 	$(PYTHON) -m pytest -q bench --benchmark-disable
 	$(PYTHON) -m bench.svd_overhead --steps 3
 
