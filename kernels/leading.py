@@ -31,13 +31,13 @@ if triton is not None:
     from sosd_fast.kernels.small import (
         _basis_kernel,
         _cholesky_kernel,
-        _dot,
         _inner_kernel,
         _put,
         _tile,
         _times,
         _total_kernel,
     )
+    from sosd_fast.kernels.split import dot
 
     @triton.jit
     def _mend_kernel(
@@ -87,7 +87,7 @@ if triton is not None:
             p = _tile(P_ptr + k, n, lanes, columns, b, end - k)
             start = _tile(start_ptr + k, n, lanes, columns, b, end - k)
             # A step of Newton's towards orthonormal rows, or rounding would stay. What is not finite keeps its rows.
-            v -= tl.where(finite, 0.5, 0.0) * _dot(off, v, PRECISION)
+            v -= tl.where(finite, 0.5, 0.0) * dot(off, v, PRECISION)
             _put(old_V_ptr + k, n, lanes, columns, b, end - k, tl.where(sound, v, start))
             _put(old_P_ptr + k, n, lanes, columns, b, end - k, tl.where(sound, p, 0.0))
 
@@ -138,7 +138,7 @@ if triton is not None:
             z = _tile(Z_ptr + k, n, lanes, columns, b, end - k)
             rest = z - rho[:, None] * v
             squares += tl.sum(rest * rest, axis=1)
-            d = (pace / divisor)[:, None] * (z - _dot(H, v, PRECISION))
+            d = (pace / divisor)[:, None] * (z - dot(H, v, PRECISION))
             d += _tile(P_ptr + k, n, lanes, columns, b, end - k)
             _put(D_ptr + k, n, lanes, columns, b, end - k, d)
         tl.store(squares_ptr + (matrix * parts + part) * b + lanes, squares, mask=lanes < b)
@@ -223,9 +223,9 @@ if triton is not None:
             for i in range(0, b, STEP):  # as in `_times`, of which three would take three times as long
                 v = _tile(V_ptr + i * n + k, n, rows, columns, b - i, end - k)
                 d = _tile(D_ptr + i * n + k, n, rows, columns, b - i, end - k)
-                after += _dot(_tile(change_ptr + i, b, lanes, rows, b, b - i), v, PRECISION)
-                change += _dot(_tile(change_ptr + b * b + i, b, lanes, rows, b, b - i), d, PRECISION)
-                change += _dot(_tile(change_ptr + 2 * b * b + i, b, lanes, rows, b, b - i), v, PRECISION)
+                after += dot(_tile(change_ptr + i, b, lanes, rows, b, b - i), v, PRECISION)
+                change += dot(_tile(change_ptr + b * b + i, b, lanes, rows, b, b - i), d, PRECISION)
+                change += dot(_tile(change_ptr + 2 * b * b + i, b, lanes, rows, b, b - i), v, PRECISION)
             v = _tile(V_ptr + k, n, lanes, columns, b, end - k)
             p = _tile(P_ptr + k, n, lanes, columns, b, end - k)
             _put(next_V_ptr + k, n, lanes, columns, b, end - k, tl.where(finite, after + change, v))
@@ -263,7 +263,7 @@ def leading_step(
     of_parts, squares = V.new_empty(B, parts, SUMS, b, b), V.new_empty(B, parts, b)
     scale, change, A = V.new_empty(B, 4), V.new_empty(B, 5, b, b), V.new_empty(B, 2 * b, 2 * b)
     width = {"b": b, "WIDTH": max(16, triton.next_power_of_2(b)), "PRECISION": kernels.precision_of_products()}
-    wide = width | {"n": n, "span": span, "BLOCK": BLOCK, "num_warps": WARPS}
+    wide = width | {"n": n, "span": span, "BLOCK": BLOCK} | kernels.options_of({"num_warps": WARPS, "maxnreg": 128})
     small = width | {"sums_ptr": sums, "SUMS": SUMS, "SMALLEST": SMALLEST}
     subspace = {"V_ptr": old_V, "P_ptr": old_P, "D_ptr": D}
 

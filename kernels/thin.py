@@ -26,6 +26,7 @@ GRAM_PART = 512  # columns of X W^T in a part of its Gram matrix
 ALIGNED = 16  # elements
 
 if triton is not None:
+    from sosd_fast.kernels.split import dot
 
     @triton.jit
     def _thin_kernel(
@@ -97,8 +98,7 @@ if triton is not None:
             a = tl.load(A_ptr, mask=(rows[:, None] < limit) & (inner[None, :] < left), other=0.0)
             x = tl.load(X_ptr, mask=(lanes[None, :] < b) & (inner[:, None] < left), other=0.0)
             a = (a.to(tl.float32) * one) * two
-            # a nonzero bound keeps the compiler from folding the addition into the product
-            total += tl.dot(a, x, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_K)
+            total += dot(a, x, PRECISION)
             A_ptr += step
             X_ptr += BLOCK_K
         total = tl.where(finite > 0, total, 0.0)
@@ -133,7 +133,7 @@ if triton is not None:
         total = tl.zeros([WIDTH, WIDTH], tl.float32)
         for k in range(begin, end, BLOCK_K):
             y = tl.load(Y_ptr, mask=(lanes[:, None] < b) & (inner[None, :] < end - k + begin), other=0.0)
-            total += tl.dot(y, tl.trans(y), input_precision=PRECISION, max_num_imprecise_acc=BLOCK_K)
+            total += dot(y, tl.trans(y), PRECISION)
             Y_ptr += BLOCK_K
         out_ptr += part * b * b + lanes[:, None] * b + lanes[None, :]
         tl.store(out_ptr, total, mask=(lanes[:, None] < b) & (lanes[None, :] < b))
@@ -252,7 +252,7 @@ class Thin:
         self._numbers = self._plan.numbers.to(scale.device, non_blocking=True)
         # Of 4, three programs are on an H100 at once, and read 1.4 times as fast as two of 8; before it 4 spill.
         old = scale.is_cuda and torch.cuda.get_device_capability(scale.device) < (9, 0)
-        self._config = CONFIG | {"num_warps": 8 if old else 4}
+        self._config = CONFIG | kernels.options_of({"num_warps": 8} if old else {"num_warps": 4, "maxnreg": 168})
         self._options = {"WIDTH": max(16, triton.next_power_of_2(b)), "PRECISION": kernels.precision_of_products()}
 
     def gram_applied(self, X: Tensor) -> Tensor:
