@@ -66,6 +66,8 @@ if triton is not None:
         start = tl.multiple_of(start, 16)
         wide = (m + 15) // 16 * 16  # the pitch of X W^T
         A_ptr = address.to(W_ptr.dtype)
+        if EVEN:
+            A_ptr = tl.multiple_of(A_ptr, 16)  # of the address it is forgotten, and copies would be of 4 bytes
         one = tl.load(scale_ptr + matrix * 4)
         two = tl.load(scale_ptr + matrix * 4 + 1)
         finite = tl.load(scale_ptr + matrix * 4 + 2)
@@ -252,7 +254,7 @@ class Thin:
         self._numbers = self._plan.numbers.to(scale.device, non_blocking=True)
         # Of 4, three programs are on an H100 at once, and read 1.4 times as fast as two of 8; before it 4 spill.
         old = scale.is_cuda and torch.cuda.get_device_capability(scale.device) < (9, 0)
-        self._config = CONFIG | kernels.options_of({"num_warps": 8} if old else {"num_warps": 4, "maxnreg": 168})
+        self._config = CONFIG | {"num_warps": 8 if old else 4}
         self._options = {"WIDTH": max(16, triton.next_power_of_2(b)), "PRECISION": kernels.precision_of_products()}
 
     def gram_applied(self, X: Tensor) -> Tensor:
