@@ -19,8 +19,11 @@ from sosd_fast.kernels import thin, tl, triton
 from sosd_fast.kernels.eigh import eigh
 
 SPAN, PARTS = 128, 8  # columns of a program, at least; programs to a matrix, at most
-BLOCK, STEP = 32, 16  # columns at a time, and rows in a product: tensor cores' sums of these are added by rounding
-WARPS = 8
+# Columns at a time, and rows in a product: tensor cores' sums of these are added by rounding. Four programs, of the
+# last two, are on an H100's multiprocessor at once, and no register spills.
+BLOCK, STEP = 16, 16
+ADVANCED = 64  # columns at a time where both products are taken for them
+WARPS = 4
 # Of the squared norm 1 of a row of D, what must be left without V and the rows before it: rounding is divided by it.
 LEAST = 1e-3
 SMALLEST = 64 * torch.finfo(torch.float32).smallest_normal  # a square that is nearly subnormal has few digits
@@ -263,14 +266,14 @@ def leading_step(
     of_parts, squares = V.new_empty(B, parts, SUMS, b, b), V.new_empty(B, parts, b)
     scale, change, A = V.new_empty(B, 4), V.new_empty(B, 5, b, b), V.new_empty(B, 2 * b, 2 * b)
     width = {"b": b, "WIDTH": max(16, triton.next_power_of_2(b)), "PRECISION": kernels.precision_of_products()}
-    wide = width | {"n": n, "span": span, "BLOCK": BLOCK} | kernels.options_of({"num_warps": WARPS, "maxnreg": 128})
+    wide = width | {"n": n, "span": span, "BLOCK": BLOCK, "num_warps": WARPS, "num_stages": 1}
     small = width | {"sums_ptr": sums, "SUMS": SUMS, "SMALLEST": SMALLEST}
     subspace = {"V_ptr": old_V, "P_ptr": old_P, "D_ptr": D}
 
     def multiply(first: int, last: int, **factors):
         """Adds up inner products of rows."""
         _inner_kernel[(parts, B, last - first)](
-            parts_ptr=of_parts, parts=parts, slot=first, SUMS=SUMS, **factors, **wide | {"num_warps": 4}
+            parts_ptr=of_parts, parts=parts, slot=first, SUMS=SUMS, **factors, **wide | {"num_stages": 2}
         )
         _total_kernel[(triton.cdiv((last - first) * b * b, 1024), B)](
             parts_ptr=of_parts, sums_ptr=sums, first=first * b * b, last=last * b * b, size=SUMS * b * b, parts=parts,
@@ -281,13 +284,13 @@ def leading_step(
         multiply(0, 2, V_ptr=V, P_ptr=P, D_ptr=D, Z_ptr=D)
         _mend_kernel[(parts, B)](
             V_ptr=V, P_ptr=P, start_ptr=start, norms_ptr=norms, old_V_ptr=old_V, old_P_ptr=old_P, scale_ptr=scale,
-            sums_ptr=sums, SUMS=SUMS, num_stages=1, **wide,
+            sums_ptr=sums, SUMS=SUMS, **wide,
         )  # fmt: skip
         products = thin.Thin(matrices, b, scale)
         Z = products.gram_applied(old_V)
         multiply(2, 3, **subspace, Z_ptr=Z)
         residuals = {"squares_ptr": squares, "parts": parts}
-        _directions_kernel[(parts, B)](Z_ptr=Z, pace=pace, **subspace, **residuals, **small | wide, num_stages=1)
+        _directions_kernel[(parts, B)](Z_ptr=Z, pace=pace, **subspace, **residuals, **small | wide)
         multiply(3, 6, **subspace, Z_ptr=Z)
         G = products.inner_gram(D)
         small |= {"STEP": STEP, "change_ptr": change, "num_warps": 8}
@@ -305,9 +308,8 @@ def leading_step(
             next_V_ptr=next_V,
             next_P_ptr=next_P,
             STEP=STEP,
-            num_stages=1,  # two programs are on a multiprocessor then, and no register spills
             **subspace,
-            **wide,
+            **wide | {"BLOCK": ADVANCED},
         )
     return S, residual, next_V, next_P
 
