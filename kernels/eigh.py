@@ -39,6 +39,7 @@ PAIRS = 64
 ROWS = 64
 WARPS = 8
 KEPT = 768  # bytes of a row that registers hold in a round; more would spill
+WIDE = 32  # columns of a product
 SHIFT = 1.25  # times a bound on |A|: less makes rows shorter than the rounding of others, more costs accuracy
 
 if triton is not None:
@@ -65,8 +66,8 @@ if triton is not None:
         PAIRS: tl.constexpr,
         ROWS: tl.constexpr,
         SHIFT: tl.constexpr,
-        WIDE: tl.constexpr,  # columns of a product, and rows that it takes at a time
-        STEP: tl.constexpr,
+        WIDE: tl.constexpr,
+        STEP: tl.constexpr,  # terms of a product at a time; of float64 1
         PRECISION: tl.constexpr,
     ):
         matrix = tl.program_id(0).to(tl.int64)
@@ -276,8 +277,8 @@ def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
             PAIRS=PAIRS,
             ROWS=ROWS,
             SHIFT=SHIFT,
-            WIDE=64 if A.dtype == torch.float32 else BLOCK,
-            STEP=32 if A.dtype == torch.float32 else 1,
+            WIDE=WIDE,
+            STEP=WIDE if A.dtype == torch.float32 else 1,
             PRECISION=kernels.precision_of_products(),
             **kernels.options_of({"num_warps": WARPS, "maxnreg": 255}),
         )

@@ -22,7 +22,6 @@ SPAN, PARTS = 128, 8  # columns of a program, at least; programs to a matrix, at
 # Columns at a time, and rows in a product: tensor cores' sums of these are added by rounding. Four programs, of the
 # last two, are on an H100's multiprocessor at once, and no register spills.
 BLOCK, STEP = 16, 16
-ADVANCED = 64  # columns at a time where both products are taken for them
 WARPS = 4
 # Of the squared norm 1 of a row of D, what must be left without V and the rows before it: rounding is divided by it.
 LEAST = 1e-3
@@ -309,7 +308,7 @@ def leading_step(
             next_P_ptr=next_P,
             STEP=STEP,
             **subspace,
-            **wide | {"BLOCK": ADVANCED},
+            **wide | {"num_stages": 2},
         )
     return S, residual, next_V, next_P
 

@@ -8,7 +8,7 @@ Cholesky factorisation. Products of small matrices are taken from memory, in ste
 from sosd_fast.kernels import tl, triton
 
 if triton is not None:
-    from sosd_fast.kernels.rounded import divide, sqrt
+    from sosd_fast.kernels.rounded import inverse_sqrt
     from sosd_fast.kernels.split import dot
 
     @triton.jit
@@ -120,7 +120,7 @@ if triton is not None:
         lanes = tl.arange(0, WIDTH)
         squares = tl.load(inner_ptr + lanes * (b + 1), mask=lanes < b, other=0.0)
         known = squares > SMALLEST
-        unit = tl.where(known, divide(tl.full([WIDTH], 1.0, tl.float32), sqrt(tl.where(known, squares, 1.0))), 0.0)
+        unit = tl.where(known, inverse_sqrt(tl.where(known, squares, 1.0)), 0.0)
         M = _tile(inner_ptr, b, lanes, lanes, b, b)
         M -= _times(along_ptr, b, along_ptr, 1, b, lanes, lanes, b, b, PRECISION, STEP)  # D' D'^T
         M = unit[:, None] * M * unit[None, :]
@@ -138,7 +138,8 @@ if triton is not None:
             UT -= made[:, None] * factor[None, :]
             pivots = tl.where(lanes == j, pivot, pivots)
         tl.store(pivots_ptr + matrix * b + lanes, pivots, mask=lanes < b)
-        UT *= unit[:, None] * divide(tl.full([WIDTH], 1.0, tl.float32), sqrt(pivots))[None, :]
+        kept = pivots < float("inf")
+        UT *= unit[:, None] * tl.where(kept, inverse_sqrt(tl.where(kept, pivots, 1.0)), 0.0)[None, :]
         inside = (lanes[:, None] < b) & (lanes[None, :] < b)
         tl.store(K_ptr + lanes[None, :] * b + lanes[:, None], UT, mask=inside)
 

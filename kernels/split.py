@@ -10,16 +10,20 @@ if triton is not None:
         return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
     @triton.jit
-    def dot(x, y, PRECISION: tl.constexpr):
-        """The product of two tiles, which an addition that follows is not folded into, so that it rounds.
+    def dot(x, y, PRECISION: tl.constexpr, SHORT: tl.constexpr = False):
+        """The product of two tiles, the first of entries that TF32 has if SHORT; an addition that follows rounds.
 
         Triton's own "tf32x3" is the same, but looks at each factor and sum for Inf and NaN: half of its instructions.
         """
         if PRECISION == "tf32x3":
-            high_x = _nearest(x)
             high_y = _nearest(y)
-            total = tl.dot(x - high_x, high_y, input_precision="tf32")
-            total = tl.dot(high_x, y - high_y, total, input_precision="tf32")
-            return tl.dot(high_x, high_y, total, input_precision="tf32")
+            if SHORT:
+                total = tl.dot(x, y - high_y, input_precision="tf32")
+                return tl.dot(x, high_y, total, input_precision="tf32")
+            else:
+                high_x = _nearest(x)
+                total = tl.dot(x - high_x, high_y, input_precision="tf32")
+                total = tl.dot(high_x, y - high_y, total, input_precision="tf32")
+                return tl.dot(high_x, high_y, total, input_precision="tf32")
         else:
             return tl.dot(x, y, input_precision=PRECISION, max_num_imprecise_acc=32)

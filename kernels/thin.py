@@ -100,7 +100,7 @@ if triton is not None:
             a = tl.load(A_ptr, mask=(rows[:, None] < limit) & (inner[None, :] < left), other=0.0)
             x = tl.load(X_ptr, mask=(lanes[None, :] < b) & (inner[:, None] < left), other=0.0)
             a = (a.to(tl.float32) * one) * two
-            total += dot(a, x, PRECISION)
+            total += dot(a, x, PRECISION, W_ptr.dtype.element_ty != tl.float32)
             A_ptr += step
             X_ptr += BLOCK_K
         total = tl.where(finite > 0, total, 0.0)
