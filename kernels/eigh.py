@@ -193,10 +193,11 @@ if triton is not None:
                 image = tl.zeros([ROWS, WIDE], dtype)
                 for k0 in range(0, n, STEP):
                     k = k0 + steps
-                    a = tl.load(A_ptr + k[:, None] * n + j[None, :], mask=(k[:, None] < n) & (j[None, :] < n), other=0.0)
+                    known = (k[:, None] < n) & (j[None, :] < n)
+                    a = tl.load(A_ptr + k[:, None] * n + j[None, :], mask=known, other=0.0)
                     a = (a.to(tl.float64) * to_unit).to(dtype)
-                    known = (i[:, None] < n) & (k[None, :] < n)
-                    x_k = tl.load(X_ptr + i[:, None] * COLUMNS + k[None, :], mask=known, other=0.0)
+                    filled = (i[:, None] < n) & (k[None, :] < n)
+                    x_k = tl.load(X_ptr + i[:, None] * COLUMNS + k[None, :], mask=filled, other=0.0)
                     if STEP == 1:
                         image += x_k * a
                     else:
