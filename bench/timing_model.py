@@ -14,6 +14,7 @@ from bench.sass import HBM, L1, L2, Code, Loop, code_of, timed
 from bench.stub_gpu import MULTIPROCESSORS, NAME, launches
 from sosd_fast.kernels.sturm import sturm
 from sosd_fast.kernels.syrk import syrk
+from sosd_fast.kernels.thin import GRAM_PART
 from sosd_fast.kernels.tridiagonal import tridiagonal
 from sosd_fast.spectra.products import State
 from sosd_fast.spectra.topk import topk_svdvals
@@ -117,20 +118,38 @@ def counting(code: Code) -> tuple[float, float]:
 
 
 def rotations(code: Code) -> tuple[float, float]:
-    """Cycles of `_eigh_kernel`: a sweep of 7, as those of warm subspaces take, has a round for each row, in the L1."""
-    n = code.launch.arguments["n"]
+    """Cycles of `_eigh_kernel`: a sweep of 7, as those of warm subspaces take, has a round for each row, in the L1.
+
+    Each round writes all rows through to the L2. The other loops are over blocks of rows and, inside, of columns.
+    """
+    a = code.launch.arguments
+    n = a["n"]
     sweep = max((x for x in code.root.all() if x.inside), key=lambda x: sum(y.count("LDG", "STG") for y in x.all()))
     turn = max(sweep.all(), key=lambda x: x.count("STG") * bool(x.count("MUFU")))
-    others = sum(x.cycles(L1) * n / 16 for x in code.root.inside if turn not in x.all())
-    return code.waves * (7 * (n - 1) * (code.turn(turn, L1) + 60) + others), 0.0
+    (around,) = (x for x in sweep.all() if turn in x.inside)
+    strips = math.ceil(math.ceil(n / 2) / a["PAIRS"])
+    size = 8 if "fp64" in code.launch.signature["A_ptr"] else 4
+    written = n * a["COLUMNS"] * size / 64  # a multiprocessor sends 64 bytes a cycle
+    each = max(code.turn(around, L1) + strips * code.turn(turn, L1), written)
+    widths = [math.ceil(n / a["ROWS"]), math.ceil(n / a["WIDE"]), math.ceil(n / a["STEP"])]
+
+    def took(loop: Loop, depth: int) -> float:
+        tensor = 2 * a["ROWS"] * a["WIDE"] * a["STEP"] * 3 / 2048 * bool(loop.count("HGMMA", "HMMA"))
+        return widths[depth] * (code.turn(loop) + tensor + sum(took(x, depth + 1) for x in loop.inside))
+
+    others = sum(took(x, 0) for x in code.root.inside if turn not in x.all())
+    whole = 7 * ((n - 1) * each + code.turn(sweep)) + others + timed(code.root.own, L2)
+    return code.waves * whole, 0.0
 
 
 def small(code: Code) -> tuple[float, float]:
     """Cycles of a kernel of a step (small.py, leading.py): loops over columns, inner products, parts or pivots."""
     a, name = code.launch.arguments, code.launch.kernel.__name__
     columns = math.ceil(min(a.get("span", 0), a.get("n", 0)) / a.get("BLOCK", 1))
+    if name == "_thin_gram_kernel":
+        columns = GRAM_PART // a["BLOCK_K"]
     steps = math.ceil(a["b"] / a["STEP"]) if "STEP" in a else 1
-    tensor = 2 * a["WIDTH"] ** 2 * a.get("STEP", a.get("BLOCK", 1)) * 3 / 2048 if "WIDTH" in a else 0
+    tensor = 2 * a["WIDTH"] ** 2 * a.get("STEP", a.get("BLOCK", a.get("BLOCK_K", 1))) * 3 / 2048 if "WIDTH" in a else 0
 
     def took(loop: Loop, turns: int) -> float:
         product = bool(loop.count("HGMMA", "HMMA"))
@@ -145,12 +164,15 @@ def small(code: Code) -> tuple[float, float]:
         return steps if loop.count("HGMMA", "HMMA") else math.ceil(a["parts"] / 4) if "parts" in a else 1
 
     root = max(timed(code.root.own, L2), code.warps * len(code.root.own))
-    return code.waves * (root + sum(took(x, turns(x)) for x in code.root.inside)), 0.0
+    # subspaces that are read and written; of some that is from the L2
+    wide = {"_inner_kernel": 2, "_mend_kernel": 4, "_directions_kernel": 4, "_advance_kernel": 5}.get(name, 0)
+    wide *= 4 * math.prod(code.launch.grid[1:]) * a["b"] * a.get("n", 0) if wide else 0
+    return code.waves * (root + sum(took(x, turns(x)) for x in code.root.inside)), wide
 
 
 def step(codes: list[Code]) -> list[tuple[float, float]]:
     """Cycles and bytes of each launch of a step towards leading values; one more reads a matrix for its norm."""
-    parts, forth = [], {}
+    parts, forth, weights = [], {}, 0.0
     for code in codes:
         a, name = code.launch.arguments, code.launch.kernel.__name__
         if name != "_thin_kernel":
@@ -168,7 +190,8 @@ def step(codes: list[Code]) -> list[tuple[float, float]]:
         size = 4 if "fp32" in code.launch.signature["W_ptr"] else 2
         cycles = forth[kind] / min(programs, MULTIPROCESSORS * code.together) * turn + timed(code.root.own, L2)
         parts.append((cycles, forth[kind] * a["BLOCK"] * a["BLOCK_K"] * size))
-    return [*parts, (0.0, sum(b for _, b in parts) / 3)]
+        weights += parts[-1][1] / 3
+    return [*parts, (0.0, weights)]
 
 
 def factoring(code: Code) -> tuple[float, float]:

@@ -38,10 +38,17 @@ BLOCK = 16  # columns: four threads to a row in float32, so that sums take two s
 PAIRS = 64
 ROWS = 64
 WARPS = 8
+KEPT = 768  # bytes of a row that registers hold in a round; more would spill
+WIDE = 32  # columns of a product
 SHIFT = 1.25  # times a bound on |A|: less makes rows shorter than the rounding of others, more costs accuracy
 
 if triton is not None:
     from sosd_fast.kernels.rounded import divide, sqrt
+    from sosd_fast.kernels.split import dot
+
+    @triton.jit
+    def _inverse_sqrt(x):
+        return tl.rsqrt(x) if x.dtype == tl.float32 else 1.0 / tl.sqrt(x)
 
     @triton.jit
     def _eigh_kernel(
@@ -54,10 +61,14 @@ if triton is not None:
         sweeps,
         tolerance,
         COLUMNS: tl.constexpr,  # n rounded up to whole blocks
+        KEEP: tl.constexpr,  # whether a round reads rows only once: registers hold them
         BLOCK: tl.constexpr,
         PAIRS: tl.constexpr,
         ROWS: tl.constexpr,
         SHIFT: tl.constexpr,
+        WIDE: tl.constexpr,
+        STEP: tl.constexpr,  # terms of a product at a time; of float64 1
+        PRECISION: tl.constexpr,
     ):
         matrix = tl.program_id(0).to(tl.int64)
         dtype = A_ptr.dtype.element_ty
@@ -109,18 +120,20 @@ if triton is not None:
         left = True
         while left:
             worst = tl.zeros([PAIRS], dtype)  # cosine, squared
-            widest = tl.zeros([PAIRS], dtype)  # tangent of an angle
+            widest = tl.zeros([PAIRS], dtype)  # sine of an angle, at most 45 degrees
             for turn in range(turns):
                 for i0 in range(0, half, PAIRS):
                     i = i0 + pairs
-                    p = tl.where(i == 0, turns, (turn + i) % turns)
-                    q = (turn + turns - i) % turns
+                    p = turn + i
+                    p = tl.where(i == 0, turns, tl.where(p < turns, p, p - turns))
+                    q = tl.where(turn < i, turn + turns - i, turn - i)
                     live = (i < half) & (p < n)
                     x_ptr = X_ptr + p[:, None] * COLUMNS
                     y_ptr = X_ptr + q[:, None] * COLUMNS
                     xx = tl.zeros([PAIRS, BLOCK], dtype)
                     yy = tl.zeros([PAIRS, BLOCK], dtype)
                     xy = tl.zeros([PAIRS, BLOCK], dtype)
+                    kept = ()
                     for j0 in tl.static_range(0, COLUMNS, BLOCK):
                         j = j0 + lanes
                         x = tl.load(x_ptr + j[None, :], mask=live[:, None], other=0.0)
@@ -128,50 +141,67 @@ if triton is not None:
                         xx += x * x
                         yy += y * y
                         xy += x * y
+                        if KEEP:
+                            kept += (x, y)
                     a = tl.sum(xx, axis=1)
                     b = tl.sum(yy, axis=1)
                     g = tl.sum(xy, axis=1)
                     squared = g * g / tl.where(live, a * b, 1.0)  # cosine
-                    turned = squared > tolerance * tolerance
+                    turned = g * g > tolerance * tolerance * a * b
+                    # Of twice the angle the cosine is |d| / root and the sine e / root.
+                    d = b - a
+                    e = tl.where(d < 0, -2.0, 2.0).to(dtype) * g
+                    root = _inverse_sqrt(tl.where(turned, d * d + e * e, 1.0))
+                    c = tl.where(turned, 0.5 + 0.5 * tl.abs(d) * root, 1.0)  # squared
+                    inverse = _inverse_sqrt(c)
+                    c *= inverse
+                    s = tl.where(turned, 0.5 * e * root * inverse, 0.0)
                     # The angle may be a little off: approximations do. The rotation must be one to rounding.
-                    zeta = (b - a) / tl.where(turned, 2.0 * g, 1.0)
-                    root = tl.abs(zeta) + tl.sqrt(1.0 + zeta * zeta)
-                    t = tl.where(turned, tl.where(zeta < 0, -1.0, 1.0).to(dtype) / root, 0.0)
-                    h = 1.0 + t * t
-                    if dtype == tl.float32:
-                        c = tl.rsqrt(h)
-                        c += 0.5 * c * tl.fma(-h * c, c, 1.0)
-                    else:
-                        c = 1.0 / tl.sqrt(h)
-                    s = t * c
+                    off = 0.5 * tl.fma(c, c, tl.fma(s, s, -1.0))
+                    c -= off * c
+                    s -= off * s
                     for j0 in tl.static_range(0, COLUMNS, BLOCK):
                         j = j0 + lanes
-                        x = tl.load(x_ptr + j[None, :], mask=live[:, None], other=0.0)
-                        y = tl.load(y_ptr + j[None, :], mask=live[:, None], other=0.0)
+                        if KEEP:
+                            x = kept[j0 // BLOCK * 2]
+                            y = kept[j0 // BLOCK * 2 + 1]
+                        else:
+                            x = tl.load(x_ptr + j[None, :], mask=live[:, None], other=0.0)
+                            y = tl.load(y_ptr + j[None, :], mask=live[:, None], other=0.0)
                         tl.store(x_ptr + j[None, :], c[:, None] * x - s[:, None] * y, mask=live[:, None])
                         tl.store(y_ptr + j[None, :], s[:, None] * x + c[:, None] * y, mask=live[:, None])
                     worst = tl.maximum(worst, squared)
-                    widest = tl.maximum(widest, tl.abs(t))
+                    widest = tl.maximum(widest, tl.abs(s))
                 tl.debug_barrier()
             sweep += 1
             # what a sweep leaves is at most about n times the product of its widest angle and its largest cosine
             greatest = tl.sqrt(tl.max(worst, axis=0))
-            leaves = tl.minimum(greatest, n * tl.max(widest, axis=0) * greatest)
+            leaves = tl.minimum(greatest, 1.5 * n * tl.max(widest, axis=0) * greatest)
             left = (leaves > tolerance) & (sweep < sweeps)
 
         # lambda = v A v has an error of a few eps, where |x| - SHIFT would have that of all rotations
+        wide = tl.arange(0, WIDE)
+        steps = tl.arange(0, STEP)
         for i0 in range(0, n, ROWS):
             i = i0 + strip
-            squares_x = tl.zeros([ROWS, BLOCK], dtype)
-            quotients = tl.zeros([ROWS, BLOCK], dtype)
-            for j0 in range(0, COLUMNS, BLOCK):
-                j = j0 + lanes
-                x = tl.load(X_ptr + i[:, None] * COLUMNS + j[None, :], mask=i[:, None] < n, other=0.0)
-                image = tl.zeros([ROWS, BLOCK], dtype)
-                for k in range(n):
-                    row = (tl.load(A_ptr + k * n + j, mask=j < n, other=0.0).to(tl.float64) * to_unit).to(dtype)
-                    x_k = tl.load(X_ptr + i * COLUMNS + k, mask=i < n, other=0.0)
-                    image += x_k[:, None] * row[None, :]
+            squares_x = tl.zeros([ROWS, WIDE], dtype)
+            quotients = tl.zeros([ROWS, WIDE], dtype)
+            for j0 in range(0, n, WIDE):
+                j = j0 + wide
+                inside = (i[:, None] < n) & (j[None, :] < n)
+                x = tl.load(X_ptr + i[:, None] * COLUMNS + j[None, :], mask=inside, other=0.0)
+                image = tl.zeros([ROWS, WIDE], dtype)
+                for k0 in range(0, n, STEP):
+                    k = k0 + steps
+                    known = (k[:, None] < n) & (j[None, :] < n)
+                    a = tl.load(A_ptr + k[:, None] * n + j[None, :], mask=known, other=0.0)
+                    a = (a.to(tl.float64) * to_unit).to(dtype)
+                    filled = (i[:, None] < n) & (k[None, :] < n)
+                    x_k = tl.load(X_ptr + i[:, None] * COLUMNS + k[None, :], mask=filled, other=0.0)
+                    if STEP == 1:
+                        image += x_k * a
+                    else:
+                        image += dot(x_k, a, PRECISION)
                 squares_x += x * x
                 quotients += x * image
             square = tl.sum(squares_x, axis=1)
@@ -243,11 +273,15 @@ def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
             sweeps=SWEEPS,
             tolerance=TOLERANCE[A.dtype],
             COLUMNS=columns,
+            KEEP=columns * A.element_size() <= KEPT,
             BLOCK=BLOCK,
             PAIRS=PAIRS,
             ROWS=ROWS,
             SHIFT=SHIFT,
-            num_warps=WARPS,
+            WIDE=WIDE,
+            STEP=WIDE if A.dtype == torch.float32 else 1,
+            PRECISION=kernels.precision_of_products(),
+            **kernels.options_of({"num_warps": WARPS, "maxnreg": 255}),
         )
     return values.reshape(A.shape[:-1]), vectors.reshape(A.shape)
 

@@ -19,8 +19,10 @@ from sosd_fast.kernels import thin, tl, triton
 from sosd_fast.kernels.eigh import eigh
 
 SPAN, PARTS = 128, 8  # columns of a program, at least; programs to a matrix, at most
-BLOCK, STEP = 32, 16  # columns at a time, and rows in a product: tensor cores' sums of these are added by rounding
-WARPS = 8
+# Columns at a time, and rows in a product: tensor cores' sums of these are added by rounding. Four programs, of the
+# last two, are on an H100's multiprocessor at once, and no register spills.
+BLOCK, STEP = 16, 16
+WARPS = 4
 # Of the squared norm 1 of a row of D, what must be left without V and the rows before it: rounding is divided by it.
 LEAST = 1e-3
 SMALLEST = 64 * torch.finfo(torch.float32).smallest_normal  # a square that is nearly subnormal has few digits
@@ -31,13 +33,13 @@ if triton is not None:
     from sosd_fast.kernels.small import (
         _basis_kernel,
         _cholesky_kernel,
-        _dot,
         _inner_kernel,
         _put,
         _tile,
         _times,
         _total_kernel,
     )
+    from sosd_fast.kernels.split import dot
 
     @triton.jit
     def _mend_kernel(
@@ -87,7 +89,7 @@ if triton is not None:
             p = _tile(P_ptr + k, n, lanes, columns, b, end - k)
             start = _tile(start_ptr + k, n, lanes, columns, b, end - k)
             # A step of Newton's towards orthonormal rows, or rounding would stay. What is not finite keeps its rows.
-            v -= tl.where(finite, 0.5, 0.0) * _dot(off, v, PRECISION)
+            v -= tl.where(finite, 0.5, 0.0) * dot(off, v, PRECISION)
             _put(old_V_ptr + k, n, lanes, columns, b, end - k, tl.where(sound, v, start))
             _put(old_P_ptr + k, n, lanes, columns, b, end - k, tl.where(sound, p, 0.0))
 
@@ -138,7 +140,7 @@ if triton is not None:
             z = _tile(Z_ptr + k, n, lanes, columns, b, end - k)
             rest = z - rho[:, None] * v
             squares += tl.sum(rest * rest, axis=1)
-            d = (pace / divisor)[:, None] * (z - _dot(H, v, PRECISION))
+            d = (pace / divisor)[:, None] * (z - dot(H, v, PRECISION))
             d += _tile(P_ptr + k, n, lanes, columns, b, end - k)
             _put(D_ptr + k, n, lanes, columns, b, end - k, d)
         tl.store(squares_ptr + (matrix * parts + part) * b + lanes, squares, mask=lanes < b)
@@ -223,9 +225,9 @@ if triton is not None:
             for i in range(0, b, STEP):  # as in `_times`, of which three would take three times as long
                 v = _tile(V_ptr + i * n + k, n, rows, columns, b - i, end - k)
                 d = _tile(D_ptr + i * n + k, n, rows, columns, b - i, end - k)
-                after += _dot(_tile(change_ptr + i, b, lanes, rows, b, b - i), v, PRECISION)
-                change += _dot(_tile(change_ptr + b * b + i, b, lanes, rows, b, b - i), d, PRECISION)
-                change += _dot(_tile(change_ptr + 2 * b * b + i, b, lanes, rows, b, b - i), v, PRECISION)
+                after += dot(_tile(change_ptr + i, b, lanes, rows, b, b - i), v, PRECISION)
+                change += dot(_tile(change_ptr + b * b + i, b, lanes, rows, b, b - i), d, PRECISION)
+                change += dot(_tile(change_ptr + 2 * b * b + i, b, lanes, rows, b, b - i), v, PRECISION)
             v = _tile(V_ptr + k, n, lanes, columns, b, end - k)
             p = _tile(P_ptr + k, n, lanes, columns, b, end - k)
             _put(next_V_ptr + k, n, lanes, columns, b, end - k, tl.where(finite, after + change, v))
@@ -263,14 +265,14 @@ def leading_step(
     of_parts, squares = V.new_empty(B, parts, SUMS, b, b), V.new_empty(B, parts, b)
     scale, change, A = V.new_empty(B, 4), V.new_empty(B, 5, b, b), V.new_empty(B, 2 * b, 2 * b)
     width = {"b": b, "WIDTH": max(16, triton.next_power_of_2(b)), "PRECISION": kernels.precision_of_products()}
-    wide = width | {"n": n, "span": span, "BLOCK": BLOCK, "num_warps": WARPS}
+    wide = width | {"n": n, "span": span, "BLOCK": BLOCK, "num_warps": WARPS, "num_stages": 1}
     small = width | {"sums_ptr": sums, "SUMS": SUMS, "SMALLEST": SMALLEST}
     subspace = {"V_ptr": old_V, "P_ptr": old_P, "D_ptr": D}
 
     def multiply(first: int, last: int, **factors):
         """Adds up inner products of rows."""
         _inner_kernel[(parts, B, last - first)](
-            parts_ptr=of_parts, parts=parts, slot=first, SUMS=SUMS, **factors, **wide | {"num_warps": 4}
+            parts_ptr=of_parts, parts=parts, slot=first, SUMS=SUMS, **factors, **wide | {"num_stages": 2}
         )
         _total_kernel[(triton.cdiv((last - first) * b * b, 1024), B)](
             parts_ptr=of_parts, sums_ptr=sums, first=first * b * b, last=last * b * b, size=SUMS * b * b, parts=parts,
@@ -281,13 +283,13 @@ def leading_step(
         multiply(0, 2, V_ptr=V, P_ptr=P, D_ptr=D, Z_ptr=D)
         _mend_kernel[(parts, B)](
             V_ptr=V, P_ptr=P, start_ptr=start, norms_ptr=norms, old_V_ptr=old_V, old_P_ptr=old_P, scale_ptr=scale,
-            sums_ptr=sums, SUMS=SUMS, num_stages=1, **wide,
+            sums_ptr=sums, SUMS=SUMS, **wide,
         )  # fmt: skip
         products = thin.Thin(matrices, b, scale)
         Z = products.gram_applied(old_V)
         multiply(2, 3, **subspace, Z_ptr=Z)
         residuals = {"squares_ptr": squares, "parts": parts}
-        _directions_kernel[(parts, B)](Z_ptr=Z, pace=pace, **subspace, **residuals, **small | wide, num_stages=1)
+        _directions_kernel[(parts, B)](Z_ptr=Z, pace=pace, **subspace, **residuals, **small | wide)
         multiply(3, 6, **subspace, Z_ptr=Z)
         G = products.inner_gram(D)
         small |= {"STEP": STEP, "change_ptr": change, "num_warps": 8}
@@ -305,9 +307,8 @@ def leading_step(
             next_V_ptr=next_V,
             next_P_ptr=next_P,
             STEP=STEP,
-            num_stages=1,  # two programs are on a multiprocessor then, and no register spills
             **subspace,
-            **wide,
+            **wide | {"num_stages": 2},
         )
     return S, residual, next_V, next_P
 

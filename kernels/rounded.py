@@ -13,3 +13,9 @@ if triton is not None:
     def divide(x, y):
         """The quotient x / y."""
         return tl.div_rn(x, y) if y.dtype == tl.float32 else x / y
+
+    @triton.jit
+    def inverse_sqrt(x):
+        """The inverse root of a normal float32 to rounding, or nearly, of an approximation and a step of Newton's."""
+        y = tl.rsqrt(x)
+        return y + 0.5 * y * tl.fma(-x * y, y, 1.0)

@@ -8,7 +8,8 @@ Cholesky factorisation. Products of small matrices are taken from memory, in ste
 from sosd_fast.kernels import tl, triton
 
 if triton is not None:
-    from sosd_fast.kernels.rounded import divide, sqrt
+    from sosd_fast.kernels.rounded import inverse_sqrt
+    from sosd_fast.kernels.split import dot
 
     @triton.jit
     def _tile(ptr, pitch, rows, columns, height, width):
@@ -22,11 +23,6 @@ if triton is not None:
         tl.store(ptr + rows[:, None] * pitch + columns[None, :], values, mask=inside)
 
     @triton.jit
-    def _dot(x, y, PRECISION: tl.constexpr):
-        """The bound on the sum keeps the compiler from folding an addition that follows into the product."""
-        return tl.dot(x, y, input_precision=PRECISION, max_num_imprecise_acc=32)
-
-    @triton.jit
     def _times(
         X_ptr, pitch, Y_ptr, row, column, lanes, columns, b, width, PRECISION: tl.constexpr, STEP: tl.constexpr
     ):  # fmt: skip
@@ -37,7 +33,7 @@ if triton is not None:
             x = _tile(X_ptr + k, pitch, lanes, inner, b, b - k)
             inside = (inner[:, None] < b - k) & (columns[None, :] < width)
             y = tl.load(Y_ptr + (k + inner[:, None]) * row + columns[None, :] * column, mask=inside, other=0.0)
-            total += _dot(x, y, PRECISION)
+            total += dot(x, y, PRECISION)
         return total
 
     @triton.jit(do_not_specialize=["parts", "slot"])
@@ -82,7 +78,7 @@ if triton is not None:
         for k in range(part * span, end, BLOCK):
             x = _tile(X_ptr + k, n, lanes, columns, b, end - k)
             y = _tile(Y_ptr + k, n, lanes, columns, b, end - k)
-            total += _dot(x, tl.trans(y), PRECISION)
+            total += dot(x, tl.trans(y), PRECISION)
         _put(parts_ptr + ((matrix * parts + part) * SUMS + slot) * b * b, b, lanes, lanes, b, b, total)
 
     @triton.jit(do_not_specialize=["first", "last", "size", "parts"])
@@ -124,7 +120,7 @@ if triton is not None:
         lanes = tl.arange(0, WIDTH)
         squares = tl.load(inner_ptr + lanes * (b + 1), mask=lanes < b, other=0.0)
         known = squares > SMALLEST
-        unit = tl.where(known, divide(tl.full([WIDTH], 1.0, tl.float32), sqrt(tl.where(known, squares, 1.0))), 0.0)
+        unit = tl.where(known, inverse_sqrt(tl.where(known, squares, 1.0)), 0.0)
         M = _tile(inner_ptr, b, lanes, lanes, b, b)
         M -= _times(along_ptr, b, along_ptr, 1, b, lanes, lanes, b, b, PRECISION, STEP)  # D' D'^T
         M = unit[:, None] * M * unit[None, :]
@@ -142,7 +138,8 @@ if triton is not None:
             UT -= made[:, None] * factor[None, :]
             pivots = tl.where(lanes == j, pivot, pivots)
         tl.store(pivots_ptr + matrix * b + lanes, pivots, mask=lanes < b)
-        UT *= unit[:, None] * divide(tl.full([WIDTH], 1.0, tl.float32), sqrt(pivots))[None, :]
+        kept = pivots < float("inf")
+        UT *= unit[:, None] * tl.where(kept, inverse_sqrt(tl.where(kept, pivots, 1.0)), 0.0)[None, :]
         inside = (lanes[:, None] < b) & (lanes[None, :] < b)
         tl.store(K_ptr + lanes[None, :] * b + lanes[:, None], UT, mask=inside)
 

@@ -26,6 +26,7 @@ GRAM_PART = 512  # columns of X W^T in a part of its Gram matrix
 ALIGNED = 16  # elements
 
 if triton is not None:
+    from sosd_fast.kernels.split import dot
 
     @triton.jit
     def _thin_kernel(
@@ -65,6 +66,8 @@ if triton is not None:
         start = tl.multiple_of(start, 16)
         wide = (m + 15) // 16 * 16  # the pitch of X W^T
         A_ptr = address.to(W_ptr.dtype)
+        if EVEN:
+            A_ptr = tl.multiple_of(A_ptr, 16)  # of the address it is forgotten, and copies would be of 4 bytes
         one = tl.load(scale_ptr + matrix * 4)
         two = tl.load(scale_ptr + matrix * 4 + 1)
         finite = tl.load(scale_ptr + matrix * 4 + 2)
@@ -97,8 +100,7 @@ if triton is not None:
             a = tl.load(A_ptr, mask=(rows[:, None] < limit) & (inner[None, :] < left), other=0.0)
             x = tl.load(X_ptr, mask=(lanes[None, :] < b) & (inner[:, None] < left), other=0.0)
             a = (a.to(tl.float32) * one) * two
-            # a nonzero bound keeps the compiler from folding the addition into the product
-            total += tl.dot(a, x, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_K)
+            total += dot(a, x, PRECISION, W_ptr.dtype.element_ty != tl.float32)
             A_ptr += step
             X_ptr += BLOCK_K
         total = tl.where(finite > 0, total, 0.0)
@@ -133,7 +135,7 @@ if triton is not None:
         total = tl.zeros([WIDTH, WIDTH], tl.float32)
         for k in range(begin, end, BLOCK_K):
             y = tl.load(Y_ptr, mask=(lanes[:, None] < b) & (inner[None, :] < end - k + begin), other=0.0)
-            total += tl.dot(y, tl.trans(y), input_precision=PRECISION, max_num_imprecise_acc=BLOCK_K)
+            total += dot(y, tl.trans(y), PRECISION)
             Y_ptr += BLOCK_K
         out_ptr += part * b * b + lanes[:, None] * b + lanes[None, :]
         tl.store(out_ptr, total, mask=(lanes[:, None] < b) & (lanes[None, :] < b))
