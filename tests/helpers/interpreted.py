@@ -13,6 +13,7 @@ if importlib.util.find_spec("triton"):  # before sosd_fast, which then defines i
         os.environ["TRITON_INTERPRET"] = "1"
     import triton.language
     from triton import knobs
+    from triton._C.libtriton import ir
     from triton.language import core as tl_core
     from triton.runtime import interpreter
 
@@ -25,15 +26,18 @@ if importlib.util.find_spec("triton"):  # before sosd_fast, which then defines i
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())  # NumPy 2.4 refuses int(array([1]))
 
-    def create_dot(self, a, b, *rest, dot=interpreter.InterpreterBuilder.create_dot):
-        # bfloat16 is kept as bits, which Triton 3.6 multiplies as integers
-        wide = [
-            interpreter.TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), triton.language.float32)
-            if t.dtype == triton.language.bfloat16
-            else t
-            for t in (a, b)
-        ]
-        return dot(self, *wide, *rest)
+    def create_dot(self, a, b, d, precision, *rest, dot=interpreter.InterpreterBuilder.create_dot):
+        def as_multiplied(t):
+            bits = t.data
+            if t.dtype == triton.language.bfloat16:  # kept as bits, which Triton 3.6 multiplies as integers
+                bits = bits.astype(np.uint32) << 16
+            elif t.dtype == triton.language.float32 and precision == ir.INPUT_PRECISION.TF32:
+                bits = bits.view(np.uint32) & 0xFFFFE000  # what tensor cores read
+            else:
+                return t
+            return interpreter.TensorHandle(bits.view(np.float32), triton.language.float32)
+
+        return dot(self, as_multiplied(a), as_multiplied(b), d, precision, *rest)
 
     def patch_once(fn, patch=interpreter._patch_lang, done=set()):  # noqa: B006
         # At every call of every function Triton puts its language in the interpreter's place: half of the time.
