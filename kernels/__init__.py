@@ -5,6 +5,7 @@ import functools
 import logging
 import sys
 from enum import StrEnum
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -95,8 +96,9 @@ def multiplies_bfloat16() -> bool:
 _MISSING = {
     "Triton": "sosd_fast: Triton is not installed, so CUDA tensors take slower torch operations. Install it with "
     "`pip install triton`; `python -m sosd_fast doctor` shows the paths.",
-    "extension": "sosd_fast._C is not built, so CPU tensors take slower torch operations. Install a C++17 compiler and "
-    "run `pip install -e .` again; `python -m sosd_fast doctor` shows the paths.",
+    "extension": f"sosd_fast._C is not built in {Path(__file__).parent.parent}, so CPU tensors take slower torch "
+    "operations. Run `pip install -e .` in the project's folder, with a C++17 compiler; `python -m sosd_fast doctor` "
+    "shows the paths.",
 }
 
 

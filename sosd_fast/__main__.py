@@ -165,7 +165,7 @@ def doctor() -> list[str]:
     compiled = kernels._C is not None
     lines += [
         f"CUDA GPU    {torch.cuda.get_device_name() if cuda else 'none'}",
-        f"extension   {'built' if compiled else 'not built: install a C++17 compiler, then pip install -e .'}",
+        f"extension   {'built' if compiled else 'not built: pip install -e . in the project, with a C++17 compiler'}",
         "",
         f"{'operation':<22} {'CPU tensors':<14} CUDA tensors",
     ]

@@ -78,7 +78,9 @@ _CHECKS = {
         "None takes every one that fits; for loops without a torch optimizer pass [] and call Probe.step.",
         True,
     ),
-    "method": _Check(lambda v: isinstance(v, str) and v in METHODS, f"one of {', '.join(METHODS)}", "Use 'auto'."),
+    "method": _Check(
+        lambda v: isinstance(v, str) and v in METHODS, f"one of {', '.join(METHODS)}", "Leave it out for 'auto'."
+    ),
     "k": _Check(_is_whole, "a whole number of at least 1", "32 is the default."),
     "budget": _Check(_is_fraction, "a fraction of the step time, above 0 and at most 1", "0.01 is one percent."),
     "every": _Check(_is_whole, "a whole number of at least 1", "1 measures each step."),

@@ -59,6 +59,11 @@ def write_report(
     """
     if not run_dirs:
         raise ValueError("report: expected at least one run directory, got run_dirs=[]. Pass what track wrote.")
+    for run_dir in run_dirs:
+        if not isinstance(run_dir, str | os.PathLike):
+            raise ValueError(
+                f"report: expected paths of run directories, got a {type(run_dir).__name__}. Pass the folders."
+            )
     runs = _labelled([load(run_dir) for run_dir in run_dirs])
     events = _events(runs)  # what is damaged is told before figures are drawn, which takes seconds
     sections = [_overview(runs), events, _alignment(runs), _kinds(runs), *_spectra(runs, matrices)]

@@ -45,6 +45,11 @@ def run_dirs(tmp_path_factory):
     return folders
 
 
+def test_a_run_in_the_place_of_its_folder(run_dirs):
+    with pytest.raises(ValueError, match="report: expected paths of run directories, got a Run"):
+        write_report([sosd_fast.load(run_dirs[0])])
+
+
 @pytest.fixture(scope="module")
 def compared(run_dirs, tmp_path_factory):
     """The page about both, and the figures of spectra in it."""
