@@ -34,7 +34,7 @@ FLAGS = {  # module -> flags after its own
                "tests/spectra/test_cuda.py::test_small_eigenproblems_at_full_size"],
 }  # fmt: skip
 # Tests whose names hold these have sizes that the references take minutes for.
-LARGE = ("2048", "1024", "3072", "768", "300", "72", "torch.float16", "muon_follows")
+LARGE = ("4096", "2048", "1024", "3072", "768", "300", "72", "torch.float16", "muon_follows")
 
 
 def bar(what: str, value: float, limit: float, at_least: bool = False):  # noqa: ARG001
