@@ -48,6 +48,7 @@ if triton is not None:
 
     @triton.jit
     def _inverse_sqrt(x):
+        """In float32 an approximation, one instruction: what is off is corrected once, for both of its uses."""
         return tl.rsqrt(x) if x.dtype == tl.float32 else 1.0 / tl.sqrt(x)
 
     @triton.jit

@@ -40,14 +40,14 @@ PEAK_FLOPS = {"B200": 2.25e15, "H200": 9.89e14, "H100": 9.89e14, "A100": 3.12e14
 
 
 def closing_table(run) -> Table:
-    """SD variation of each kind of matrix: now, at its peak, and the onset of stability where there is one."""
-    table = Table("module", "SD variation now", "at its peak", "peak step", "onset of stability")
+    """SD variation of each kind of matrix: the last one, that at its peak, and the onset of stability if there is one."""
+    table = Table("module", "SD variation, last", "at step", "at its peak", "at step", "onset of stability")
     found = onsets(run)
     for name, (steps, spread) in variation_by_kind(run).items():
         variation = spread[:, 1]  # the median over the matrices of that kind
         peak = int(variation.argmax())
         seen = "not seen" if found[name] is None else f"step {found[name]}"
-        table.add_row(name, f"{variation[-1]:.2e}", f"{variation[peak]:.2e}", f"{steps[peak]}", seen)
+        table.add_row(name, f"{variation[-1]:.2e}", f"{steps[-1]}", f"{variation[peak]:.2e}", f"{steps[peak]}", seen)
     return table
 
 

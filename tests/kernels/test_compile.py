@@ -43,9 +43,8 @@ finally:
 """
 )
 MMA = {"80": "mma", "90": "wgmma", "100": "tcgen05", "gfx942": "v_mfma"}
-# Some for one target of each maker; SOSD_TARGETS="80 90 100 gfx942", as
-# `make check` sets it, compiles everything for those it names, and the steps towards leading values: they take minutes.
-# The reduction on sm_90 is in test_tridiagonal_code.py.
+# Some for one target of each maker; SOSD_TARGETS="80 90 100 gfx942", as `make check` sets it, compiles everything for
+# those it names, which takes minutes. The reduction on sm_90 is in test_tridiagonal_code.py.
 SYRK = "syrk fp32: GPT-2"
 SOME = {
     "90": [SYRK, "syrk fp16: Newton-Schulz (12", "syrk bf16: 531", "singular_distribution", "scale fp32: 531",
