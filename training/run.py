@@ -40,7 +40,7 @@ PEAK_FLOPS = {"B200": 2.25e15, "H200": 9.89e14, "H100": 9.89e14, "A100": 3.12e14
 
 
 def closing_table(run) -> Table:
-    """SD variation of each kind of matrix: the last one, that at its peak, and the onset of stability if there is one."""
+    """SD variation of each kind of matrix: the last one, that at its peak, and the onset of stability, if any."""
     table = Table("module", "SD variation, last", "at step", "at its peak", "at step", "onset of stability")
     found = onsets(run)
     for name, (steps, spread) in variation_by_kind(run).items():
