@@ -21,7 +21,8 @@ KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 
 
 def pip(*arguments, python=sys.executable):
-    command = [str(python), "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
+    # -I: a folder of PYTHONPATH with an egg-info would pass for this package installed.
+    command = [str(python), "-I", "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
     subprocess.run(command, check=True, capture_output=True, text=True)
 
 
