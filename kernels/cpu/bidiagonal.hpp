@@ -25,7 +25,8 @@ template <class T> inline Reflector<T> reflector(T alpha, T squares) {
 }
 
 constexpr int kRowsAtOnce = 4;   // in sums, which keeps chains of equal terms short
-constexpr int kRowsReduced = 4;  // in a step of the bidiagonalisation
+// In a step of the bidiagonalisation: five values of each row stay in registers.
+constexpr int kRowsReduced = kRegisters == 32 ? 4 : 2;
 constexpr int kRowsMerged = 32;  // rows of W^T merged into R at a time: with r = 768 they stay in L2
 
 // A[k] <- row k0 + k of scale * W^T, k < h, each of ld entries, those beyond r untouched.
@@ -99,13 +100,14 @@ inline void bidiagonal_rows(T* A, int64_t ld, int64_t from, int64_t k, int64_t d
     V f[N], g[N], lead[N], f_next[N], dot[N];
     T* next = Finish ? A + N * ld : A;
     if constexpr (Finish) {
-        T along[N] = {};
-        ReduceLanes<T, N>::add(rows.dot, along);
+        const V begun = S::splat(tau), y_lead = S::splat(y[k + 1]);
 #pragma GCC unroll 4
         for (int q = 0; q < N; ++q) {
-            along[q] = q < done ? T(0) : tau * along[q];
-            f[q] = rows.f[q], g[q] = S::splat(along[q]);
-            lead[q] = S::splat(q <= done ? T(0) : A[q * ld + k + 1] - f[q][0] * y[k + 1] - along[q]);
+            f[q] = rows.f[q];
+            const V before = S::splat(A[q * ld + k + 1]) - f[q] * y_lead;
+            const typename S::VI summed = typename S::VI{} - typename S::I(q > done);
+            g[q] = begun * sum_everywhere<T>(rows.dot[q]);
+            lead[q] = V(typename S::VI(before - g[q]) & summed);
         }
     }
     if constexpr (Prepare) {
@@ -122,7 +124,9 @@ inline void bidiagonal_rows(T* A, int64_t ld, int64_t from, int64_t k, int64_t d
                 a[q] = S::at(A + q * ld + c) - f[q] * yc - g[q] * uc;
                 S::at(A + q * ld + c) = a[q];
             }
-            S::at(sums + c) += (lead[0] * a[0] + lead[1] * a[1]) + (lead[2] * a[2] + lead[3] * a[3]);
+            V sum = lead[0] * a[0] + lead[1] * a[1];
+            if constexpr (N == 4) sum += lead[2] * a[2] + lead[3] * a[3];
+            S::at(sums + c) += sum;
         }
         if constexpr (Prepare) {
 #pragma GCC unroll 4
@@ -131,7 +135,7 @@ inline void bidiagonal_rows(T* A, int64_t ld, int64_t from, int64_t k, int64_t d
     }
     if constexpr (Prepare) {
 #pragma GCC unroll 4
-        for (int q = 0; q < N; ++q) rows.f[q] = f_next[q], rows.dot[q] = dot[q];
+        for (int q = 0; q < N; ++q) rows.f[q] = f_next[q], rows.dot[q] = !Finish && q < done ? V{} : dot[q];
     }
 }
 

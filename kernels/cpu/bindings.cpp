@@ -40,17 +40,22 @@ std::vector<Tensor> open_stack(const char* function, const py::object& given) {
     return stack;
 }
 
-// The matrices of one call: of one shape and dtype.
-std::vector<Tensor> open_matrices(const char* function, const py::sequence& given) {
+// The matrices of one call: of one dtype, and of one shape, or at least of one short side.
+std::vector<Tensor> open_matrices(const char* function, const py::sequence& given, bool of_one_shape) {
+    const auto alike = [&](const Tensor& a, const Tensor& b) {
+        return a.dtype == b.dtype && a.dims() == 2 &&
+               (of_one_shape ? a.size == b.size : std::min(a.size[0], a.size[1]) == std::min(b.size[0], b.size[1]));
+    };
+    const std::string expected = of_one_shape ? "shape" : "short side";
     std::vector<Tensor> matrices;
     matrices.reserve(given.size());
     for (const py::handle& each : given) {
         matrices.emplace_back(each, "matrices");
         const Tensor& W = matrices.back();
-        if (W.dims() != 2 || W.size != matrices[0].size || W.dtype != matrices[0].dtype)
-            refuse(std::string(function) + ": expected matrices of one shape and dtype, got shape " +
+        if (!alike(W, matrices[0]))
+            refuse(std::string(function) + ": expected matrices of one " + expected + " and dtype, got shape " +
                    sosd_fast::to_string(W.size) + " after " + sosd_fast::to_string(matrices[0].size) +
-                   ". Call it once for each shape and dtype.");
+                   ". Call it once for each " + expected + " and dtype.");
     }
     if (!matrices.empty()) expect_short_side(function, matrices[0].size[0], matrices[0].size[1]);
     return matrices;
@@ -129,9 +134,9 @@ double sd_error(const py::object& S, const std::string& method, int64_t inner, d
                                to_model(model));
 }
 
-// matrices: B tensors (m, n) of one dtype, any strides, or one (B, m, n): to open tensors takes longer than the spectra of
-// small matrices do. S, bound and previous: (B, min(m, n)) float64, contiguous; sd_error: (B,). S, bound and sd_error are
-// written. methods: what stands for each of kMethods; returns it for each matrix, as the method that stood.
+// matrices: B tensors (m, n) of one dtype and one short side r, any strides, or one (B, m, n): to open tensors takes longer
+// than the spectra of small matrices do. S, bound and previous: (B, r) float64, contiguous; sd_error: (B,). S, bound and
+// sd_error are written. methods: what stands for each of kMethods; returns it for each matrix, as the method that stood.
 // band_from, for tests: see SvdvalsTask.
 py::tuple svdvals(const py::object& matrices, const std::string& method, const py::object& previous, const py::object& S,
                   const py::object& bound, const py::object& sd_error, const py::tuple& methods, int threads,
@@ -140,11 +145,12 @@ py::tuple svdvals(const py::object& matrices, const std::string& method, const p
     const Method asked = automatic ? Method::gram32 : to_method("svdvals", method);
     const ErrorModel constants = to_model(model);
     const bool separate = PyList_Check(matrices.ptr()) || PyTuple_Check(matrices.ptr());
-    const std::vector<Tensor> opened = separate ? open_matrices("svdvals", matrices) : open_stack("svdvals", matrices);
+    const std::vector<Tensor> opened = separate ? open_matrices("svdvals", matrices, false) : open_stack("svdvals", matrices);
     const int64_t count = separate ? int64_t(opened.size()) : opened[0].size[0];
     if (methods.size() != kMethods.size()) refuse("svdvals: expected four methods, got " + std::to_string(methods.size()) + ".");
     if (count == 0) return py::tuple();
-    const int64_t m = opened[0].size[separate ? 0 : 1], n = opened[0].size[separate ? 1 : 2], r = std::min(m, n);
+    const int first = separate ? 0 : 1;  // the dimension of a tensor that counts a matrix's rows
+    const int64_t r = std::min(opened[0].size[first], opened[0].size[first + 1]);
     const Tensor values(S, "S"), bounds(bound, "bound"), errors(sd_error, "sd_error");
     const std::vector<Tensor> before = open_optional(previous, "previous");
     values.expect("S", DType::f64, {count, r});
@@ -157,7 +163,7 @@ py::tuple svdvals(const py::object& matrices, const std::string& method, const p
         sosd_fast::SvdvalsTask& t = tasks[size_t(i)];
         t.dtype = W.dtype;
         t.data = separate || !W.data ? W.data : W.data + i * W.stride[0] * bytes_of(W.dtype);  // none where W is empty
-        t.m = m, t.n = n, t.row_stride = W.stride[separate ? 0 : 1], t.col_stride = W.stride[separate ? 1 : 2];
+        t.m = W.size[first], t.n = W.size[first + 1], t.row_stride = W.stride[first], t.col_stride = W.stride[first + 1];
         t.automatic = automatic;
         t.method = asked;
         t.model = &constants;
@@ -237,7 +243,7 @@ void gram_eigenvalues(const py::object& triangles, const py::object& values, int
 std::vector<bool> advance_subspaces(const py::sequence& matrices, float pace, const py::object& V, const py::object& P,
                                     const py::object& next_V, const py::object& next_P, const py::object& squares,
                                     const py::object& residual, int threads) {
-    const std::vector<Tensor> opened = open_matrices("advance_subspaces", matrices);
+    const std::vector<Tensor> opened = open_matrices("advance_subspaces", matrices, true);
     if (opened.empty()) return {};
     const int64_t count = int64_t(opened.size()), m = opened[0].size[0], n = opened[0].size[1];
     const Tensor basis(V, "V"), change(P, "P"), to_V(next_V, "next_V"), to_P(next_P, "next_P"), values(squares, "squares"),

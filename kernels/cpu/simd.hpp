@@ -89,6 +89,17 @@ template <class T, int N, int G = Simd<T>::L> struct ReduceLanes {
     }
 };
 
+// The sum of the lanes, in every lane.
+template <class T, int H = Simd<T>::L / 2> inline typename Simd<T>::V sum_everywhere(typename Simd<T>::V x) {
+    if constexpr (H > 0) {
+        typename Simd<T>::VI other = {};
+#pragma GCC unroll 16
+        for (int o = 0; o < Simd<T>::L; ++o) other[o] = o ^ H;
+        return sum_everywhere<T, H / 2>(x + __builtin_shuffle(x, other));
+    }
+    return x;
+}
+
 // x <- its transpose, L vectors of L lanes, exchanging blocks of H, H / 2, .. 1 lanes.
 template <class T, int H = Simd<T>::L / 2> inline void transpose(typename Simd<T>::V* x) {
     if constexpr (H > 0) {

@@ -15,7 +15,7 @@ from sosd_fast.probe.measurement import FullValues, Kind, of_each
 from sosd_fast.probe.state import MatrixState
 from sosd_fast.spectra.bounds import theory_bound
 from sosd_fast.spectra.precision import Method
-from sosd_fast.spectra.svdvals import spectra
+from sosd_fast.spectra.svdvals import mixes_shapes, spectra
 
 
 class FullTensors(NamedTuple):
@@ -55,11 +55,17 @@ class FullGroup:
 
     kind: Kind = "full"
 
+    @staticmethod
+    def together(state: MatrixState) -> bool:
+        """Whether a matrix is measured with those of other shapes that have its short side."""
+        exact = state.method in ("exact", "exact64")
+        return state.shards is None and mixes_shapes(state.matrix.parameter, Method.EXACT if exact else state.method)
+
     @classmethod
     def launch(cls, states: list[MatrixState], step: int, every: int, k: int) -> "FullGroup":
         """Measures matrices of one short side, dtype, device and method, and hands their spectra on to the next step.
 
-        On the host they are also of one shape. On a CUDA device nothing here waits for the device.
+        They are of one shape where `together` says no. On a CUDA device nothing here waits for the device.
         """
         matrices, shards = [t.tensor() for t in states], states[0].shards
         device = matrices[0].device

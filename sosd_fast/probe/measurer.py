@@ -50,12 +50,12 @@ class PendingStep:
     @property
     def seconds(self) -> dict[int, float]:
         """The seconds that each matrix took, by its place, where it could be measured; there after `result`."""
-        return {
-            place: cost.seconds / len(cost.places)
-            for cost in self.costs
-            for place in cost.places
-            if place not in self._failures
-        }
+        found: dict[int, float] = {}
+        for cost in self.costs:  # a group's by the number of operations, for its matrices may be of different shapes
+            shapes = [sorted(self._states[place].shape) for place in cost.places]
+            work = [r * r * (K + 2 * r) if cost.kind == "full" else r * K for r, K in shapes]
+            found |= {place: cost.seconds * w / sum(work) for place, w in zip(cost.places, work, strict=True)}
+        return {place: seconds for place, seconds in found.items() if place not in self._failures}
 
     def result(self) -> list[Measurement]:
         """Returns what was found of each matrix, in the order of places; waits where it must."""
@@ -173,14 +173,15 @@ class Measurer:
     def _groups(kind: Kind, states: list[MatrixState]) -> list[list[MatrixState]]:
         """Splits matrices into those of one shape, dtype, device and method, which are measured together.
 
-        On a GPU they need only a short side in common; those of one shape come together. A matrix that starts anew is
-        measured apart from others, which go on from their last measurement. One that could not be measured last time
-        is tried alone, and one whose values are converted first comes alone, lest all converted ones are there at once.
+        For all values by our kernels, and on a GPU, they need only a short side in common. A matrix that starts
+        anew is measured apart from others, which go on from their last measurement. One that could not be measured last
+        time is tried alone, and one whose values are converted first comes alone, lest all converted ones are there at
+        once.
         """
         groups: dict[tuple[object, ...], list[MatrixState]] = {}
         for t in states:
             p = t.matrix.parameter
-            by_side = p.is_cuda and t.shards is None and (kind == "leading" or t.method != "exact")
+            by_side = FullGroup.together(t) if kind == "full" else p.is_cuda and t.shards is None
             fresh = t.S is None if kind == "full" else t.shards is None and t.subspace is None
             alone = t.place if (t.lost or t.matrix.read) and t.shards is None else None
             key = (min(t.shape) if by_side else t.shape, p.dtype, p.device, t.method, fresh, alone)

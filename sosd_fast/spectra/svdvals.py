@@ -33,7 +33,7 @@ _COMPILED = (Method.GRAM32, Method.BIDIAG32, Method.GRAM64, Method.BIDIAG64)  # 
 
 
 class Spectra(NamedTuple):
-    """Spectra of a list of B matrices of one shape (m, n), r = min(m, n)."""
+    """Spectra of a list of B matrices of one short side r."""
 
     S: Tensor  # (B, r) float64, descending
     bound: Tensor  # (B, r) float64, |S - S_true| is at most this
@@ -142,11 +142,11 @@ def _returned(dtype: torch.dtype) -> torch.dtype:
 def spectra(
     matrices: Sequence[Tensor] | Tensor, method: str | Method = "auto", previous: Tensor | None = None
 ) -> Spectra:
-    """Computes the spectra of B matrices of one shape, dtype and device, read in place.
+    """Computes the spectra of B matrices of one dtype and device, read in place.
 
     Args:
-        matrices: B tensors (m, n), on CUDA of any shapes with one short side, or one (B, m, n), which is faster for
-            small matrices on the CPU. Not modified.
+        matrices: B tensors (m, n) of one shape, or, where `mixes_shapes`, of any shapes with one short side; or one
+            (B, m, n), which is faster for small matrices on the CPU. Not modified.
         method: as in `svdvals`, or "bidiag32" or "bidiag64", on the CPU.
         previous: (B, r) float64, spectra of the same matrices a little earlier. They tell which precision to start
             from. For CUDA matrices pass them on the CPU: reading them from the device would wait for it.
@@ -178,6 +178,11 @@ def spectra(
     methods = climb(compute, methods)
     S, bound, error = (torch.stack(column) for column in zip(*(rows[i] for i in range(len(matrices))), strict=True))
     return Spectra(S, bound, error, methods)
+
+
+def mixes_shapes(W: Tensor, method: str | Method) -> bool:
+    """Whether `spectra` takes matrices of different shapes, those with the short side of W, at once."""
+    return method != Method.EXACT and backend_of("svdvals", W) is not Backend.TORCH
 
 
 def _compiled(matrices: Sequence[Tensor] | Tensor, method: str, previous: Tensor | None) -> Spectra:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -10,8 +11,14 @@ import torch
 from torch import nn
 
 import sosd_fast
+from sosd_fast.distributed.share import share
 from sosd_fast.kernels.distribution import Distribution, singular_distribution_ref
+from sosd_fast.matrices import find_matrices
+from sosd_fast.probe.followed import FollowedMatrices, Found
+from sosd_fast.probe.full import FullGroup
 from sosd_fast.probe.measurement import FullValues, LeadingValues, Measurement
+from sosd_fast.probe.measurer import Measurer
+from sosd_fast.probe.planner import Plan
 from sosd_fast.runs.records import Record
 
 K = 5
@@ -114,3 +121,46 @@ def test_each_field_of_a_full_measurement_is_measured():
     assert error <= record.sd_error < 1e-6 < min(expected.values())
     known = {"step", "name", "shape", "interval", "method", "spectrum", "topk", "sd_error"} | set(expected)
     assert FIELDS - known == {"sd_variation_carried", "residual", "audit_error", "lr"}  # of other ways
+
+
+def groups_of(net, **options):
+    """The names in each group of matrices that one step measures together, in full."""
+    seen, launch = [], FullGroup.launch.__func__
+
+    def recorded(cls, states, *others):
+        seen.append(sorted(t.name.removesuffix(".weight") for t in states))
+        return launch(cls, states, *others)
+
+    probe = sosd_fast.track(net, optimizers=[], audit=False, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FullGroup, "launch", classmethod(recorded))
+        probe.step()
+    return sorted(seen)
+
+
+def layers(*shapes):
+    return nn.Sequential(*(nn.Linear(n, m, bias=False) for m, n in shapes))
+
+
+def test_matrices_of_one_short_side_are_measured_together():
+    net = layers((40, 40), (40, 160), (160, 40), (48, 40), (40, 40), (48, 60))
+    assert groups_of(net, method="full") == [["0", "1", "2", "3", "4"], ["5"]]
+    net[4].bfloat16()
+    assert groups_of(net, method="full") == [["0", "1", "2", "3"], ["4"], ["5"]], "of one dtype"
+    assert groups_of(net, method="exact") == [["0"], ["1"], ["2"], ["3"], ["4"], ["5"]], "LAPACK takes one shape"
+
+
+def test_without_our_kernels_matrices_of_one_shape_are_measured_together(monkeypatch):
+    monkeypatch.setattr("sosd_fast.kernels._C", None)
+    assert groups_of(layers((40, 40), (40, 160), (40, 40)), method="full") == [["0", "2"], ["1"]]
+
+
+def test_what_a_matrix_takes_is_its_part_of_the_groups_work():
+    """A matrix 16 times as long as another takes more of the budget, though both are measured in one call."""
+    net = layers((64, 64), (64, 1024), (64, 64))
+    matrices = FollowedMatrices(weakref.ref(net), lambda: Found(share(net, find_matrices(net))))
+    pending = Measurer(matrices, every=1, k=8).launch(Plan([0, 1, 2], []), step=1)
+    pending.result()
+    (cost,), seconds = pending.costs, pending.seconds
+    assert sum(seconds.values()) == pytest.approx(cost.seconds) and seconds[0] == seconds[2]
+    assert seconds[1] / seconds[0] == pytest.approx((1024 + 2 * 64) / (64 + 2 * 64))

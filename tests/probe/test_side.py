@@ -121,7 +121,8 @@ def test_auto_takes_what_is_cheaper_by_the_devices_clock(topk_ms, most):
     class Clocked(Late):
         def fetch(self, tensors):
             found = super().fetch(tensors)
-            found.seconds = found.device_seconds = 1e-3 * (topk_ms if isinstance(tensors, LeadingTensors) else 10.0)
+            each = topk_ms if isinstance(tensors, LeadingTensors) else 10.0
+            found.seconds = found.device_seconds = 1e-3 * each * len(tensors.S)
             found.looks = 2  # there a step later: many steps' costs on their way would not be counted
             return found
 
@@ -143,7 +144,7 @@ def test_auto_learns_what_measurements_cost():
     class Cheaper(Late):
         def fetch(self, tensors):
             found = super().fetch(tensors)
-            found.seconds = found.device_seconds = seconds[0]
+            found.seconds = found.device_seconds = seconds[0] * len(tensors.S)
             found.looks = 3
             return found
 

@@ -176,7 +176,7 @@ def test_why_no_matrix_can_be_measured_is_said_in_whole_sentences():
 
 @pytest.mark.parametrize("method", ["full", "topk"])
 def test_results_that_cannot_be_read_are_lost_alone(method, caplog, monkeypatch):
-    net = nn.Sequential(nn.Linear(40, 40, bias=False), nn.Linear(40, 48, bias=False))
+    net = nn.Sequential(nn.Linear(40, 40, bias=False), nn.Linear(44, 48, bias=False))  # of two groups
     probe = sosd_fast.track(net, method=method, k=4, optimizers=[])
     group = FullGroup if method == "full" else LeadingGroup
     read = group.read

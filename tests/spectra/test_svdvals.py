@@ -10,7 +10,7 @@ from prepared import run
 
 import sosd_fast
 from sosd_fast.spectra.precision import SD_TOLERANCE
-from sosd_fast.spectra.svdvals import spectra
+from sosd_fast.spectra.svdvals import mixes_shapes, spectra
 from sosd_fast.testing import SPECTRA, assert_svdvals_close, matrix, sd_distance
 
 SHAPES = [
@@ -373,3 +373,20 @@ def test_the_bound_counts_that_results_are_multiples_of_the_smallest_number(scal
     S, bound = sosd_fast.svdvals(W, return_bound=True)
     assert ((S.double() - truth).abs() <= bound.double()).all()
     assert not sosd_fast.svdvals(0 * W, return_bound=True)[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("r", [20, 48, 130])  # in lanes, one by one, in several panels
+def test_matrices_of_one_short_side_keep_their_spectra_beside_one_another(dtype, r):
+    shapes = [(r, r), (5 * r, r), (r, r + 3), (r, 400), (r, r), (r + 70, r)]
+    kinds = ("gaussian", "log4", "rank_one", "power", "half_zeros", "gaussian")
+    matrices = [matrix(kind, m, n, dtype=dtype) for kind, (m, n) in zip(kinds, shapes, strict=True)]
+    assert mixes_shapes(matrices[0], "auto")
+    alone = [spectra([W]) for W in matrices]
+    for previous in (None, torch.cat([found.S for found in alone])):
+        together = spectra(matrices, previous=previous)
+        for i, W in enumerate(matrices):
+            own = spectra([W], previous=None if previous is None else previous[i : i + 1])
+            assert together.methods[i] == own.methods[0]
+            for found, expected in zip(together[:3], own[:3], strict=True):
+                assert torch.equal(found[i], expected[0])
