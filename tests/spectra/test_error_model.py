@@ -2,6 +2,8 @@
 
 import functools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,6 +88,13 @@ def test_cpp_has_the_same_function(r):
                 expected = float(sd_error(S[None], method, 2 * r, dtype=dtype, drift=moved))
                 found = kernels._C.sd_error(S, method.value, 2 * r, drift, MODELS[Backend.CPP])
                 assert found == pytest.approx(expected, rel=1e-12), (name, method, drift)
+
+
+def test_what_the_sanitizers_run_has_the_same_constants():
+    source = (Path(__file__).parent.parent / "kernels" / "sanitize.cpp").read_text()
+    found = {name: value for name, value in re.findall(r"m\.(\w+) = ([^,;]+)[,;]", source)}
+    numerators = {name: [float(part) for part in value.split("/")] for name, value in found.items()}
+    assert {name: a / (b[0] if b else 1) for name, (a, *b) in numerators.items()} == MODELS[Backend.CPP]._asdict()
 
 
 def test_constants_of_the_distribution_are_those_of_all_backends():
