@@ -46,6 +46,13 @@ template <class T> struct Simd {
     static const V& at(const T* p) { return *reinterpret_cast<const V*>(p); }
 };
 
+// Has x loaded once: a compiler for 16 registers would read it from memory again in each product, and loads bound loops.
+template <class V> inline void loaded([[maybe_unused]] V& x) {
+#if defined(__x86_64__)
+    __asm__("" : "+v"(x));
+#endif
+}
+
 // Lane o of one step of a transposing reduction: x and y hold sums spread over groups of G lanes; the result holds
 // x's sums, then y's, over groups of G / 2.
 constexpr int reduce_lane(int o, int L, int G, bool high) {

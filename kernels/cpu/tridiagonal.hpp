@@ -41,7 +41,8 @@ inline T symv(const Tiles& tiles, const T* G, int64_t first, const T* v, T* y) {
                 V even = S::at(y + I * kTileRows + r * S::L), odd = V{};
 #pragma GCC unroll 8
                 for (int c = 0; c < kTileCols; ++c) {
-                    const V a = S::at(g + c * kTileRows + r * S::L);
+                    V a = S::at(g + c * kTileRows + r * S::L);
+                    loaded(a);
                     (c % 2 ? odd : even) += a * vJ[c];
                     acc[c] += a * x;
                 }
