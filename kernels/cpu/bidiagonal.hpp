@@ -100,13 +100,13 @@ inline void bidiagonal_rows(T* A, int64_t ld, int64_t from, int64_t k, int64_t d
     V f[N], g[N], lead[N], f_next[N], dot[N];
     T* next = Finish ? A + N * ld : A;
     if constexpr (Finish) {
-        const V begun = S::splat(tau), y_lead = S::splat(y[k + 1]);
+        const V taus = S::splat(tau), y_lead = S::splat(y[k + 1]);
 #pragma GCC unroll 4
         for (int q = 0; q < N; ++q) {
             f[q] = rows.f[q];
             const V before = S::splat(A[q * ld + k + 1]) - f[q] * y_lead;
             const typename S::VI summed = typename S::VI{} - typename S::I(q > done);
-            g[q] = begun * sum_everywhere<T>(rows.dot[q]);
+            g[q] = taus * sum_everywhere<T>(rows.dot[q]);
             lead[q] = V(typename S::VI(before - g[q]) & summed);
         }
     }
