@@ -29,10 +29,8 @@ MATRICES = {"debugmodel": 2 * 7 + 2, "debugmodel_moe": 2 * (5 + 3 * 64) + 2}
 def test_one_line_in_torchtitan(ranks, tmp_path):
     done = torchrun(ranks, WORKER, tmp_path, json.dumps(LAYOUTS[ranks]), timeout=500, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-5000:]
-    lines = [line.removeprefix("FOUND ") for line in done.stdout.splitlines() if line.startswith("FOUND ")]
-    found = {(layout, tracked): results for layout, tracked, results in map(json.loads, lines)}
     for layout, (model, _) in LAYOUTS[ranks].items():
-        alone, tracked = found[layout, False], found[layout, True]
+        alone, tracked = (json.loads((tmp_path / f"{layout} {each}.json").read_text()) for each in (False, True))
         assert all(r["sums"] == alone[0]["sums"] for r in (*alone, *tracked)), (
             "the same bits with the probe and without"
         )

@@ -10,6 +10,7 @@ optimizers are torchtitan's.
 import json
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -166,5 +167,5 @@ for layout, (model, parallelism) in layouts.items():
         everything = [None] * dist.get_world_size()
         dist.all_gather_object(everything, found)
         if dist.get_rank() == 0:
-            print("FOUND", json.dumps([layout, tracked, everything]), flush=True)
+            Path(folder, f"{layout} {tracked}.json").write_text(json.dumps(everything))  # stdout is of all ranks
 dist.destroy_process_group()
