@@ -187,13 +187,14 @@ def singular_distribution(S: Tensor, previous: Tensor | None = None, reference: 
     rows = S.detach().reshape(-1, S.shape[-1])
     others = [t if t is None else t.detach().reshape(rows.shape) for t in (previous, reference)]
     sd = torch.empty_like(S, memory_format=torch.contiguous_format, requires_grad=False)
-    statistics = torch.empty(rows.shape[0], len(Distribution._fields) - 1, dtype=torch.float64, device=S.device)
+    columns = len(Distribution._fields) - 1
+    statistics = torch.empty(*S.shape[:-1], columns, dtype=torch.float64, device=S.device)
     if backend is Backend.TRITON:
         _launch(rows, *others, sd=sd, statistics=statistics)
     else:
         spectra = (t if t is None else t.to(S.dtype).contiguous() for t in (rows, *others))
-        kernels._C.singular_distribution(*spectra, sd.view(rows.shape), statistics)
-    found = Distribution(sd, *(column.reshape(S.shape[:-1]) for column in statistics.unbind(1)))
+        kernels._C.singular_distribution(*spectra, sd.view(rows.shape), statistics.view(len(rows), columns))
+    found = Distribution(sd, *statistics.unbind(-1))
     if previous is None:
         found = found._replace(variation_l2=None, variation_l1=None, variation_linf=None)
     if reference is None:

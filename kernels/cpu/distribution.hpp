@@ -32,7 +32,7 @@ inline double power_of_two(double x) {
     std::memcpy(&bits, &x, sizeof x);
     bits &= 0x7FF0000000000000;
     std::memcpy(&x, &bits, sizeof x);
-    return std::max(x, 0x1p-1022);
+    return std::isinf(x) ? x : std::clamp(x, 0x1p-1022, 0x1p1022);
 }
 
 template <class T>
@@ -52,38 +52,38 @@ void singular_distribution(const T* S, const T* previous, const T* reference, in
         // Each spectrum is divided by a power of two, exactly, so that no sum and no square leaves the range of double.
         double sum = 0, sum_previous = 0, dot = 0, square_reference = 0, sigma_max = largest(S, r), sigma_min = S[0];
         const double power = power_of_two(sigma_max);
-        const double power_previous = previous ? power_of_two(largest(previous, r)) : 1;
-        const double power_reference = reference ? power_of_two(largest(reference, r)) : 1;
+        const double unit = 1 / power, unit_previous = previous ? 1 / power_of_two(largest(previous, r)) : 1;
+        const double unit_reference = reference ? 1 / power_of_two(largest(reference, r)) : 1;
         for (int64_t i = 0; i < r; ++i) {
-            sum += S[i] / power;
+            sum += S[i] * unit;
             sigma_min = std::min(sigma_min, double(S[i]));
         }
         if (previous)
-            for (int64_t i = 0; i < r; ++i) sum_previous += previous[i] / power_previous;
+            for (int64_t i = 0; i < r; ++i) sum_previous += previous[i] * unit_previous;
         if (std::isnan(sum)) sigma_max = sigma_min = nan;
 
         const double divisor = sum == 0 ? nan : sum;
         const double divisor_previous = sum_previous == 0 ? nan : sum_previous;
         double l1 = 0, l2 = 0, linf = 0, entropy = 0, square = 0, fourth = 0;
         for (int64_t i = 0; i < r; ++i) {
-            const double p = S[i] / power / divisor;
+            const double p = S[i] * unit / divisor;
             sd[i] = static_cast<T>(p);
             square += p * p;
             fourth += p * p * p * p;
             entropy -= p > 0 ? p * std::log(p) : p * 0;
             if (previous) {
-                const double d = std::abs(p - previous[i] / power_previous / divisor_previous);
+                const double d = std::abs(p - previous[i] * unit_previous / divisor_previous);
                 l1 += d;
                 l2 += d * d;
                 linf = std::max(linf, d);
             }
             if (reference) {
-                const double q = reference[i] / power_reference;
+                const double q = reference[i] * unit_reference;
                 dot += p * q;
                 square_reference += q * q;
             }
         }
-        const double p_max = sigma_max / power / divisor;
+        const double p_max = sigma_max * unit / divisor;
         statistics[kVariationL2] = previous ? std::sqrt(l2) : nan;
         statistics[kVariationL1] = previous ? l1 : nan;
         statistics[kVariationLinf] = previous ? (std::isnan(l2) ? nan : linf) : nan;

@@ -7,7 +7,7 @@ that on the device alone.
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -46,7 +46,7 @@ class Results(Protocol):
 class Executor(Protocol):
     """Runs measurements of the matrices on one device."""
 
-    def measuring(self, weights: list[Tensor]) -> AbstractContextManager[None]:
+    def measuring(self, weights: Iterable[Tensor]) -> AbstractContextManager[None]:
         """Surrounds the operations that read weights, which are as the current stream leaves them."""
         ...
 
@@ -84,7 +84,7 @@ class HostExecutor:
         self._began = 0.0
 
     @contextlib.contextmanager
-    def measuring(self, weights: list[Tensor]) -> Generator[None]:  # noqa: ARG002
+    def measuring(self, weights: Iterable[Tensor]) -> Generator[None]:  # noqa: ARG002
         """Surrounds the operations that read weights."""
         self._began = time.perf_counter()
         yield
@@ -131,7 +131,7 @@ class StreamExecutor:
         self._done: torch.cuda.Event | None = None
 
     @contextlib.contextmanager
-    def measuring(self, weights: list[Tensor]) -> Generator[None]:
+    def measuring(self, weights: Iterable[Tensor]) -> Generator[None]:
         """Surrounds the operations that read weights, which are as the current stream leaves them."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         for W in weights:

@@ -116,17 +116,22 @@ class FullGroup:
         found = FullTensors._make(host)
         S = found.S.numpy().copy()  # the record's own: neither the probe's state nor pinned memory
         k = min(self.k, S.shape[1])
-        columns: dict[str, list[float]] = {
+        columns = {
             name: column.tolist() for name, column in found._asdict().items() if name != "S" and column is not None
         }
+        rows: list[tuple[float, ...]] = list(zip(*columns.values(), strict=True))
+        leading: list[list[float]] = S[:, :k].tolist()
 
         def values(j: int) -> FullValues:
-            missing = () if self.compared[j] else ("cosine",)
-            missing = missing if self.consecutive[j] else (*missing, *_CHANGES)
-            own = {name: column[j] for name, column in columns.items() if name not in missing}
+            own: dict[str, Any] = dict(zip(columns, rows[j], strict=True))
+            if not self.compared[j]:
+                own.pop("cosine", None)
+            if not self.consecutive[j]:
+                for name in _CHANGES:
+                    own.pop(name, None)
             interval = self.every if "sd_variation" in own else None
             return FullValues(
-                method=str(self.methods[j]), spectrum=S[j], topk=tuple(S[j, :k].tolist()), interval=interval, **own
+                method=str(self.methods[j]), spectrum=S[j], topk=tuple(leading[j]), interval=interval, **own
             )
 
         return of_each(len(self.states), values)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -45,6 +46,10 @@ class FullValues:
         r, nan = min(shape), math.nan
         numbers: dict[str, Any] = {f.name: nan for f in fields(cls) if f.type is float}
         return cls(method=method, spectrum=np.full(r, nan), topk=(nan,) * min(k, r), **numbers)
+
+
+_FULL = tuple(f.name for f in fields(FullValues))
+_values_of: Callable[[FullValues], tuple[Any, ...]] = attrgetter(*_FULL)
 
 
 @dataclass(slots=True)
@@ -141,7 +146,7 @@ class Measurement:
             if interval is None:
                 interval, floor = leading.interval, leading.sd_variation_floor
                 variation_topk = leading.sd_variation_topk
-        values: dict[str, Any] = {name: getattr(full, name) for name in FullValues.__dataclass_fields__}
+        values: dict[str, Any] = dict(zip(_FULL, _values_of(full), strict=True))
         values |= {"interval": interval, "sd_variation_topk": variation_topk}
         return Record(
             step=self.step,

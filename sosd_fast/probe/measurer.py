@@ -147,7 +147,7 @@ class Measurer:
         """Begins the measurement of matrices that belong together; where that raises, of each of them alone."""
         try:
             executor = self._executor(states[0])
-            with executor.measuring([t.matrix.parameter.detach() for t in states if t.matrix.read is None]):
+            with executor.measuring(t.matrix.parameter.detach() for t in states if t.matrix.read is None):
                 launch = FullGroup.launch if kind == "full" else LeadingGroup.launch
                 group = launch(states, step, self._every, self._k)
                 results = executor.fetch(group.tensors)
@@ -179,11 +179,14 @@ class Measurer:
         once.
         """
         groups: dict[tuple[object, ...], list[MatrixState]] = {}
+        sides: dict[tuple[object, ...], bool] = {}  # whether they need only a short side in common
         for t in states:
             p = t.matrix.parameter
-            by_side = FullGroup.together(t) if kind == "full" else p.is_cuda and t.shards is None
+            form = p.dtype, p.device, t.method
+            if (by_side := sides.get(form)) is None:
+                sides[form] = by_side = FullGroup.together(t) if kind == "full" else p.is_cuda and t.shards is None
             fresh = t.S is None if kind == "full" else t.shards is None and t.subspace is None
             alone = t.place if (t.lost or t.matrix.read) and t.shards is None else None
-            key = (min(t.shape) if by_side else t.shape, p.dtype, p.device, t.method, fresh, alone)
+            key = (min(t.shape) if by_side else t.shape, *form, fresh, alone)
             groups.setdefault(key, []).append(t)
         return [sorted(group, key=lambda t: t.shape) for group in groups.values()]

@@ -120,6 +120,17 @@ def test_the_ends_of_the_range(place, dtype):
     )
 
 
+def test_the_largest_values_where_subnormals_are_flushed(place):
+    """2^-1023, the inverse of their power of two, is subnormal."""
+    S = torch.tensor([1.5, 0.75, 0.75], dtype=torch.float64, device=place) * 2.0**1023
+    flushes = torch.set_flush_denormal(True)
+    try:
+        found = singular_distribution(S, S.flip(-1), S)
+    finally:
+        torch.set_flush_denormal(False)
+    assert found.sd.tolist() == [0.5, 0.25, 0.25] and found.variation_l1.item() == 0.5, flushes
+
+
 def test_a_norm_beyond_float64_is_inf_and_the_rest_is_right(place):
     d = singular_distribution(torch.full((4,), 1e308, dtype=torch.float64, device=place))
     assert d.nuclear_norm.item() == d.frobenius_norm.item() == math.inf

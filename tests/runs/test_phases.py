@@ -113,6 +113,32 @@ def test_an_onset_in_the_first_steps():
     assert onset_of_stability(STEPS, np.exp(y)) == pytest.approx(6, abs=1)
 
 
+@pytest.mark.parametrize("axes", ["log", "linear"])
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 0.3])
+def test_the_residuals_of_a_fit_are_those_of_least_squares(axes, noise):
+    rng, detector = np.random.default_rng(0), OnsetDetector()
+    for t in range(1, 1000):
+        detector.update(t, math.exp(-min(math.log(t), 4.0) + noise * rng.normal()))
+    fit = detector.fit(axes)
+    assert fit is not None
+    hinges = fit._sqrt_w[:, None] * np.maximum(fit.x[:, None] - fit.grid, 0)
+    lines = fit._sqrt_w[:, None] * np.stack([np.ones_like(fit.x), fit.x], axis=-1)
+    y = fit._sqrt_w * fit.y
+    places = len(fit.grid)
+    for knots in ([], [places // 2], [8, places // 3, places - 9]):
+
+        def least(more, knots=knots):
+            A = np.concatenate([lines, hinges[:, knots + more]], axis=1)
+            return np.sum((y - A @ np.linalg.lstsq(A, y, rcond=None)[0]) ** 2)
+
+        scale = least([]) + 1e-12 * np.sum(y**2)
+        assert abs(fit.rss(knots) - least([])) <= 1e-9 * scale
+        found = fit.rss_with_one_more(knots)
+        allowed = [i for i in range(4, places - 4) if all(abs(i - k) >= 4 for k in knots)]
+        assert np.flatnonzero(np.isfinite(found)).tolist() == allowed
+        assert max(abs(found[i] - least([i])) for i in allowed) <= 1e-9 * scale
+
+
 def test_what_was_not_measured_is_passed_over():
     sparse = [v if i % 2 else [None, math.nan, 0.0][i % 3] for i, v in enumerate(np.exp(impulse()))]
     assert onset_of_stability(STEPS, sparse) == pytest.approx(60, rel=0.1)
