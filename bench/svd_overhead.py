@@ -90,7 +90,12 @@ class Errors:
 
 
 def train(args):
-    """Trains the copies in turn; returns seconds per step and in the tracker, errors, and whether losses agree."""
+    """Trains the copies in turn.
+
+    Returns:
+        Seconds per step and in the tracker, the share of the matrices that each step measured in full, errors, and
+        whether losses agree.
+    """
     names = ["off", *METHODS]
     text = load_text()
     models, optimizers, probes, streams = {}, {}, {}, {}
@@ -106,7 +111,7 @@ def train(args):
             probes[name] = sosd_fast.track(models[name], optimizers=[], method=METHODS[name], budget=args.budget)
             probes[name].clock = clocks[name]
     seconds = {name: [] for name in names}
-    own = {name: [] for name in METHODS}
+    own, shares = {name: [] for name in METHODS}, {name: [] for name in METHODS}
     errors = {name: Errors() for name in METHODS}
     losses = {name: [] for name in names}
     order = random.Random(0)
@@ -131,13 +136,15 @@ def train(args):
                 seconds[name].append(ended - began)
                 if name != "off":
                     own[name].append(ended - trained)
+                    latest = probes[name].latest().values()
+                    shares[name].append(sum(r.step == step and r.spectrum is not None for r in latest) / len(latest))
         if step % args.check_every in (0, args.check_every - 1) or step >= args.steps - 1:
             truth = {name: errors[name].truth(probes[name], step) for name in METHODS}
             for name, (now, before) in truth.items():
                 latest = [r for r in probes[name].latest().values() if r.step == step]  # others are of earlier steps
                 errors[name].add(latest, now, before, warm=step > 20)
     agree = all(values == losses["off"] for values in losses.values())
-    return seconds, own, errors, agree
+    return seconds, own, shares, errors, agree
 
 
 def track_only(args):
@@ -201,12 +208,12 @@ def main():
     show_card()
 
     if trains:
-        seconds, own, errors, agree = train(args)
+        seconds, own, shares, errors, agree = train(args)
         tokens = args.batch_size * PRESETS[args.model].context
         print(f"{args.model}, {args.optimizer}, {args.steps} steps of {tokens} tokens")
     else:
         own, errors = track_only(args)
-        seconds, agree = None, True
+        seconds, shares, agree = None, {}, True
         print(f"{args.model}: the trackers alone, {args.steps} steps")
 
     gate = {
@@ -234,6 +241,8 @@ def main():
             row |= {"tracker_ms": mean, "low_ms": tracker_ms[name]["low"], "high_ms": tracker_ms[name]["high"]}
             if seconds and seconds["off"]:
                 row["overhead_percent"] = 100 * mean / quantiles(seconds["off"])["ms"]
+            if shares.get(name):
+                row["measured_in_full"] = sum(shares[name]) / len(shares[name])
             exact = sum(own.get("exact", ())) / max(len(own.get("exact", ())), 1)
             row["times_cheaper_than_exact"] = 1e3 * exact / mean if mean and exact else None
             e = errors[name]
@@ -251,6 +260,7 @@ def main():
                 f"{row['step_ms']:.1f}" if "step_ms" in row else "",
                 f"{row['tracker_ms']:.2f}" if name != "off" else "",
                 f"{row['overhead_percent']:.1f}" if "overhead_percent" in row else "",
+                f"{100 * row['measured_in_full']:.0f}" if "measured_in_full" in row else "",
                 f"{row['times_cheaper_than_exact']:.1f}" if row.get("times_cheaper_than_exact") else "",
                 *(f"{row[k]:.1e}" if row.get(k) else "" for k in ("sd_error", "topk_error", "variation_error")),
             ]
@@ -260,7 +270,7 @@ def main():
         raise SystemExit(1)
     if torch.cuda.is_available() and not trains:
         bar("all values of the body's matrices, tracker and host included, ms", tracker_ms["full"]["ms"], 10)
-    columns = ["tracker", "step ms", "tracker ms", "over %", "x exact", "SD err", "top-k err", "var err"]
+    columns = ["tracker", "step ms", "tracker ms", "over %", "in full %", "x exact", "SD err", "top-k err", "var err"]
     show("largest errors against a float64 SVD; those of leading values and SD variation relative", columns, rows)
     finish(result, args.json)
 

@@ -134,15 +134,14 @@ class Planner:
         return (self._full_shares / self._steps, self._leading_shares / self._steps) if self._steps else None
 
     def charge(self, seconds: float):
-        """Takes what measurements cost out of the budget."""
+        """Takes what a step took of the host's time, measurements included, out of the budget."""
         if self._budget:
             self._budget.charge(seconds)
 
     def update_cost(self, cost: Cost):
         """Corrects what is expected of measurements by what one took, and charges what it took of a device."""
         if self._budget:
-            self._budget.update_cost(cost.kind, cost.places, cost.seconds)
-            self._budget.charge(cost.device_seconds)
+            self._budget.update_cost(cost)
 
     def heed(self, lacking: list[int], moved: list[int]):
         """Takes wishes into account.
@@ -178,14 +177,22 @@ class Budget:
         fraction: of the time between steps that may be spent.
         full: seconds that each matrix's full spectrum takes.
         leading: seconds that each matrix's leading values take; None where only full spectra are sensible.
+
+    Attributes:
+        income: seconds a step, smoothed.
+        bucket: seconds that are left.
+        markup: what a step takes, records, events and audits included, over what its measurements take alone.
     """
 
     def __init__(self, fraction: float, full: Sequence[float], leading: Sequence[float | None]):
         self.fraction = fraction
         self.full = list(full)
         self.leading = list(leading)
-        self.income: float | None = None  # seconds a step, smoothed
+        self.income: float | None = None
         self.bucket = 0.0
+        self.markup = 1.0
+        self._measuring = self._beside = 0.0  # seconds a step, of measurements and of what is beside them, smoothed
+        self._taken = self._of_host = 0.0  # by measurements since the last charge, and what of it the host worked
         self._turn = deque(range(len(self.full)))
         self._prioritized: set[int] = set()  # put to the front since their last turn
         self._every_step = "turns"  # what is measured every step: full, leading, or nothing, matrices taking turns
@@ -202,7 +209,7 @@ class Budget:
     @property
     def coverage(self) -> float:
         """The share of matrices that the income lets one measure each step, at most 1."""
-        return 1.0 if self.income is None else min(1.0, self.income / sum(self.cheapest))
+        return 1.0 if self.income is None else min(1.0, self.income / (self.markup * sum(self.cheapest)))
 
     def plan(self, elapsed: float) -> Plan:
         """Chooses what to measure now.
@@ -213,12 +220,14 @@ class Budget:
         earned = self.fraction * elapsed
         self.income = earned if self.income is None else 0.9 * self.income + 0.1 * earned
         everything = range(len(self.full))
-        cap = 2 * max(self.income, max(self.full))  # idle time must not be saved up for one expensive step
+        cap = 2 * max(
+            self.income, self.markup * max(self.full)
+        )  # idle time must not be saved up for one expensive step
         self.bucket = min(self.bucket + earned, cap)
-        cheapest = self.cheapest
+        income, cheapest = self.income / self.markup, self.cheapest  # what is left for measurements alone
         for choice, cost in (("full", sum(self.full)), ("leading", sum(cheapest)), ("turns", 0.0)):
             # To change for the better takes a margin: a subspace left alone for some steps has to catch up.
-            if self.income >= cost * (1.0 if self._every_step == choice else _MARGIN):
+            if income >= cost * (1.0 if self._every_step == choice else _MARGIN):
                 self._every_step = choice
                 break
         if self._every_step == "full":
@@ -229,7 +238,7 @@ class Budget:
         full, self._second = self._second | always, set()
         costs = enumerate(self.leading) if every_step else ()
         leading = {i: cost for i, cost in costs if cost is not None and i not in always}
-        left = self.bucket - sum(self.full[i] for i in full) - sum(leading.values())
+        left = self.bucket / self.markup - sum(self.full[i] for i in full) - sum(leading.values())
         for _ in range(len(self._turn)):
             i = self._turn[0]
             if left < self.full[i]:
@@ -243,8 +252,14 @@ class Budget:
         return Plan(sorted(full), list(leading))
 
     def charge(self, seconds: float):
-        """Takes what a step's measurements cost out of the bucket."""
+        """Takes what a step took of the host's time, measurements included, out of the bucket."""
         self.bucket -= seconds
+        if seconds:  # else nothing is known of it
+            self._measuring = 0.9 * self._measuring + 0.1 * self._taken
+            self._beside = 0.9 * self._beside + 0.1 * max(0.0, seconds - self._of_host)
+            if self._measuring:
+                self.markup = 1 + self._beside / self._measuring
+        self._taken = self._of_host = 0.0
 
     def prioritize(self, places: list[int]):
         """Puts matrices at the head of the turn, each once before its turn comes."""
@@ -254,12 +269,15 @@ class Budget:
                 self._turn.remove(i)
                 self._turn.appendleft(i)
 
-    def update_cost(self, kind: Kind, places: list[int], seconds: float):
-        """Corrects the costs by the seconds that a measurement of some matrices took together."""
-        costs = self.full if kind == "full" else self.leading
-        known = {i: cost for i in places if (cost := costs[i]) is not None}
+    def update_cost(self, cost: Cost):
+        """Corrects the costs by what a measurement of some matrices took together; charges what it took of a device."""
+        self.bucket -= cost.device_seconds
+        self._taken += cost.seconds
+        self._of_host += cost.seconds - cost.device_seconds
+        costs = self.full if cost.kind == "full" else self.leading
+        known = {i: each for i in cost.places if (each := costs[i]) is not None}
         expected = sum(known.values())
         if expected > 0:
-            factor = 0.9 + 0.1 * min(10.0, seconds / expected)
-            for i, cost in known.items():
-                costs[i] = cost * factor
+            factor = 0.9 + 0.1 * min(10.0, cost.seconds / expected)
+            for i, each in known.items():
+                costs[i] = each * factor

@@ -7,14 +7,20 @@ import sosd_fast
 from sosd_fast.probe.planner import Budget, Cost, Plan, Planner
 
 
-def simulate(fraction, full, topk, steps=400, step_seconds=1.0):
-    """Runs a simulated clock; returns the spent fraction and, per step, what was measured."""
+def simulate(fraction, full, topk, steps=400, step_seconds=1.0, beside=0.0, on_device=False):
+    """Runs a simulated clock; returns the spent fraction and, per step, what was measured.
+
+    A step takes `beside` times what its measurements take besides, of the host.
+    """
     budget = Budget(fraction, full, topk)
     spent, history, cost = 0.0, [], 0.0
     for _ in range(steps):
         chosen_full, chosen_topk = budget.plan(step_seconds + cost)
-        cost = sum(full[i] for i in chosen_full) + sum(topk[i] for i in chosen_topk)
-        budget.charge(cost)
+        seconds = sum(full[i] for i in chosen_full), sum(topk[i] for i in chosen_topk)
+        for kind, places, each in zip(("full", "leading"), (chosen_full, chosen_topk), seconds, strict=True):
+            budget.update_cost(Cost(kind, places, each, each if on_device else 0.0))
+        cost = sum(seconds) * (1 + beside)
+        budget.charge(cost - on_device * sum(seconds))
         spent += cost
         history.append((chosen_full, chosen_topk))
     return spent / (steps * step_seconds + spent), history
@@ -50,17 +56,36 @@ def test_the_cheaper_measurement_is_preferred():
     assert all(topk == [1] for _, topk in history)
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("beside", [0.0, 0.3, 2.0])
+@pytest.mark.parametrize("part", [0.3, 0.9, 1.02, 1.2, 1.5])
+def test_what_is_beside_the_measurements_is_paid_for_too(part, beside, on_device):
+    """The budget is a part of what everything in full takes; records and audits take `beside` of the measurements."""
+    everything = 10 * 0.01 * (1 + beside)
+    budget = part * everything / (1 + part * everything)
+    fraction, history = simulate(budget, [0.01] * 10, [None] * 10, beside=beside, on_device=on_device)
+    assert fraction <= 1.01 * budget
+    measured = sum(len(full) for full, _ in history[100:]) / (10 * len(history[100:]))
+    assert measured >= 0.93 * min(part, 1)
+
+
 def test_coverage():
     budget = Budget(0.01, [0.02] * 10, [None] * 10)
     for _ in range(50):
         budget.plan(1.0)
     assert abs(budget.coverage - 0.05) < 1e-9
+    for _ in range(200):
+        budget.update_cost(Cost("full", list(range(10)), 0.2, 0.0))
+        budget.charge(0.25)
+    assert abs(budget.coverage - 0.05 / 1.25) < 1e-6 and abs(budget.markup - 1.25) < 1e-6
+    budget.charge(0.0)  # of the first step nothing is known
+    assert abs(budget.markup - 1.25) < 1e-6
 
 
 def test_costs_follow_measurements():
     budget = Budget(0.01, [1.0, 1.0], [None, None])
     for _ in range(100):
-        budget.update_cost("full", [0], 3.0)
+        budget.update_cost(Cost("full", [0], 3.0, 0.0))
     assert abs(budget.full[0] - 3.0) < 1e-3 and budget.full[1] == 1.0
 
 
