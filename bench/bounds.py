@@ -1,6 +1,8 @@
 """Errors of `svdvals` against its bounds, over many random matrices of few distinct values and ordinary ones.
 
-Truth is `torch.linalg.svdvals` in float64. Matrices are drawn from seeds: one beyond its bound can be drawn again.
+Truth is `torch.linalg.svdvals` in float64, and for matrices that seem to be beyond a bound one-sided Jacobi in extended
+precision: LAPACK's values of a constant 1873 x 40 err by 600 units, five times what ours may. Matrices are drawn from
+seeds: one beyond its bound can be drawn again.
 """
 
 import math
@@ -8,11 +10,12 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bench.harness import card, finish, parser, show
-from sosd_fast.spectra.svdvals import spectra
+from sosd_fast.spectra.svdvals import Spectra, spectra
 from sosd_fast.testing import matrix
 
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -77,21 +80,64 @@ def batches(count: int, ordinary: bool, seed: int) -> Iterator[tuple[int, torch.
         seed += 1
 
 
+def jacobi(W: Tensor) -> Tensor:
+    """Singular values of a matrix, descending, float64, by one-sided Jacobi in long double, half of the pairs at once.
+
+    Source: Hestenes 1958; Brent & Luk 1985 for the order.
+    """
+    A = W.double().numpy().astype(np.longdouble)
+    A = A if A.shape[0] >= A.shape[1] else A.T  # (K, r)
+    r, unit = A.shape[1], np.finfo(np.longdouble).eps
+    A = np.concatenate([A, np.zeros((len(A), r % 2), A.dtype)], axis=1)  # an even number of columns
+    order, square = np.arange(A.shape[1]), np.square(A).sum()
+    for _ in range(60):
+        largest = 0.0
+        for _ in range(A.shape[1] - 1):
+            p, q = order[: len(order) // 2], order[len(order) // 2 :][::-1]
+            a, b = A[:, p], A[:, q]
+            aa, bb, ab = (a * a).sum(0), (b * b).sum(0), (a * b).sum(0)
+            # Columns of rounding errors alone would never be apart.
+            apart = (np.abs(ab) > 16 * unit * np.sqrt(aa * bb)) & (np.minimum(aa, bb) > (16 * unit) ** 2 * square)
+            largest = max(largest, apart.sum())
+            zeta = (bb - aa) / np.where(apart, 2 * ab, 1)
+            t = np.where(apart, np.where(zeta < 0, -1, 1) / (np.abs(zeta) + np.sqrt(1 + zeta * zeta)), 0)
+            c = 1 / np.sqrt(1 + t * t)
+            A[:, p], A[:, q] = c * (a - t * b), c * (b + t * a)
+            order[1:] = np.roll(order[1:], 1)
+        if largest == 0:
+            break
+    return torch.from_numpy(np.sort(np.sqrt((A * A).sum(0)))[::-1][:r].astype(np.float64))
+
+
+def compare(found: Spectra, i: int, truth: Tensor, own: float) -> tuple[float, float, float]:
+    """Returns (SD error, the same over its bound, the worst value's error over its bound) of one matrix.
+
+    Args:
+        found: what is judged.
+        i: the place of the matrix in it.
+        truth: (r,), whose error is `own`, relative to the largest value.
+        own: see `truth`.
+    """
+    S, top = found.S[i], float(truth[0])
+    if top == 0:
+        return 0.0, 0.0, math.inf if S.abs().max() > 0 else 0.0
+    error = float((S / S.sum() - truth / truth.sum()).norm())
+    value = ((S - truth).abs() / (found.bound[i] + own * top)).max()
+    return error, error / (float(found.sd_error[i]) + own), float(value)
+
+
 def check(matrices: list[Tensor]) -> list[tuple[str, float, float, float]]:
     """Returns (method, SD error, SD error over its bound, the worst value's error over its bound) of each matrix."""
     found = spectra(matrices)
     W = torch.stack(matrices).double()
     truth = torch.linalg.svdvals(W if W.shape[1] >= W.shape[2] else W.mT)
-    own = 4 * 2.0**-53 * math.sqrt(W.shape[1] + W.shape[2])  # the truth's error, relative to the largest value
+    unit = 2.0**-53
     rows = []
     for i, method in enumerate(found.methods):
-        S, T, top = found.S[i], truth[i], float(truth[i, 0])
-        if top == 0:
-            rows.append((method, 0.0, 0.0, math.inf if S.abs().max() > 0 else 0.0))
-            continue
-        error = float((S / S.sum() - T / T.sum()).norm())
-        value = ((S - T).abs() / (found.bound[i] + own * top)).max()
-        rows.append((method, error, error / (float(found.sd_error[i]) + own), float(value)))
+        row = compare(found, i, truth[i], 4 * unit * math.sqrt(W.shape[1] + W.shape[2]))
+        if max(row[1:]) > 1:
+            row = compare(found, i, jacobi(matrices[i]), unit)
+        rows.append((method, *row))
     return rows
 
 

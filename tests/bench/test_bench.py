@@ -1,11 +1,15 @@
 """The benchmarks run, pass their own gates, and lose no part to one that hangs."""
 
 import json
+import math
 
+import pytest
+import torch
 from prepared import run
 
-from bench import gpu
+from bench import bounds, gpu
 from bench.harness import ROOT
+from sosd_fast.spectra.svdvals import spectra
 
 MAIN = """
 import runpy
@@ -49,6 +53,34 @@ def test_a_part_that_hangs_on_a_gpu_loses_no_other(tmp_path, monkeypatch, capsys
 def test_the_overhead_benchmark_runs():
     result = result_of("svd_overhead", "--steps", "3", "--batch-size", "1")
     assert set(result["rows"]) == {"off", "fast", "full", "topk", "exact"} and all(result["gate"].values())
+    shares = {name: row["measured_in_full"] for name, row in result["rows"].items() if name != "off"}
+    assert shares["full"] == shares["exact"] == 1 and 0 <= shares["fast"] <= 1
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (7, 7), (60, 13), (3, 64)], ids=str)
+def test_the_judge_of_bounds_is_right_to_a_unit(shape):
+    W = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    S, T = bounds.jacobi(W), torch.linalg.svdvals(W)
+    assert ((S - T).abs() <= 40 * 2.0**-53 * T[0]).all()
+    r = min(shape)
+    exact = torch.zeros(shape, dtype=torch.float64)
+    exact[range(r), range(r)] = 3.0 * 2.0 ** -torch.arange(r, dtype=torch.float64)
+    signs = torch.ones(1, 1, dtype=torch.float64)
+    while len(signs) < max(shape):
+        signs = torch.cat([torch.cat([signs, signs], 1), torch.cat([signs, -signs], 1)])  # Hadamard's: exact sums
+    tall = signs[:, : shape[0]] @ exact
+    assert ((bounds.jacobi(tall)[:r] / math.sqrt(len(signs)) - exact.diagonal()).abs() <= 2.0**-52 * 3).all()
+    constant = bounds.jacobi(torch.full((300, 7), 0.7, dtype=torch.float64))
+    assert abs(float(constant[0]) / (0.7 * math.sqrt(2100)) - 1) <= 2.0**-52 and constant[1:].max() <= 2.0**-52
+
+
+def test_values_beyond_a_bound_are_told(monkeypatch):
+    matrices = [torch.randn(20, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    assert all(max(row[2:]) <= 1 for row in bounds.check(matrices))
+    wrong = spectra(matrices)
+    wrong.S[1, 0] *= 1 + 1e-4
+    monkeypatch.setattr(bounds, "spectra", lambda _: wrong)
+    assert [max(row[2:]) > 1 for row in bounds.check(matrices)] == [False, True, False]
 
 
 def test_the_benchmark_of_peers_runs():
