@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _MARGIN = 1.15
 _COVERED = 0.9  # a smaller share of the matrices each step is worth a message
 _SETTLED = 20  # steps before that message
+_KEPT = 0.98  # of what is beside measurements, from step to step: an audit may take as long as those of many steps
 
 log = logging.getLogger("sosd_fast")
 
@@ -191,7 +192,7 @@ class Budget:
         self.income: float | None = None
         self.bucket = 0.0
         self.markup = 1.0
-        self._measuring = self._beside = 0.0  # seconds a step, of measurements and of what is beside them, smoothed
+        self._measuring = self._beside = 0.0  # seconds of the last steps, of measurements and of what is beside them
         self._taken = self._of_host = 0.0  # by measurements since the last charge, and what of it the host worked
         self._turn = deque(range(len(self.full)))
         self._prioritized: set[int] = set()  # put to the front since their last turn
@@ -255,8 +256,8 @@ class Budget:
         """Takes what a step took of the host's time, measurements included, out of the bucket."""
         self.bucket -= seconds
         if seconds:  # else nothing is known of it
-            self._measuring = 0.9 * self._measuring + 0.1 * self._taken
-            self._beside = 0.9 * self._beside + 0.1 * max(0.0, seconds - self._of_host)
+            self._measuring = _KEPT * self._measuring + self._taken
+            self._beside = _KEPT * self._beside + max(0.0, seconds - self._of_host)
             if self._measuring:
                 self.markup = 1 + self._beside / self._measuring
         self._taken = self._of_host = 0.0

@@ -69,6 +69,18 @@ def test_what_is_beside_the_measurements_is_paid_for_too(part, beside, on_device
     assert measured >= 0.93 * min(part, 1)
 
 
+def test_one_dear_audit_does_not_change_what_is_covered_by_much():
+    """An audit takes 20 measurements' time after each 400."""
+    budget = Budget(0.01, [0.02] * 10, [None] * 10)
+    covered = []
+    for step in range(2000):
+        budget.plan(1.0)
+        budget.update_cost(Cost("full", [step % 10], 0.02, 0.0))
+        budget.charge(0.02 + 0.4 * (step % 400 == 399))
+        covered.append(budget.coverage)
+    assert 0.7 <= min(covered[400:]) / max(covered) and 1.0 <= budget.markup
+
+
 def test_coverage():
     budget = Budget(0.01, [0.02] * 10, [None] * 10)
     for _ in range(50):
