@@ -81,7 +81,10 @@ def batches(count: int, ordinary: bool, seed: int) -> Iterator[tuple[int, torch.
 
 
 def jacobi(W: Tensor) -> Tensor:
-    """Singular values of a matrix, descending, float64, by one-sided Jacobi in long double, half of the pairs at once.
+    """Singular values of a matrix, descending, float64, by one-sided Jacobi in long double, r / 2 pairs at once.
+
+    Raises:
+        ArithmeticError: columns are not orthogonal after 60 sweeps; 10 are usual.
 
     Source: Hestenes 1958; Brent & Luk 1985 for the order.
     """
@@ -91,22 +94,24 @@ def jacobi(W: Tensor) -> Tensor:
     A = np.concatenate([A, np.zeros((len(A), r % 2), A.dtype)], axis=1)  # an even number of columns
     order, square = np.arange(A.shape[1]), np.square(A).sum()
     for _ in range(60):
-        largest = 0.0
+        rotated = False
         for _ in range(A.shape[1] - 1):
             p, q = order[: len(order) // 2], order[len(order) // 2 :][::-1]
             a, b = A[:, p], A[:, q]
             aa, bb, ab = (a * a).sum(0), (b * b).sum(0), (a * b).sum(0)
-            # Columns of rounding errors alone would never be apart.
+            # Columns of rounding errors alone would never become orthogonal.
             apart = (np.abs(ab) > 16 * unit * np.sqrt(aa * bb)) & (np.minimum(aa, bb) > (16 * unit) ** 2 * square)
-            largest = max(largest, apart.sum())
+            rotated |= bool(apart.any())
             zeta = (bb - aa) / np.where(apart, 2 * ab, 1)
             t = np.where(apart, np.where(zeta < 0, -1, 1) / (np.abs(zeta) + np.sqrt(1 + zeta * zeta)), 0)
             c = 1 / np.sqrt(1 + t * t)
             A[:, p], A[:, q] = c * (a - t * b), c * (b + t * a)
             order[1:] = np.roll(order[1:], 1)
-        if largest == 0:
-            break
-    return torch.from_numpy(np.sort(np.sqrt((A * A).sum(0)))[::-1][:r].astype(np.float64))
+        if not rotated:
+            return torch.from_numpy(np.sort(np.sqrt((A * A).sum(0)))[::-1][:r].astype(np.float64))
+    raise ArithmeticError(
+        f"jacobi: expected a matrix of finite values, got W of shape {tuple(W.shape)} that turns for ever."
+    )
 
 
 def compare(found: Spectra, i: int, truth: Tensor, own: float) -> tuple[float, float, float]:
