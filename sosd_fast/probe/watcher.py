@@ -1,6 +1,6 @@
 """Finds events in the records as they come: onsets of stability, spikes, NaN, zero, audits beyond their bounds.
 
-Measured on one core of an Intel Xeon, with 148 matrices: 1.8 us a record. The search for an onset, 2 to 10 ms, is made
+Measured on one core of an Intel Xeon, with 148 matrices: 1.8 us a record. The search for an onset, 2 to 11 ms, is made
 at most once a step, and only where all searches together took less than `SEARCH_SHARE` of the time.
 """
 
