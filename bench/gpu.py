@@ -32,8 +32,10 @@ WAITS = "tridiagonal or (test_side and cuda) or wait or stream"
 KERNELS = ("syrk", "sturm", "eigh", "distribution", "newton_schulz")
 TESTS = [*(f"tests/kernels/test_{name}.py" for name in KERNELS), "tests/spectra/test_topk.py", "tests/test_muon.py"]
 # Compiling takes most of the tests' time: a process for each two cores compiles beside the others.
-APART = ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2))), "--dist=worksteal"]
-APART = APART if importlib.util.find_spec("xdist") else []
+WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2)) if importlib.util.find_spec("xdist") else 1
+APART = ["-n", str(WORKERS), "--dist=worksteal"] if WORKERS > 1 else []
+# Each process's threads for all cores would be too many: on 16 cores an eigenvalue problem of 513 rows took 40 s.
+THREADS = {"tests": max(1, (os.cpu_count() or 1) // WORKERS)}
 PARTS = {  # name -> (seconds, arguments of python)
     "compile": (60, ["-m", "bench.compile_report", "--warm", "--json", "compile_report.json"]),
     "reduction": (110, [*PYTEST, *FIRST, "-k", WAITS]),
@@ -60,10 +62,11 @@ def run(name: str, seconds: float, arguments: list[str], logs: Path) -> tuple[st
     """Runs a part in processes of its own; returns how it ended, the seconds it took, and what it says of the bars."""
     began = time.perf_counter()
     path = logs / f"{name}.log"
+    threads = {"OMP_NUM_THREADS": str(THREADS[name])} if name in THREADS else {}
     with path.open("w") as log:
         part = subprocess.Popen(
             [sys.executable, *arguments], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "140"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": "140"} | threads,
         )  # fmt: skip
         try:
             status = part.wait(timeout=seconds)

@@ -201,17 +201,14 @@ def factoring(code: Code) -> tuple[float, float]:
     rows = a["A_ptr"][1] - (a["panel"] + 1) * columns
     if not rows:
         return 0.0, 0.0
-    turns = math.ceil(rows / width)
-    each = max(code.root.inside, key=lambda x: len(x.inside))  # over columns of the panel
-    strips = max(each.inside, key=lambda x: len(x.inside))
-    (row,) = (x for x in each.inside if x is not strips)
-    unrolled = row.count("LDG") // 2
+    turns = 1 if a["ONCE"] else math.ceil(rows / width)
+    each = max(code.root.inside, key=lambda x: len(x.own) + sum(len(y.own) for y in x.all()))  # over the panel's columns
+    (strips,) = each.inside
     (last,) = (x for x in code.root.inside if x is not each)
-    column = code.turn(each) + turns / unrolled * code.turn(row)
     taken = sum(columns // a["ROWS"] - j // a["ROWS"] for j in range(columns))
-    strip = code.turn(strips) + turns * code.turn(strips.inside[0])
+    strip = code.turn(strips) + sum(turns * code.turn(x) for x in strips.inside)
     rest = code.turn(code.root) + math.ceil(rows / a["TILE"]) * code.turn(last)
-    return code.waves * (columns * column + taken * strip + rest), 0.0
+    return code.waves * (columns * code.turn(each) + taken * strip + rest), 0.0
 
 
 def _rest(code: Code) -> tuple[float, float, int, bool]:
@@ -236,12 +233,20 @@ def multiplying(code: Code) -> tuple[float, float]:
     return fill * (tiles * turn + code.turn(code.root, HBM if far else L2)), 2 * triangle * far
 
 
+def summing(code: Code) -> tuple[float, float]:
+    """Cycles of `band._triangle_kernel`: sums over tiles, and then a turn a column."""
+    a = code.launch.arguments
+    tiles = a["inner_ptr"][1] - (a["panel"] + 1) * a["BAND"] // a["TILE"]
+    sums, columns = sorted(code.root.inside, key=lambda x: -x.count("LDG"))
+    once = min(x for x in (columns.count("LDG"), sums.count("LDG") // a["TOGETHER"]) if x)  # loads of a column's turn
+    turns = a["BAND"] / max(1, columns.count("LDG") // once)
+    took = math.ceil(tiles / a["TOGETHER"]) * code.turn(sums) + turns * code.turn(columns, L1)
+    return code.waves * (code.turn(code.root) + took), 0.0
+
+
 def joining(code: Code) -> tuple[float, float]:
     """Cycles of `band._other_factor_kernel`."""
-    fill, _, tiles, _ = _rest(code)
-    sums = max(code.root.inside, key=lambda x: len(x.own))
-    turns = tiles / max(1, sums.count("LDG") // 2)
-    return fill * (code.turn(code.root) + turns * code.turn(sums)), 0.0
+    return _rest(code)[0] * code.turn(code.root), 0.0
 
 
 def updating(code: Code) -> tuple[float, float]:
@@ -268,8 +273,8 @@ def chasing(code: Code) -> tuple[float, float]:
 
 MODELS: dict[str, Callable[[Code], tuple[float, float]]] = {
     "_tridiagonal_kernel": reduction, "_syrk_kernel": gram, "_sturm_kernel": counting,
-    "_factor_kernel": factoring, "_product_kernel": multiplying, "_other_factor_kernel": joining,
-    "_update_kernel": updating, "_chase_kernel": chasing,
+    "_factor_kernel": factoring, "_product_kernel": multiplying, "_triangle_kernel": summing,
+    "_other_factor_kernel": joining, "_update_kernel": updating, "_chase_kernel": chasing,
 }  # fmt: skip
 GPUS = {"H100": (1.755e9, 3.35e12), "H200": (1.755e9, 4.8e12)}  # cycles a second, bytes a second
 LAUNCH = 2e-6  # seconds between two kernels that are queued

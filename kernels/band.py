@@ -20,10 +20,11 @@ ALIGNED = 64  # what sides are padded to a multiple of, and so of each TILE
 # Shipped configurations: tiles of A of TILE x TILE; a panel is read ROWS of its columns and WIDTH of its rows at a
 # time. Larger ones spill.
 CONFIGS = {
-    torch.float32: {"TILE": 64, "ROWS": 8, "WIDTH": 1024, "num_warps": 4},
-    torch.float64: {"TILE": 32, "ROWS": 8, "WIDTH": 512, "num_warps": 4},
+    torch.float32: {"TILE": 64, "ROWS": 8, "WIDTH": 1024, "ROWS_ONCE": 16, "num_warps": 4},
+    torch.float64: {"TILE": 32, "ROWS": 8, "WIDTH": 512, "ROWS_ONCE": 16, "num_warps": 4},
 }
 FACTOR = {"num_warps": 8, "maxnreg": 255}  # without a limit, 128 registers are taken on sm_100, and some spill
+TRIANGLE = {"TOGETHER": 4, "num_warps": 4}  # tiles that one turn of a sum takes
 # of a sum of squares: what lies below has lost digits, and is no direction to reflect along
 NEGLIGIBLE = {torch.float32: 2.0**-110, torch.float64: 2.0**-1000}
 
@@ -35,6 +36,7 @@ if triton is not None:
         A_ptr,  # (B, r, r): rows of the panel are used up
         band_ptr,  # (B, r + 2 BAND, 2 BAND) float64, as `chase` takes it
         V_ptr,  # (B, r, BAND): rows of the trailing matrix's tiles are written
+        done_ptr,  # (B, BAND, r): workspace
         tau_ptr,  # (B, BAND)
         sums_ptr,  # (B, 2, BAND)
         r,
@@ -44,6 +46,7 @@ if triton is not None:
         TILE: tl.constexpr,
         ROWS: tl.constexpr,
         WIDTH: tl.constexpr,
+        ONCE: tl.constexpr,  # whether WIDTH takes all rows
     ):
         matrix = tl.program_id(0).to(tl.int64)
         dtype = A_ptr.dtype.element_ty
@@ -51,6 +54,7 @@ if triton is not None:
         rows_ptr = A_ptr + matrix * r * r + k * r  # the panel, a column of it a row
         band_ptr += (matrix * (r + 2 * BAND) + k) * 2 * BAND
         V_ptr += matrix * r * BAND
+        done_ptr += matrix * r * BAND
         tau_ptr += matrix * BAND
         dots_ptr = sums_ptr + matrix * 2 * BAND
         w_ptr = dots_ptr + BAND
@@ -66,14 +70,15 @@ if triton is not None:
         if k + BAND < r:
             rows_ptr += k + BAND  # rows below the diagonal block, from 0 to m
             m = r - k - BAND
-            # sums of products with column j + 1 below row j + 1, and reflector j taken to what is right of it
+            # sums of products with column j + 1 below row j + 1, and reflector j taken to what is right of it; the new
+            # column j + 1 goes to `done`, for all threads still read the old one
             scales = tl.zeros([BAND], dtype)
             for j in range(-1, BAND):
                 if j >= 0:
                     dots = tl.load(dots_ptr + c)
-                    top = tl.load(rows_ptr + c * r + j)
-                    alpha = tl.sum(tl.where(c == j, top, 0.0))
-                    below = tl.sum(tl.where(c == j, dots, 0.0))
+                    top = tl.load(rows_ptr + c * r + j, mask=c > j, other=0.0)
+                    alpha = tl.load(done_ptr + j * r + j)
+                    below = tl.load(dots_ptr + j)
                     turns = ~(below <= NEGLIGIBLE)  # also NaN, to be passed on
                     beta = tl.where(turns, tl.where(alpha > 0, -1.0, 1.0) * sqrt(alpha * alpha + below), alpha)
                     divisor = tl.where(turns, alpha - beta, 1.0)
@@ -87,36 +92,33 @@ if triton is not None:
                     tl.store(w_ptr + c, change * scale)
                     tl.debug_barrier()
                 if j + 1 < BAND:
-                    row_ptr = rows_ptr + j * r
-                    last_ptr = rows_ptr + tl.maximum(j, 0) * r  # before the first column, what meets zeros
-                    if j >= 0:
-                        w_next = tl.load(w_ptr + j + 1)
-                        for i0 in range((j + 1) // 16 * 16, m, WIDTH):
-                            i = i0 + lanes
-                            x = tl.where(i > j, tl.load(row_ptr + i, mask=i < m, other=0.0), 0.0)
-                            y = tl.load(row_ptr + r + i, mask=i < m, other=0.0)
-                            tl.store(row_ptr + r + i, y - w_next * x, mask=i < m)
-                        tl.debug_barrier()
-                    for first in range((j + 1) // ROWS * ROWS, BAND, ROWS):
+                    known = j >= 0
+                    next_ptr = rows_ptr + (j + 1) * r
+                    w_next = tl.load(w_ptr + j + 1, mask=known, other=0.0)
+                    begins = (j + 1) // 16 * 16
+                    first_strip = (j + 1) // ROWS * ROWS
+                    for first in range(first_strip, BAND, ROWS):
                         rows = first + strip
-                        w = tl.load(w_ptr + rows, mask=(rows > j + 1) & (j >= 0), other=0.0)
+                        w = tl.load(w_ptr + rows, mask=(rows > j) & known, other=0.0)
                         sums = tl.zeros([ROWS, WIDTH], dtype)
-                        for i0 in range((j + 1) // 16 * 16, m, WIDTH):
+                        for i0 in range(begins, begins + 1 if ONCE else m, WIDTH):
                             i = i0 + lanes
-                            x = tl.load(last_ptr + i, mask=i < m, other=0.0)
-                            y = tl.load(row_ptr + r + i, mask=i < m, other=0.0)
                             tile_ptr = rows_ptr + rows[:, None] * r + i[None, :]
                             tile = tl.load(tile_ptr, mask=(i < m)[None, :], other=0.0)
-                            tile -= w[:, None] * tl.where(i > j, x, 0.0)[None, :]
+                            x = tl.load(done_ptr + j * r + i, mask=(i < m) & known, other=0.0)
+                            x = tl.where(i > j, x, 0.0)
+                            y = tl.load(next_ptr + i, mask=i < m, other=0.0) - w_next * x
+                            tile -= w[:, None] * x[None, :]
                             sums += tile * tl.where(i > j + 1, y, 0.0)[None, :]
                             tl.store(tile_ptr, tile, mask=(rows > j + 1)[:, None] & (i < m)[None, :])
+                            tl.store(done_ptr + (j + 1) * r + i, y, mask=(i < m) & (first == first_strip))
                         tl.store(dots_ptr + rows, tl.sum(sums, axis=1))
                 tl.debug_barrier()
             # V, with zeros above
             for i0 in range(begin - k - BAND, m, TILE):
                 i = i0 + tl.arange(0, TILE)
-                v = tl.load(rows_ptr + c[:, None] * r + i[None, :], mask=(i[None, :] > c[:, None]) & (i < m)[None, :],
-                            other=0.0)  # fmt: skip
+                some = (i[None, :] > c[:, None]) & (i < m)[None, :]
+                v = tl.load(done_ptr + c[:, None] * r + i[None, :], mask=some, other=0.0)
                 v *= scales[:, None]
                 v = tl.where((i[None, :] == c[:, None]) & (scales != 0)[:, None], 1.0, v)
                 at = (i + k + BAND)[None, :] * BAND + c[:, None]
@@ -167,39 +169,63 @@ if triton is not None:
         tl.store(inner_ptr, tl.dot(tl.trans(v), total, input_precision="ieee"))
 
     @triton.jit(do_not_specialize=["panel"])
+    def _triangle_kernel(
+        inner_ptr,  # (B, tiles, 2, BAND, BAND): parts of V^T Z and V^T V
+        tau_ptr,  # (B, BAND)
+        factor_ptr,  # (B, 3, BAND, BAND): T, T^T V^T Z, and V^T V
+        r,
+        panel,
+        BAND: tl.constexpr,
+        TILE: tl.constexpr,
+        TOGETHER: tl.constexpr,
+    ):
+        matrix = tl.program_id(0).to(tl.int64)
+        begin = (panel + 1) * BAND // TILE
+        c = tl.arange(0, BAND)
+        at = c[:, None] * BAND + c[None, :]
+        inner_ptr += matrix * (r // TILE) * 2 * BAND * BAND + at
+        tau_ptr += matrix * BAND
+        factor_ptr += matrix * 3 * BAND * BAND
+        dtype = inner_ptr.dtype.element_ty
+        inner = tl.zeros([BAND, BAND], dtype)
+        square = tl.zeros([BAND, BAND], dtype)
+        for first in range(begin, r // TILE, TOGETHER):
+            for i in tl.static_range(TOGETHER):  # under way at once
+                some = (at >= 0) & (first + i < r // TILE)
+                part_ptr = inner_ptr + (first + i) * 2 * BAND * BAND
+                inner += tl.load(part_ptr, mask=some, other=0.0)
+                square += tl.load(part_ptr + BAND * BAND, mask=some, other=0.0)
+        tl.store(factor_ptr + 2 * BAND * BAND + at, square)
+        tl.debug_barrier()
+        # T from tau and V^T V, a column at a time; a row of V^T V comes from memory as all threads need it
+        factor = tl.zeros([BAND, BAND], dtype)
+        for j in range(BAND):
+            tau = tl.load(tau_ptr + j)
+            row = tl.load(factor_ptr + (2 * BAND + j) * BAND + 0 * c[:, None] + c[None, :])
+            products = tl.where(c[None, :] < j, factor * row, 0.0)
+            column = tl.where(c == j, tau, -tau * tl.sum(products, axis=1))
+            factor = tl.where(c[None, :] == j, column[:, None], factor)
+        tl.store(factor_ptr + at, factor)
+        tl.store(factor_ptr + BAND * BAND + at, tl.dot(tl.trans(factor), inner, input_precision="ieee"))
+
+    @triton.jit(do_not_specialize=["panel"])
     def _other_factor_kernel(
         V_ptr,  # (B, r, BAND)
         W_ptr,  # (B, r, BAND): Z, and then W
-        inner_ptr,  # (B, tiles, 2, BAND, BAND)
-        tau_ptr,  # (B, BAND)
+        factor_ptr,  # (B, 3, BAND, BAND)
         r,
         panel,
         BAND: tl.constexpr,
         TILE: tl.constexpr,
     ):
         matrix = tl.program_id(1).to(tl.int64)
-        k = panel * BAND
-        begin = (k + BAND) // TILE
         c = tl.arange(0, BAND)
-        rows = (begin + tl.program_id(0)) * TILE + tl.arange(0, TILE)
-        inner_ptr += matrix * (r // TILE) * 2 * BAND * BAND + c[:, None] * BAND + c[None, :]
-        inner = tl.zeros([BAND, BAND], W_ptr.dtype.element_ty)
-        square = tl.zeros([BAND, BAND], W_ptr.dtype.element_ty)
-        for tile in range(begin, r // TILE):
-            inner += tl.load(inner_ptr + tile * 2 * BAND * BAND)
-            square += tl.load(inner_ptr + (tile * 2 + 1) * BAND * BAND)
-        factor = tl.zeros([BAND, BAND], W_ptr.dtype.element_ty)  # T, from tau and V^T V
-        for j in range(BAND):
-            tau = tl.load(tau_ptr + matrix * BAND + j)
-            products = tl.sum(tl.where((c[:, None] == j) & (c[None, :] < j), square, 0.0), axis=0)
-            column = tl.where(c == j, tau, -tau * tl.sum(factor * products[None, :], axis=1))
-            factor = tl.where(c[None, :] == j, column[:, None], factor)
-        inner = tl.dot(tl.trans(factor), inner, input_precision="ieee")
+        rows = ((panel + 1) * BAND // TILE + tl.program_id(0)) * TILE + tl.arange(0, TILE)
+        factor_ptr += matrix * 3 * BAND * BAND + c[:, None] * BAND + c[None, :]
         at = matrix * r * BAND + rows[:, None] * BAND + c[None, :]
         w = tl.load(W_ptr + at)
-        w -= 0.5 * tl.dot(tl.load(V_ptr + at), inner, input_precision="ieee")
-        w = tl.dot(w, factor, input_precision="ieee")
-        tl.store(W_ptr + at, w)
+        w -= 0.5 * tl.dot(tl.load(V_ptr + at), tl.load(factor_ptr + BAND * BAND), input_precision="ieee")
+        tl.store(W_ptr + at, tl.dot(w, tl.load(factor_ptr), input_precision="ieee"))
 
     @triton.jit(do_not_specialize=["panel"])
     def _update_kernel(
@@ -253,19 +279,27 @@ def banded(A: Tensor) -> Tensor:
     band = torch.zeros(B, r + 2 * BAND, 2 * BAND, dtype=torch.float64, device=A.device)
     V, W = (A.new_empty(B, r, BAND) for _ in range(2))
     tau, inner, sums = A.new_empty(B, BAND), A.new_empty(B, tiles, 2, BAND, BAND), A.new_empty(B, 2, BAND)
+    factors = A.new_empty(B, 3, BAND, BAND)
     sizes = {"r": r, "BAND": BAND, "TILE": tile}
     shared = sizes | {"PRECISION": kernels.precision_of_products(), "num_warps": config["num_warps"], "num_stages": 3}
     for panel in range(panels):
+        rows = r - (panel + 1) * BAND
         _factor_kernel[(B,)](
-            A_ptr=A, band_ptr=band, V_ptr=V, tau_ptr=tau, sums_ptr=sums, panel=panel,
-            NEGLIGIBLE=NEGLIGIBLE[A.dtype], ROWS=config["ROWS"], WIDTH=config["WIDTH"],
-            **kernels.options_of(FACTOR), **sizes,
+            A_ptr=A, band_ptr=band, V_ptr=V, done_ptr=W, tau_ptr=tau, sums_ptr=sums, panel=panel,
+            NEGLIGIBLE=NEGLIGIBLE[A.dtype], **_passes(rows, config), **kernels.options_of(FACTOR), **sizes,
         )  # fmt: skip
         if panel + 1 < panels:
             count = tiles - (panel + 1) * BAND // tile
             _product_kernel[(count, B)](A_ptr=A, V_ptr=V, Z_ptr=W, inner_ptr=inner, panel=panel, **shared)
-            _other_factor_kernel[(count, B)](
-                V_ptr=V, W_ptr=W, inner_ptr=inner, tau_ptr=tau, panel=panel, num_warps=8, **sizes
-            )
+            _triangle_kernel[(B,)](inner_ptr=inner, tau_ptr=tau, factor_ptr=factors, panel=panel, **TRIANGLE, **sizes)
+            _other_factor_kernel[(count, B)](V_ptr=V, W_ptr=W, factor_ptr=factors, panel=panel, num_warps=4, **sizes)
             _update_kernel[(count * (count + 1) // 2, B)](A_ptr=A, V_ptr=V, W_ptr=W, panel=panel, **shared)
     return band
+
+
+def _passes(rows: int, config: dict) -> dict:
+    """How `_factor_kernel` reads a panel: all of its rows at once where they fit, and as few as hold them."""
+    width = config["WIDTH"]
+    if rows > width:
+        return {"ROWS": config["ROWS"], "WIDTH": width, "ONCE": False}
+    return {"ROWS": config["ROWS_ONCE"], "WIDTH": width if 2 * rows > width else width // 2, "ONCE": True}

@@ -80,8 +80,14 @@ if triton is not None:
 
                 # the square: the last reflectors from the right
                 square_ptr = band_ptr + (start + PITCH * left)[:, None, None] + at
-                some = live[:, None, None] & ((column == 0) | (step > 0)[:, None, None])
+                some = (column == 0) | (step > 0)[:, None, None]
+                block_ptr = band_ptr + (start + PITCH * start)[:, None, None] + at
+                lower = row >= column + 0 * q[:, None, None]
+                if SWEEPS > 1:  # a sweep alone is never beyond its end
+                    some = some & live[:, None, None]
+                    lower = lower & live[:, None, None]
                 square = tl.load(square_ptr, mask=some, other=0.0)
+                block = tl.load(block_ptr, mask=lower, other=0.0)  # needed later; both loads are under way together
                 y = tl.sum(square * along[:, :, None], axis=1) * tau[:, None]
                 square -= along[:, :, None] * y[:, None, :]
 
@@ -89,16 +95,15 @@ if triton is not None:
                 v = tl.sum(tl.where(column == 0, square, 0.0), axis=1)
                 below, alpha = tl.reduce((tl.where(head, 0.0, v * v), tl.where(head, v, 0.0)), 1, _add_both)
                 turns = ~(below <= NEGLIGIBLE)  # also NaN, to be passed on
-                beta = tl.where(turns, tl.where(alpha > 0, -1.0, 1.0) * tl.sqrt(alpha * alpha + below), alpha)
+                square_norm = tl.where(turns, alpha * alpha + below, 1.0)
+                inverse = tl.rsqrt(square_norm)  # a root and a quotient would take twice as long
+                beta = tl.where(turns, tl.where(alpha > 0, -1.0, 1.0) * square_norm * inverse, alpha)
                 divisor = tl.where(turns, alpha - beta, 1.0)
-                tau = tl.where(turns, -divisor / tl.where(turns, beta, 1.0), 0.0)
+                tau = tl.where(turns, 1.0 + tl.abs(alpha) * inverse, 0.0)
                 v = tl.where(head, 1.0, v * (1.0 / divisor)[:, None])
                 v = tl.where(turns[:, None], v, 0.0)
 
-                # from the left; what comes next is loaded meanwhile
-                block_ptr = band_ptr + (start + PITCH * start)[:, None, None] + at
-                lower = live[:, None, None] & (row >= column)
-                block = tl.load(block_ptr, mask=lower, other=0.0)
+                # from the left
                 products = tl.sum(square * v[:, None, :], axis=2) * tau[:, None]
                 square -= products[:, :, None] * v[:, None, :]
                 cleared = tl.where(head, beta[:, None], 0.0)
