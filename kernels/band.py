@@ -21,15 +21,17 @@ ALIGNED = 64  # what sides are padded to a multiple of, and so of each TILE
 # time. Larger ones spill.
 CONFIGS = {
     torch.float32: {"TILE": 64, "ROWS": 8, "WIDTH": 1024, "ROWS_ONCE": 16, "num_warps": 4},
-    torch.float64: {"TILE": 32, "ROWS": 8, "WIDTH": 512, "ROWS_ONCE": 16, "num_warps": 4},
+    torch.float64: {"TILE": 32, "ROWS": 8, "WIDTH": 512, "ROWS_ONCE": 8, "num_warps": 4},
 }
-FACTOR = {"num_warps": 8, "maxnreg": 255}  # without a limit, 128 registers are taken on sm_100, and some spill
+FACTOR = {"num_warps": 16, "maxnreg": 128}
+UPDATE = {"maxnreg": 168}  # three programs on a multiprocessor
 TRIANGLE = {"TOGETHER": 4, "num_warps": 4}  # tiles that one turn of a sum takes
 # of a sum of squares: what lies below has lost digits, and is no direction to reflect along
 NEGLIGIBLE = {torch.float32: 2.0**-110, torch.float64: 2.0**-1000}
 
 if triton is not None:
     from sosd_fast.kernels.rounded import divide, sqrt
+    from sosd_fast.kernels.split import dot
 
     @triton.jit(do_not_specialize=["panel"])
     def _factor_kernel(
@@ -153,17 +155,16 @@ if triton is not None:
             other = tile * TILE + n
             a = tl.load(A_ptr + other[:, None] * r + rows[None, :])
             v = tl.load(V_ptr + other[:, None] * BAND + c[None, :])
-            # a nonzero bound keeps the compiler from folding the addition into the product
-            total += tl.dot(tl.trans(a), v, input_precision=PRECISION, max_num_imprecise_acc=TILE)
+            total += dot(tl.trans(a), v, PRECISION)
         for tile in range(own + 1, r // TILE):
             other = tile * TILE + n
             a = tl.load(A_ptr + rows[:, None] * r + other[None, :])
             v = tl.load(V_ptr + other[:, None] * BAND + c[None, :])
-            total += tl.dot(a, v, input_precision=PRECISION, max_num_imprecise_acc=TILE)
+            total += dot(a, v, PRECISION)
         a = tl.load(A_ptr + rows[:, None] * r + rows[None, :])
         a = tl.where(n[:, None] <= n[None, :], a, tl.trans(a))
         v = tl.load(V_ptr + rows[:, None] * BAND + c[None, :])
-        total += tl.dot(a, v, input_precision=PRECISION, max_num_imprecise_acc=TILE)
+        total += dot(a, v, PRECISION)
         total = tl.where((rows >= k + BAND)[:, None], total, 0.0)
         tl.store(Z_ptr + matrix * r * BAND + rows[:, None] * BAND + c[None, :], total)
         tl.store(inner_ptr, tl.dot(tl.trans(v), total, input_precision="ieee"))
@@ -256,13 +257,13 @@ if triton is not None:
         left = rows[:, None] * BAND + c[None, :]
         right = columns[None, :] * BAND + c[:, None]
         tile_ptr = A_ptr + matrix * r * r + rows[:, None] * r + columns[None, :]
-        a = tl.load(tile_ptr)
         v = tl.load(V_ptr + left)
         w = tl.load(W_ptr + right)
-        total = tl.dot(v, w, input_precision=PRECISION)
+        total = dot(v, w, PRECISION)
+        a = tl.load(tile_ptr)  # earlier, it would cost a program on each multiprocessor
         w = tl.load(W_ptr + left)
         v = tl.load(V_ptr + right)
-        total += tl.dot(w, v, input_precision=PRECISION, max_num_imprecise_acc=BAND)
+        total += dot(w, v, PRECISION)
         tl.store(tile_ptr, a - total)
 
 
@@ -281,7 +282,8 @@ def banded(A: Tensor) -> Tensor:
     tau, inner, sums = A.new_empty(B, BAND), A.new_empty(B, tiles, 2, BAND, BAND), A.new_empty(B, 2, BAND)
     factors = A.new_empty(B, 3, BAND, BAND)
     sizes = {"r": r, "BAND": BAND, "TILE": tile}
-    shared = sizes | {"PRECISION": kernels.precision_of_products(), "num_warps": config["num_warps"], "num_stages": 3}
+    precision = kernels.precision_of_products() if A.dtype == torch.float32 else "ieee"
+    shared = sizes | {"PRECISION": precision, "num_warps": config["num_warps"], "num_stages": 3}
     for panel in range(panels):
         rows = r - (panel + 1) * BAND
         _factor_kernel[(B,)](
@@ -293,7 +295,9 @@ def banded(A: Tensor) -> Tensor:
             _product_kernel[(count, B)](A_ptr=A, V_ptr=V, Z_ptr=W, inner_ptr=inner, panel=panel, **shared)
             _triangle_kernel[(B,)](inner_ptr=inner, tau_ptr=tau, factor_ptr=factors, panel=panel, **TRIANGLE, **sizes)
             _other_factor_kernel[(count, B)](V_ptr=V, W_ptr=W, factor_ptr=factors, panel=panel, num_warps=4, **sizes)
-            _update_kernel[(count * (count + 1) // 2, B)](A_ptr=A, V_ptr=V, W_ptr=W, panel=panel, **shared)
+            _update_kernel[(count * (count + 1) // 2, B)](
+                A_ptr=A, V_ptr=V, W_ptr=W, panel=panel, **kernels.options_of(UPDATE), **shared
+            )
     return band
 
 

@@ -23,8 +23,8 @@ from sosd_fast.kernels.turns import cooperative, places
 
 # Shipped configurations. Of many programs to a matrix each takes a sweep, by eight warps of four columns, and four fit
 # on a multiprocessor; of few, each takes four sweeps, and a multiprocessor.
-MANY = {"SWEEPS": 1, "num_warps": 8, "maxnreg": 64}
-FEW = {"SWEEPS": 4, "num_warps": 16, "maxnreg": 128}
+MANY = {"SWEEPS": 1, "QUARTERS": 4, "num_warps": 4, "maxnreg": 128}
+FEW = {"SWEEPS": 4, "QUARTERS": 4, "num_warps": 16, "maxnreg": 128}
 PER_SM = 65536 // (32 * MANY["num_warps"] * MANY["maxnreg"])
 NEGLIGIBLE = 2.0**-1000  # of a sum of squares: what lies below has lost digits, and is no direction to reflect along
 
@@ -42,6 +42,7 @@ if triton is not None:
         COOPERATIVE: tl.constexpr,
         BAND: tl.constexpr,
         SWEEPS: tl.constexpr,
+        QUARTERS: tl.constexpr,
     ):
         matrix = tl.program_id(0).to(tl.int64)
         band_ptr += matrix * columns * 2 * BAND
@@ -49,11 +50,15 @@ if triton is not None:
         PITCH: tl.constexpr = 2 * BAND - 1  # entry (i, j) is at i + PITCH j
         q = tl.arange(0, SWEEPS)
         n = tl.arange(0, BAND)
-        # tiles are [sweep, column, row]: a warp has some columns of a sweep, a thread some of their rows
-        column = n[None, :, None]
-        row = n[None, None, :]
-        at = row + PITCH * column + 0 * q[:, None, None]
-        head = (n == 0)[None, :]
+        # Tiles are [sweep, column, quarter, row]: a thread has a row of each quarter, for sums from thread to thread
+        # are what takes most.
+        ROWS: tl.constexpr = BAND // QUARTERS
+        column = n[None, :, None, None]
+        quarter = tl.arange(0, QUARTERS)
+        row_of = quarter[:, None] * ROWS + tl.arange(0, ROWS)[None, :]  # vectors of rows are [sweep, quarter, row]
+        row = row_of[None, None, :, :]
+        at = row + PITCH * column + 0 * q[:, None, None, None]
+        head = (row_of == 0)[None, :, :]
 
         for group in range(tl.program_id(1), groups, programs):
             sweep = group * SWEEPS + q
@@ -78,46 +83,56 @@ if triton is not None:
                 first = step == 0  # there the square is a column: its others are of the diagonal block
                 left = tl.where(first, start - 1, start - BAND)
 
-                # the square: the last reflectors from the right
-                square_ptr = band_ptr + (start + PITCH * left)[:, None, None] + at
-                some = (column == 0) | (step > 0)[:, None, None]
-                block_ptr = band_ptr + (start + PITCH * start)[:, None, None] + at
-                lower = row >= column + 0 * q[:, None, None]
+                square_ptr = band_ptr + (start + PITCH * left)[:, None, None, None] + at
+                block_ptr = band_ptr + (start + PITCH * start)[:, None, None, None] + at
+                some = (column == 0) | (step > 0)[:, None, None, None]
+                lower = row >= column + 0 * q[:, None, None, None]
+                present = (row_of >= 0)[None, :, :] & (q >= 0)[:, None, None]
                 if SWEEPS > 1:  # a sweep alone is never beyond its end
-                    some = some & live[:, None, None]
-                    lower = lower & live[:, None, None]
+                    some = some & live[:, None, None, None]
+                    lower = lower & live[:, None, None, None]
+                    present = present & live[:, None, None]
+                # all that is needed is under way together
+                column_ptr = band_ptr + (start + PITCH * left)[:, None, None] + row_of[None, :, :]
+                v = tl.load(column_ptr, mask=present, other=0.0)
                 square = tl.load(square_ptr, mask=some, other=0.0)
-                block = tl.load(block_ptr, mask=lower, other=0.0)  # needed later; both loads are under way together
-                y = tl.sum(square * along[:, :, None], axis=1) * tau[:, None]
-                square -= along[:, :, None] * y[:, None, :]
+                diagonal_ptr = band_ptr + (start + PITCH * start)[:, None, None] + (1 + PITCH) * row_of[None, :, :]
+                diagonal = tl.load(diagonal_ptr, mask=present, other=0.0)
+                block = tl.load(block_ptr, mask=lower, other=0.0)
+
+                # the square: the last reflectors from the right, which begin with 1
+                y = tl.sum(square * along[:, :, None, None], axis=1) * tau[:, None, None]
+                square -= along[:, :, None, None] * y[:, None, :, :]
 
                 # the reflectors that clear its first column
-                v = tl.sum(tl.where(column == 0, square, 0.0), axis=1)
+                v -= y
                 below, alpha = tl.reduce((tl.where(head, 0.0, v * v), tl.where(head, v, 0.0)), 1, _add_both)
+                below, alpha = tl.reduce((below, alpha), 1, _add_both)
                 turns = ~(below <= NEGLIGIBLE)  # also NaN, to be passed on
                 square_norm = tl.where(turns, alpha * alpha + below, 1.0)
                 inverse = tl.rsqrt(square_norm)  # a root and a quotient would take twice as long
                 beta = tl.where(turns, tl.where(alpha > 0, -1.0, 1.0) * square_norm * inverse, alpha)
                 divisor = tl.where(turns, alpha - beta, 1.0)
                 tau = tl.where(turns, 1.0 + tl.abs(alpha) * inverse, 0.0)
-                v = tl.where(head, 1.0, v * (1.0 / divisor)[:, None])
-                v = tl.where(turns[:, None], v, 0.0)
+                v = tl.where(head, 1.0, v * (1.0 / divisor)[:, None, None])
+                v = tl.where(turns[:, None, None], v, 0.0)
 
                 # from the left
-                products = tl.sum(square * v[:, None, :], axis=2) * tau[:, None]
-                square -= products[:, :, None] * v[:, None, :]
-                cleared = tl.where(head, beta[:, None], 0.0)
-                square = tl.where(column == 0, cleared[:, None, :], square)
+                products = tl.sum(tl.sum(square * v[:, None, :, :], axis=2), axis=2) * tau[:, None]
+                square -= products[:, :, None, None] * v[:, None, :, :]
+                cleared = tl.where(head, beta[:, None, None], 0.0)
+                square = tl.where(column == 0, cleared[:, None, :, :], square)
                 tl.store(square_ptr, square, mask=some)
 
-                # the diagonal block, from both sides; its lower half, with half of the diagonal
-                block = tl.where(row == column, 0.5 * block, block)
-                along = v
-                w = tl.sum(block * along[:, :, None], axis=1) + tl.sum(block * v[:, None, :], axis=2)
-                gamma = 0.5 * tau * tl.sum(w * v, axis=1)
-                w = (w - gamma[:, None] * v) * tau[:, None]
-                change = w[:, :, None] * v[:, None, :] + along[:, :, None] * w[:, None, :]
-                block = tl.where(row == column, 2.0 * block, block) - change
+                # the diagonal block, from both sides; of its lower half, which takes the diagonal twice
+                along = tl.reshape(v, [SWEEPS, BAND])
+                across = tl.sum(tl.sum(block * v[:, None, :, :], axis=2), axis=2)
+                w = tl.sum(block * along[:, :, None, None], axis=1) - diagonal * v
+                w += tl.reshape(across, [SWEEPS, QUARTERS, ROWS])
+                gamma = 0.5 * tau * tl.sum(tl.sum(w * v, axis=1), axis=1)
+                w = (w - gamma[:, None, None] * v) * tau[:, None, None]
+                block -= tl.reshape(w, [SWEEPS, BAND])[:, :, None, None] * v[:, None, :, :]
+                block -= along[:, :, None, None] * w[:, None, :, :]
                 tl.store(block_ptr, block, mask=lower)
 
                 tl.debug_barrier()
