@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sosd_fast.kernels import Backend, power_of_two
 
+ALONE = 2**15 - 1  # elements that torch leaves to one thread
 SD_TOLERANCE = 1e-6  # on |SD - SD_true|_2; published variations settle near 1e-5
 
 
@@ -177,14 +178,21 @@ def choose(previous: Tensor | None, count: int, dtype: torch.dtype, *, on_host: 
     if previous is None:
         return chosen
     previous = previous.cpu()
-    known = [bool(positive) for positive in previous[:, 0] > 0]
-    errors = {
-        method: [float(e) for e in sd_error(previous, method, 0, dtype=method.dtype(dtype))]
-        for method in LADDER[LADDER.index(lowest) : -1]
-    }
-    for i in range(count):
-        if known[i] and all(math.isfinite(error[i]) for error in errors.values()):
-            chosen[i] = next((m for m, error in errors.items() if error[i] <= SD_TOLERANCE), LADDER[-1])
+    todo = [i for i, positive in enumerate((previous[:, 0] > 0).tolist()) if positive]
+    # some at a time: torch gives more elements to several threads, which take milliseconds to wake between two steps
+    some = max(1, ALONE // previous.shape[1])
+    for method in LADDER[LADDER.index(lowest) :]:
+        left: list[int] = []
+        for at in (todo[first : first + some] for first in range(0, len(todo), some)):
+            errors = [SD_TOLERANCE] * len(at)
+            if method != LADDER[-1]:
+                errors = sd_error(previous[at], method, 0, dtype=method.dtype(dtype)).tolist()
+            for i, error in zip(at, errors, strict=True):
+                if error <= SD_TOLERANCE:
+                    chosen[i] = method
+                elif math.isfinite(error):
+                    left.append(i)
+        todo = left
     return chosen
 
 
