@@ -13,6 +13,7 @@ Source: Dongarra, Hammarling & Sorensen (1989); LAPACK sytrd and latrd.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -280,19 +281,41 @@ def tridiagonal(
     *batch, r = A.shape[:-1]
     if not A.numel() or kernels.backend_of("tridiagonal", A) is not Backend.TRITON:
         return tridiagonal_ref(A)
-    work = A.detach().reshape(-1, r, r)
     two_stages = r >= (BAND_FROM[A.dtype] if band_from is None else band_from)
-    more = -r % (band.ALIGNED if two_stages else ALIGNED)
-    if more:  # zeros beyond change nothing, and rows that begin anywhere would be read an element at a time
-        work = torch.nn.functional.pad(work, (0, more, 0, more))
-    else:
-        work = work.contiguous() if overwrite else work.clone(memory_format=torch.contiguous_format)
-    with torch.cuda.device_of(work):
+    with torch.cuda.device_of(A):
+        work = _workspace(A.detach().reshape(-1, r, r), band.ALIGNED if two_stages else ALIGNED, overwrite)
         if two_stages:
             d, e = (t.to(A.dtype) for t in chase(band.banded(work), r, programs))
         else:
             d, e = _launch(work, r, programs)
     return d[:, :r].reshape(*batch, r), e[:, : r - 1].reshape(*batch, r - 1)
+
+
+def tridiagonal_all(batches: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """`tridiagonal` of batches (B, r, r) of one r and several dtypes, which are used up.
+
+    Bands of all of them are chased at once: a chase takes as long as its columns, one after another, need.
+    """
+    r = batches[0].shape[-1]
+    if len(batches) == 1 or not all(
+        kernels.backend_of("tridiagonal", A) is Backend.TRITON and r >= BAND_FROM[A.dtype] for A in batches
+    ):
+        return [tridiagonal(A, overwrite=True) for A in batches]
+    with torch.cuda.device_of(batches[0]):
+        bands = [band.banded(_workspace(A, band.ALIGNED, True)) for A in batches]
+        d, e = (t.split([len(A) for A in batches]) for t in chase(torch.cat(bands), r))
+    return [(x.to(A.dtype), y[:, : r - 1].to(A.dtype)) for A, x, y in zip(batches, d, e, strict=True)]
+
+
+def _workspace(A: Tensor, aligned: int, overwrite: bool) -> Tensor:
+    """A (B, r, r), or a copy of it, padded to a multiple of `aligned` with zeros.
+
+    These change nothing, and rows that begin anywhere would be read an element at a time.
+    """
+    more = -A.shape[-1] % aligned
+    if more:
+        return torch.nn.functional.pad(A, (0, more, 0, more))
+    return A.contiguous() if overwrite else A.clone(memory_format=torch.contiguous_format)
 
 
 def _launch(A: Tensor, columns: int, programs: int | None) -> tuple[Tensor, Tensor]:

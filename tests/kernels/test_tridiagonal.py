@@ -9,7 +9,7 @@ from every import EVERY
 
 from sosd_fast import kernels
 from sosd_fast.kernels import Backend, triton
-from sosd_fast.kernels.tridiagonal import tridiagonal, tridiagonal_ref
+from sosd_fast.kernels.tridiagonal import tridiagonal, tridiagonal_all, tridiagonal_ref
 from sosd_fast.testing import SPECTRA, matrix
 
 EPS = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
@@ -288,6 +288,24 @@ def test_two_stages(device, r, dtype):
     assert_same_eigenvalues(d, e, A)
 
 
+def test_what_has_several_dtypes_is_chased_at_once(device, monkeypatch):
+    module, chased = sys.modules["sosd_fast.kernels.tridiagonal"], []
+    batches = [torch.stack([gram(name, 45, dtype, device) for name in ("gaussian", "flat")]) for dtype in EPS]
+    expected = [tridiagonal(A, band_from=1) for A in batches]
+    monkeypatch.setattr(module, "chase", lambda *a, do=module.chase: chased.append(len(a[0])) or do(*a))
+    for sides, times in (((46, 45), [2]), ((45, 45), [4])):  # of the dtypes: what is below goes one by one
+        monkeypatch.setattr(module, "BAND_FROM", dict(zip(EPS, sides, strict=True)))
+        del chased[:]
+        found = tridiagonal_all([A.clone() for A in batches])
+        assert chased == times
+        for i, ((d, e), A) in enumerate(zip(found, batches, strict=True)):
+            assert d.shape == (2, 45) and e.shape == (2, 44) and d.dtype == e.dtype == A.dtype
+            if sides[i] == 45:
+                assert torch.equal(d, expected[i][0]) and torch.equal(e, expected[i][1])
+            for j in range(2):
+                assert_same_eigenvalues(d[j], e[j], A[j], stages=2)
+
+
 def test_special_spectra_in_two_stages(device):
     names = ["half_zeros", "flat"] + [name for name in SPECTRA if EVERY]
     A = torch.stack([gram(name, 66 if EVERY else 34, torch.float32, device) for name in [*names, "gaussian"]])
@@ -343,9 +361,9 @@ def test_how_many_programs_chase(monkeypatch):
         module.chase(torch.empty(1, 1, 1, dtype=torch.float64).expand(B, r + 64, 64).as_subclass(Cuda), r)
         return launched.pop()
 
-    assert module.PER_SM == 4
-    assert chases(16, 4096) == (33, 1, True) and chases(1, 4096) == (65, 1, True)  # as many as find work
-    assert chases(300, 2048) == (1, 4, False)
+    assert module.PER_SM == 6
+    assert chases(16, 4096) == (49, 1, True) and chases(1, 4096) == (65, 1, True)  # as many as find work
+    assert chases(300, 2048) == (2, 1, True) and chases(600, 2048) == (1, 4, False)
     with monkeypatch.context() as several:
         several.setattr(torch.distributed, "is_initialized", lambda: True)
         several.setattr(torch.distributed, "get_world_size", lambda: 8)
