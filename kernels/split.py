@@ -15,7 +15,7 @@ if triton is not None:
 
         Triton's own "tf32x3" is the same, but looks at each factor and sum for Inf and NaN (LOG.md#topk-cuda-faster).
         """
-        if PRECISION == "tf32x3":
+        if PRECISION == "tf32x3" and x.dtype == tl.float32:
             high_y = _nearest(y)
             if SHORT:
                 total = tl.dot(x, y - high_y, input_precision="tf32")

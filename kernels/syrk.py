@@ -39,6 +39,7 @@ PER_SM = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
 LEAST_PART = 1024  # columns of A, that a part of a product has at least
 
 if triton is not None:
+    from sosd_fast.kernels.split import dot
 
     @triton.jit(do_not_specialize=ALIKE)
     def _syrk_kernel(
@@ -69,6 +70,7 @@ if triton is not None:
         B_UNIT: tl.constexpr,
         C_UNIT: tl.constexpr,
         GRAIN: tl.constexpr,  # of which m, k and the other strides are multiples, and in which they are given
+        WHOLE: tl.constexpr,  # whether k is a multiple of BLOCK_K
         BLOCK: tl.constexpr,
         BLOCK_K: tl.constexpr,
     ):
@@ -103,24 +105,32 @@ if triton is not None:
         rows = row * BLOCK + tl.arange(0, BLOCK)
         columns = column * BLOCK + tl.arange(0, BLOCK)
         inner = tl.arange(0, BLOCK_K)
+        # rows beyond the last are others again, whose products are not stored: nothing is masked in the loop
+        left_rows, right_rows = rows % m, columns % m
+        if GRAIN > 1:  # where rows begin anew, too, 16 lie side by side
+            left_rows = tl.max_contiguous(tl.multiple_of(left_rows, 16), 16)
+            right_rows = tl.max_contiguous(tl.multiple_of(right_rows, 16), 16)
         left_ptr = (
-            A_ptr + batch * stride_ab * GRAIN + rows.to(tl.int64)[:, None] * stride_am + inner[None, :] * stride_ak
+            A_ptr + batch * stride_ab * GRAIN + left_rows.to(tl.int64)[:, None] * stride_am + inner[None, :] * stride_ak
         )
         right_ptr = (
-            B_ptr + batch * stride_bb * GRAIN + columns.to(tl.int64)[None, :] * stride_bm + inner[:, None] * stride_bk
+            B_ptr + batch * stride_bb * GRAIN + right_rows.to(tl.int64)[None, :] * stride_bm + inner[:, None] * stride_bk
         )
         total = tl.zeros([BLOCK, BLOCK], tl.float32)
         if HAS_SCALE:
             scale = tl.load(scale_ptr + batch).to(tl.float32)
         for first in range(0, k, BLOCK_K):
-            left = tl.load(left_ptr, mask=(rows[:, None] < m) & (inner[None, :] < k - first), other=0.0)
-            right = tl.load(right_ptr, mask=(columns[None, :] < m) & (inner[:, None] < k - first), other=0.0)
+            if WHOLE:
+                left = tl.load(left_ptr)
+                right = tl.load(right_ptr)
+            else:
+                left = tl.load(left_ptr, mask=inner[None, :] < k - first, other=0.0)
+                right = tl.load(right_ptr, mask=inner[:, None] < k - first, other=0.0)
             if HAS_SCALE:
                 left = (left.to(tl.float32) * scale).to(A_ptr.dtype.element_ty)  # exact
                 right = (right.to(tl.float32) * scale).to(A_ptr.dtype.element_ty)
             if ROUND:
-                # a nonzero bound keeps the compiler from folding the addition into the product
-                total += tl.dot(left, right, input_precision=PRECISION, max_num_imprecise_acc=BLOCK_K)
+                total += dot(left, right, PRECISION)
             else:
                 total = tl.dot(left, right, total, input_precision=PRECISION)
             left_ptr += BLOCK_K * stride_ak
@@ -269,6 +279,7 @@ def _launch(A: Tensor, B: Tensor, C: Tensor | None, scale: Tensor | None, out: T
             B_UNIT=unit["b"],
             C_UNIT=unit["c"],
             GRAIN=grain,
+            WHOLE=k % config["BLOCK_K"] == 0,
             **config,
         )
 
