@@ -77,6 +77,8 @@ def calls() -> dict[str, Callable[[], object]]:
             found[f"bands of {batch}, {str(dtype)[6:]}"] = functools.partial(tridiagonal, G, overwrite=True)
         S = empty(72, 768, dtype=dtype)[0]
         found[f"spectra, {str(dtype)[6:]}"] = functools.partial(singular_distribution, S, S, S)
+        long = empty(2, 5000, dtype=dtype)[0]
+        found[f"long spectra, {str(dtype)[6:]}"] = functools.partial(singular_distribution, long, long, long)
     # as few programs share a matrix beside other ranks
     found["bands by few"] = functools.partial(chase, empty(4, 2112, 64, dtype=FLOAT64)[0], 2048, 8, many=False)
     return found

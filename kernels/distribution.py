@@ -7,9 +7,6 @@ participation ratio = (sum p^2)^2 / sum p^4,  cosine = <S, reference> / (|S| |re
 Source: Roy & Vetterli, "The effective rank" (EUSIPCO 2007); arXiv 2605.26489 for the singular distribution.
 """
 
-# pyright: reportPossiblyUnboundVariable=false
-# Triton resolves a branch on a constexpr when it compiles: what one branch names, only its own cases use.
-
 from typing import NamedTuple
 
 import torch
@@ -18,125 +15,114 @@ from torch import Tensor
 from sosd_fast import kernels
 from sosd_fast.kernels import Backend, tl, triton
 
-BLOCK = 1024  # values at once; longer spectra take several turns
+BLOCK = 2048  # values at once; longer spectra take several turns, and are read three times
+PER_WARP = 128  # values to a warp
 
 if triton is not None:
 
     @triton.jit
-    def _power_of_two(x):
-        """The power of two at or below a float64 x >= 0, by its exponent's bits; Inf for NaN and Inf."""
-        power = (x.to(tl.int64, bitcast=True) & 0x7FF0000000000000).to(tl.float64, bitcast=True)
-        return tl.maximum(power, 2.2250738585072014e-308)
+    def _largest(a, b, c, d, e, f, g, h):
+        return tl.maximum(a, e), tl.maximum(b, f), tl.maximum(c, g), tl.maximum(d, h)
 
     @triton.jit
-    def _largest(ptr, step, r, BLOCK: tl.constexpr):
-        lanes = tl.arange(0, BLOCK)
-        largest = tl.zeros([BLOCK], tl.float64)
-        for first in range(0, r, BLOCK):
-            i = first + lanes
-            largest = tl.maximum(largest, tl.load(ptr + i * step, mask=i < r, other=0.0).to(tl.float64))
-        return tl.max(largest, axis=0)
+    def _totals(a, b, c, d, e, f):
+        return a + d, b + e, c + f
+
+    @triton.jit
+    def _combined(l2, l1, linf, product, square, fourth, entropy, a, b, c, d, e, f, g):
+        return l2 + a, l1 + b, tl.maximum(linf, c), product + d, square + e, fourth + f, entropy + g
+
+    @triton.jit
+    def _powers_of_two(x):
+        """Half the power of two at or below a float64 x >= 0, and its inverse, a normal number: 0 for NaN and Inf."""
+        EXPONENT: tl.constexpr = 0x7FF0000000000000
+        power = (x.to(tl.int64, bitcast=True) & EXPONENT).to(tl.float64, bitcast=True)
+        power = tl.maximum(power, 2.2250738585072014e-308)
+        return 0.5 * power, (EXPONENT - power.to(tl.int64, bitcast=True)).to(tl.float64, bitcast=True)
+
+    @triton.jit
+    def _quotient(x, divisor, inverse):
+        """Divides by means of the rounded inverse; with what the product lacks, as a division rounds."""
+        product = x * inverse
+        return tl.fma(tl.fma(-product, divisor, x), inverse, product)
 
     @triton.jit
     def _singular_distribution_kernel(
-        S_ptr,  # (B, r), by strides
-        previous_ptr,
-        reference_ptr,
+        S_ptr,  # (B, r)
+        previous_ptr,  # (B, r), S where there is none
+        reference_ptr,  # (B, r), S where there is none
         sd_ptr,  # (B, r)
         statistics_ptr,  # (B, 12) float64
         r,
-        stride_S,
-        step_S,
-        stride_previous,
-        step_previous,
-        stride_reference,
-        step_reference,
-        HAS_PREVIOUS: tl.constexpr,
-        HAS_REFERENCE: tl.constexpr,
+        LONG: tl.constexpr,  # r > BLOCK; where not, each loop is one turn, and the compiler merges their loads
         BLOCK: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
-        S_ptr += row * stride_S
-        previous_ptr += row * stride_previous
-        reference_ptr += row * stride_reference
+        S_ptr += row * r
+        previous_ptr += row * r
+        reference_ptr += row * r
+        sd_ptr += row * r
         lanes = tl.arange(0, BLOCK)
-        zeros = tl.zeros([BLOCK], tl.float64)
-        total, total_previous = zeros, zeros
+        end = r if LONG else BLOCK
+        zero = tl.full([], 0.0, tl.float64)
+
         # Each spectrum is divided by a power of two, so that no sum and no square leaves the range of float64.
-        sigma_max = _largest(S_ptr, step_S, r, BLOCK)
-        power = _power_of_two(sigma_max)
-        if HAS_PREVIOUS:
-            power_previous = _power_of_two(_largest(previous_ptr, step_previous, r, BLOCK))
-        if HAS_REFERENCE:
-            power_reference = _power_of_two(_largest(reference_ptr, step_reference, r, BLOCK))
-        smallest = tl.full([BLOCK], float("inf"), tl.float64)
-        for first in range(0, r, BLOCK):
+        largest, negative, largest_previous, largest_reference = zero, zero - float("inf"), zero, zero
+        for first in range(0, end, BLOCK):
             i = first + lanes
-            inside = i < r
-            x = tl.load(S_ptr + i * step_S, mask=inside, other=0.0).to(tl.float64)
-            total += x / power
-            smallest = tl.where(inside, tl.minimum(smallest, x), smallest)
-            if HAS_PREVIOUS:
-                q = tl.load(previous_ptr + i * step_previous, mask=inside, other=0.0).to(tl.float64)
-                total_previous += q / power_previous
-        sum_S = tl.sum(total, axis=0)
-        sum_previous = tl.sum(total_previous, axis=0)
+            x = tl.load(S_ptr + i, mask=i < r, other=0.0).to(tl.float64)
+            q = tl.load(previous_ptr + i, mask=i < r, other=0.0).to(tl.float64)
+            s = tl.load(reference_ptr + i, mask=i < r, other=0.0).to(tl.float64)
+            a, b, c, d = tl.reduce((x, tl.where(i < r, -x, -float("inf")), q, s), 0, _largest)
+            largest, negative, largest_previous, largest_reference = _largest(
+                largest, negative, largest_previous, largest_reference, a, b, c, d
+            )
+        power, to_unit = _powers_of_two(largest)
+        _, to_unit_previous = _powers_of_two(largest_previous)
+        _, to_unit_reference = _powers_of_two(largest_reference)
 
-        squares, fourths, entropies, l2, l1, products, squares_reference = (
-            zeros,
-            zeros,
-            zeros,
-            zeros,
-            zeros,
-            zeros,
-            zeros,
-        )
-        linf = zeros
-        for first in range(0, r, BLOCK):
+        total, total_previous, square_reference = zero, zero, zero
+        for first in range(0, end, BLOCK):
             i = first + lanes
-            inside = i < r
-            x = tl.load(S_ptr + i * step_S, mask=inside, other=0.0).to(tl.float64)
-            p = x / power / sum_S
-            tl.store(sd_ptr + row * r + i, p.to(sd_ptr.dtype.element_ty), mask=inside)
-            p = tl.where(inside, p, 0.0)  # a zero spectrum: 0 / 0 beyond its end too
-            square = p * p
-            squares += square
-            fourths += square * square
-            entropies -= tl.where(p == 0, 0.0, p * tl.log(tl.where(p == 0, 1.0, p)))
-            if HAS_PREVIOUS:
-                q = tl.load(previous_ptr + i * step_previous, mask=inside, other=0.0).to(tl.float64)
-                d = tl.abs(p - tl.where(inside, q / power_previous / sum_previous, 0.0))
-                l2 += d * d
-                l1 += d
-                linf = tl.maximum(linf, d)
-            if HAS_REFERENCE:
-                q = tl.load(reference_ptr + i * step_reference, mask=inside, other=0.0).to(tl.float64)
-                q = q / power_reference
-                products += p * q
-                squares_reference += q * q
+            x = tl.load(S_ptr + i, mask=i < r, other=0.0).to(tl.float64) * to_unit
+            q = tl.load(previous_ptr + i, mask=i < r, other=0.0).to(tl.float64) * to_unit_previous
+            s = tl.load(reference_ptr + i, mask=i < r, other=0.0).to(tl.float64) * to_unit_reference
+            a, b, c = tl.reduce((x, q, s * s), 0, _totals)
+            total, total_previous, square_reference = _totals(total, total_previous, square_reference, a, b, c)
+        inverse, inverse_previous = 1.0 / total, 1.0 / total_previous
 
-        # maximum and minimum drop NaN; the sums keep it
-        sum_l1 = tl.sum(l1, axis=0)
-        sigma_max = tl.where(sum_S == sum_S, sigma_max, sum_S)
-        sigma_min = tl.where(sum_S == sum_S, tl.min(smallest, axis=0), sum_S)
-        square = tl.sum(squares, axis=0)
-        entropy = tl.sum(entropies, axis=0)
-        p_max = sigma_max / power / sum_S
-        out = statistics_ptr + row * 12
-        if HAS_PREVIOUS:
-            tl.store(out, tl.sqrt(tl.sum(l2, axis=0)))
-            tl.store(out + 1, sum_l1)
-            tl.store(out + 2, tl.where(sum_l1 == sum_l1, tl.max(linf, axis=0), sum_l1))
-        if HAS_REFERENCE:
-            tl.store(out + 3, tl.sum(products, axis=0) / tl.sqrt(square * tl.sum(squares_reference, axis=0)))
-        tl.store(out + 4, sum_S * power)
-        tl.store(out + 5, tl.where(sum_S == 0, 0.0, sum_S * tl.sqrt(square) * power))
-        tl.store(out + 6, sigma_max)
-        tl.store(out + 7, sigma_min)
-        tl.store(out + 8, square / (p_max * p_max))
-        tl.store(out + 9, tl.exp(entropy))
-        tl.store(out + 10, entropy)
-        tl.store(out + 11, square * square / tl.sum(fourths, axis=0))
+        l2, l1, linf, product, square, fourth, entropy = zero, zero, zero, zero, zero, zero, zero
+        for first in range(0, end, BLOCK):
+            i = first + lanes
+            x = tl.load(S_ptr + i, mask=i < r, other=0.0).to(tl.float64) * to_unit
+            q = tl.load(previous_ptr + i, mask=i < r, other=0.0).to(tl.float64) * to_unit_previous
+            s = tl.load(reference_ptr + i, mask=i < r, other=0.0).to(tl.float64) * to_unit_reference
+            p = _quotient(x, total, inverse)
+            tl.store(sd_ptr + i, p.to(sd_ptr.dtype.element_ty), mask=i < r)
+            moved = tl.abs(p - _quotient(q, total_previous, inverse_previous))
+            pp = p * p
+            log = tl.log(tl.where(p == 0, 1.0, p))
+            a, b, c, d, e, f, g = tl.reduce((moved * moved, moved, moved, p * s, pp, pp * pp, -p * log), 0, _combined)
+            l2, l1, linf, product, square, fourth, entropy = _combined(
+                l2, l1, linf, product, square, fourth, entropy, a, b, c, d, e, f, g
+            )
+
+        # maximum drops NaN; the sums keep it
+        linf = tl.where(l1 == l1, linf, l1)
+        largest = tl.where(total == total, largest, total)
+        smallest = tl.where(total == total, -negative, total)
+        p_max = _quotient(largest * to_unit, total, inverse)
+        # By lanes: every warp issues this, and one root and one quotient of all statistics are fewer instructions.
+        k = tl.arange(0, 16)
+        root = tl.sqrt(tl.where(k == 0, l2, tl.where(k == 3, square * square_reference, square)))
+        frobenius = tl.where(total == 0, 0.0, total * root)
+        value = tl.where(k == 0, root, tl.where(k == 1, l1, tl.where(k == 2, linf, tl.where(k == 3, product, total))))
+        value = tl.where(k == 5, frobenius, tl.where(k == 6, largest, tl.where(k == 7, smallest, value)))
+        value = tl.where(k == 8, square, tl.where(k == 9, tl.exp(entropy), tl.where(k == 10, entropy, value)))
+        value = tl.where(k == 11, square * square, value)
+        divisor = tl.where(k == 3, root, tl.where(k == 8, p_max * p_max, tl.where(k == 11, fourth, 1.0)))
+        value = value / divisor * tl.where((k == 4) | (k == 5), power, 1.0)
+        tl.store(statistics_ptr + row * 12 + k, value, mask=k < 12)
 
 
 class Distribution(NamedTuple):
@@ -184,16 +170,18 @@ def singular_distribution(S: Tensor, previous: Tensor | None = None, reference: 
     if backend is Backend.TORCH:
         return singular_distribution_ref(S, previous, reference)
 
-    rows = S.detach().reshape(-1, S.shape[-1])
-    others = [t if t is None else t.detach().reshape(rows.shape) for t in (previous, reference)]
     sd = torch.empty_like(S, memory_format=torch.contiguous_format, requires_grad=False)
     columns = len(Distribution._fields) - 1
     statistics = torch.empty(*S.shape[:-1], columns, dtype=torch.float64, device=S.device)
     if backend is Backend.TRITON:
-        _launch(rows, *others, sd=sd, statistics=statistics)
+        _launch(S, previous, reference, sd, statistics)
     else:
-        spectra = (t if t is None else t.to(S.dtype).contiguous() for t in (rows, *others))
-        kernels._C.singular_distribution(*spectra, sd.view(rows.shape), statistics.view(len(rows), columns))
+        rows = sd.view(-1, S.shape[-1])
+        spectra = (
+            t if t is None else t.detach().to(S.dtype).reshape(rows.shape).contiguous()
+            for t in (S, previous, reference)
+        )
+        kernels._C.singular_distribution(*spectra, rows, statistics.view(-1, columns))
     found = Distribution(sd, *statistics.unbind(-1))
     if previous is None:
         found = found._replace(variation_l2=None, variation_l1=None, variation_linf=None)
@@ -203,24 +191,22 @@ def singular_distribution(S: Tensor, previous: Tensor | None = None, reference: 
 
 
 def _launch(S: Tensor, previous: Tensor | None, reference: Tensor | None, sd: Tensor, statistics: Tensor):
-    if not S.shape[0]:
+    if not S.numel():
         return
-    strides = {}
-    for name, t in (("S", S), ("previous", previous), ("reference", reference)):
-        strides[f"stride_{name}"], strides[f"step_{name}"] = (0, 0) if t is None else t.stride()
+    r = S.shape[-1]
+    block = min(BLOCK, triton.next_power_of_2(r))
+    S = S.contiguous()
     with torch.cuda.device_of(S):
-        _singular_distribution_kernel[(S.shape[0],)](
-            S_ptr=S,
-            previous_ptr=S if previous is None else previous,
-            reference_ptr=S if reference is None else reference,
-            sd_ptr=sd,
-            statistics_ptr=statistics,
-            r=S.shape[1],
-            **strides,
-            HAS_PREVIOUS=previous is not None,
-            HAS_REFERENCE=reference is not None,
-            BLOCK=min(BLOCK, triton.next_power_of_2(S.shape[1])),
-            num_warps=4,
+        _singular_distribution_kernel[(S.numel() // r,)](
+            S,
+            S if previous is None else previous.contiguous(),
+            S if reference is None else reference.contiguous(),
+            sd,
+            statistics,
+            r,
+            LONG=r > BLOCK,
+            BLOCK=block,
+            num_warps=min(max(block // PER_WARP, 1), 16),
         )
 
 

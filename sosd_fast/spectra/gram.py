@@ -44,13 +44,13 @@ class Products(NamedTuple):
         return cls(squares, (some[..., 1:, :] * some[..., :-1, :]).sum(-1))
 
 
-def correct(G: Tensor, known: Products, inner: int) -> Tensor:
+def correct(G: Tensor, known: Products, inner: int | Tensor) -> Tensor:
     """Sets the diagonal of Gram matrices right.
 
     Args:
         G: (B, r, r); its diagonal is written, its lower triangle read.
         known: elements of W W^T, with the same leading dimension.
-        inner: K, the terms of each sum.
+        inner: K, the terms of each sum; (B,) where they differ.
 
     Returns:
         drift (B,) float64: G is now (1 + drift) W W^T and noise.

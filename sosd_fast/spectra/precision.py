@@ -84,14 +84,14 @@ _SD = MODELS[Backend.TORCH]  # any: only value_root differs
 
 
 def predicted_sd_error(
-    S: Tensor, method: Method, inner: int, *, dtype: torch.dtype, drift: Tensor | None = None
+    S: Tensor, method: Method, inner: int | Tensor, *, dtype: torch.dtype, drift: Tensor | None = None
 ) -> Tensor:
     """Predicts the root mean square of |SD - SD_true|_2.
 
     Args:
         S: (B, r) float64, singular values, descending.
         method: that found them, or that is to find them.
-        inner: the long side K.
+        inner: the long side K; (B,) float64 where it differs, for methods that square.
         dtype: that the method computes in.
         drift: (B,) float64, by how much the eigenvalues of the Gram matrix were seen to move together, relative to
             their mean; None for no more than usual.
@@ -119,7 +119,9 @@ def predicted_sd_error(
     return (_norm(ds) + _norm(x) / total * (ds * lost).sum(-1)) / total
 
 
-def sd_error(S: Tensor, method: Method, inner: int, *, dtype: torch.dtype, drift: Tensor | None = None) -> Tensor:
+def sd_error(
+    S: Tensor, method: Method, inner: int | Tensor, *, dtype: torch.dtype, drift: Tensor | None = None
+) -> Tensor:
     """The bound on |SD - SD_true|_2 that records carry, (B,); arguments as of `predicted_sd_error`."""
     x = S / power_of_two(S[:, :1])
     sd_norm = _norm(x) / x.sum(-1)
@@ -137,14 +139,15 @@ def lapack_error(S: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return most, 2 * most[:, 0] / S.sum(-1)
 
 
-def value_bound(S: Tensor, method: Method, inner: int, backend: Backend, *, dtype: torch.dtype) -> Tensor:
+def value_bound(S: Tensor, method: Method, inner: int | Tensor, backend: Backend, *, dtype: torch.dtype) -> Tensor:
     """The bound on |S - S_true| of each value, (B, r); arguments as of `predicted_sd_error`."""
     r, u, model = S.shape[-1], torch.finfo(dtype).eps / 2, MODELS[backend]
     top = S[:, :1]
     if not method.squares:
         return ((model.value_base + 8 * math.sqrt(r) + math.sqrt(inner)) * u * top).expand_as(S)
     units = model.value_base + max(model.value_root * math.sqrt(r), model.value_linear * r)
-    units = (units + model.value_inner * math.sqrt(inner)) * (model.value_float64 if dtype == torch.float64 else 1)
+    root = inner.sqrt()[:, None] if isinstance(inner, Tensor) else math.sqrt(inner)
+    units = (units + model.value_inner * root) * (model.value_float64 if dtype == torch.float64 else 1)
     return _roots(S, units * u * top.square())
 
 

@@ -208,7 +208,8 @@ def _launched(matrices: Sequence[Tensor], methods: list[Method]) -> Spectra:
 
     The matrices need only have their short side in common: those of a model go through the reduction together.
     """
-    rows: dict[int, tuple[Tensor, ...]] = {}
+    order: list[int] = []
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
     for method in sorted(set(methods)):
         parts, size = [], 0
         at = [i for i, other in enumerate(methods) if other == method]
@@ -216,12 +217,18 @@ def _launched(matrices: Sequence[Tensor], methods: list[Method]) -> Spectra:
         for some in _chunks(at, [(method.dtype(W.dtype).itemsize + 8) * W.numel() for W in matrices]):
             more = 8 * len(some) * min(matrices[some[0]].shape) ** 2
             if parts and size + more > CHUNK_BYTES:
-                rows |= _reduced(matrices, parts, method)
+                found.append(_reduced(parts, method, matrices[0].dtype))
                 parts, size = [], 0
-            parts += _grams(matrices, some, method)
+            grams = _grams(matrices, some, method)
+            order += [i for part in grams for i in part.at]
+            parts += grams
             size += more
-        rows |= _reduced(matrices, parts, method)
-    S, bound, sd_error = (torch.stack(column) for column in zip(*(rows[i] for i in sorted(rows)), strict=True))
+        found.append(_reduced(parts, method, matrices[0].dtype))
+    S, bound, sd_error = map(_joined, zip(*found, strict=True))
+    if order != sorted(order):
+        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), pin_memory=S.is_cuda, device="cpu")
+        back = back.to(S.device, non_blocking=True)  # from other memory it would wait for the device
+        S, bound, sd_error = (t.index_select(0, back) for t in (S, bound, sd_error))
     return Spectra(S, bound, sd_error, tuple(methods))
 
 
@@ -237,13 +244,19 @@ def _chunks(at: list[int], sizes: list[int]) -> Iterator[list[int]]:
     yield chunk
 
 
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors one after the other, without a copy of one that is alone."""
+    return torch.cat([*parts]) if len(parts) > 1 else parts[0]
+
+
 class _Part(NamedTuple):
     """Matrices of one shape, by their indices, and what is known of them before their reduction."""
 
     at: list[int]
+    inner: int
     G: Tensor
-    known: Products
-    drift: Tensor
+    squares: Tensor
+    cross: Tensor
     scale: Tensor
     finite: Tensor
 
@@ -253,39 +266,42 @@ def _grams(matrices: Sequence[Tensor], at: list[int], method: Method) -> list[_P
     shapes: dict[torch.Size, list[int]] = {}
     for i in at:
         shapes.setdefault(matrices[i].shape, []).append(i)
-    parts, dtype = [], method.dtype(matrices[at[0]].dtype)
+    every = [matrices[i].detach() for some in shapes.values() for i in some]
+    dtype = method.dtype(every[0].dtype)
+    scales, finite = kernels.scale_of(torch.stack(torch._foreach_norm(every, torch.inf)), dtype)
+    if every[0].dtype == torch.float16:  # its squares stay in range, and scaling could round its small values
+        scales = torch.ones_like(scales)
+    parts, first = [], 0
     for (m, n), some in shapes.items():
-        given = [matrices[i].detach() for i in some]
-        scale, finite = kernels.scale_of(torch.stack(torch._foreach_norm(given, torch.inf)), dtype)
-        W = torch.stack(given)  # (B, m, n)
+        own = slice(first, first + len(some))
+        first, scale = own.stop, scales[own]
+        W = torch.stack(every[own])  # (B, m, n)
         W = W if m <= n else W.mT
-        if W.dtype == torch.float16:  # its squares stay in range, and scaling could round its small values
-            scale = torch.ones_like(scale)
         if dtype == torch.float32:
             W = W.float() if W.dtype == torch.float64 else W
             G = syrk(W, scale=scale)
         else:
-            W = W.double() * scale[:, None, None]
-            G = syrk(W)
-        known = Products.of(W)
-        if dtype == torch.float32:
-            known = Products(*(t * scale[:, None].square() for t in known))
-        parts.append(_Part(some, G, known, correct(G, known, max(m, n)), scale, finite))
+            W = W * scale[:, None, None]  # float64
+            G = W @ W.mT  # `syrk` would copy one triangle to the other; either is as good
+        parts.append(_Part(some, max(m, n), G, *Products.of(W), scale, finite[own]))
     return parts
 
 
-def _reduced(matrices: Sequence[Tensor], parts: list[_Part], method: Method) -> dict[int, tuple[Tensor, ...]]:
-    """The rows of the `Spectra` of some of the matrices, by index, from one reduction: two take nearly twice it."""
-    values = gram_eigenvalues(torch.cat([part.G for part in parts]) if len(parts) > 1 else parts[0].G)
-    backend, dtype = backend_of("tridiagonal", values), method.dtype(matrices[parts[0].at[0]].dtype)
-    rows: dict[int, tuple[Tensor, ...]] = {}
-    for part in parts:
-        own, values = values[: len(part.at)], values[len(part.at) :]
-        S, drift = singular_values(own.double() / (1 + part.drift[:, None]), part.known.squares, part.drift)
-        shape = matrices[part.at[0]].shape
-        found = finished(S, method, max(shape), backend, dtype, drift, part.scale, part.finite)
-        rows |= dict(zip(part.at, zip(*found, strict=True), strict=True))
-    return rows
+def _reduced(parts: Sequence[_Part], method: Method, given: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The `Spectra` of matrices of a dtype, part by part, from one reduction: two take nearly twice as long as one."""
+    _, inners, *columns = zip(*parts, strict=True)
+    G, squares, cross, scale, finite = map(_joined, columns)
+    inner: int | Tensor = inners[0]
+    if len(set(inners)) > 1:
+        inner = torch.cat([part.scale.new_full(part.scale.shape, part.inner) for part in parts])
+    dtype, known = method.dtype(given), Products(squares, cross)
+    if dtype == torch.float32:
+        known = Products(*(t * scale[:, None].square() for t in known))
+    drift = correct(G, known, inner)
+    backend = backend_of("tridiagonal", G)
+    S = gram_eigenvalues(G).double() / (1 + drift[:, None])
+    S, drift = singular_values(S, known.squares, drift)
+    return finished(S, method, inner, backend, dtype, drift, scale, finite)
 
 
 def gram_eigenvalues(G: Tensor) -> Tensor:
@@ -339,7 +355,7 @@ def _by_torch(matrices: Sequence[Tensor], method: Method) -> tuple[Tensor, Tenso
 def finished(
     S: Tensor,
     method: Method,
-    inner: int,
+    inner: int | Tensor,
     backend: Backend,
     dtype: torch.dtype,
     drift: Tensor | None,

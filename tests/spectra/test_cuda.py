@@ -91,10 +91,13 @@ def test_scale_and_nan(device, size):
 def test_chunks_agree_with_the_whole(device, monkeypatch):
     matrices = [matrix("gaussian", 5, 3, seed=seed).to(device) for seed in range(3)]
     whole = spectra(matrices, "gram32")
+    several = [matrices[0], matrix("gaussian", 3, 7).to(device), matrices[2]]
+    at_once = spectra(several, "gram32")
     monkeypatch.setattr(sys.modules["sosd_fast.spectra.svdvals"], "CHUNK_BYTES", 2 * 4 * (5 * 3 + 3 * 3))
     parts = spectra(matrices, "gram32")
-    mixed = spectra([matrices[0], matrix("gaussian", 3, 7).to(device), matrices[2]], "gram32")
+    mixed = spectra(several, "gram32")
     assert torch.equal(mixed.S[::2], whole.S[::2])  # shapes with one short side go together
+    assert all(torch.equal(a, b) for a, b in zip(at_once[:3], mixed[:3], strict=True))  # each in its place
     assert torch.equal(parts.S, whole.S) and torch.equal(parts.bound, whole.bound)
 
 
