@@ -26,7 +26,7 @@ CONFIGS = {
 
 ALIGNED = 16  # elements
 # Where rows do not begin at multiples of that, accesses are not 16 bytes wide, and 128 x 128 tiles spill 192 bytes.
-UNALIGNED = {"BLOCK": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+UNALIGNED = {"BLOCK": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
 AXES = {"a": "bmk", "b": "bmk", "c": "bmn"}
 # Sizes, strides and factors: specialised for each, the tests of a GPU compiled 60 kernels. What matters to the code, in
 # which direction entries lie side by side and whether accesses may be 16 bytes wide, is said to it by flags instead.
