@@ -202,7 +202,7 @@ def factoring(code: Code) -> tuple[float, float]:
     if not rows:
         return 0.0, 0.0
     turns = 1 if a["ONCE"] else math.ceil(rows / width)
-    each = max(code.root.inside, key=lambda x: len(x.own) + sum(len(y.own) for y in x.all()))  # over the panel's columns
+    each = max(code.root.inside, key=lambda x: len(x.own) + sum(len(y.own) for y in x.all()))
     (strips,) = each.inside
     (last,) = (x for x in code.root.inside if x is not each)
     taken = sum(columns // a["ROWS"] - j // a["ROWS"] for j in range(columns))

@@ -110,12 +110,9 @@ if triton is not None:
         if GRAIN > 1:  # where rows begin anew, too, 16 lie side by side
             left_rows = tl.max_contiguous(tl.multiple_of(left_rows, 16), 16)
             right_rows = tl.max_contiguous(tl.multiple_of(right_rows, 16), 16)
-        left_ptr = (
-            A_ptr + batch * stride_ab * GRAIN + left_rows.to(tl.int64)[:, None] * stride_am + inner[None, :] * stride_ak
-        )
-        right_ptr = (
-            B_ptr + batch * stride_bb * GRAIN + right_rows.to(tl.int64)[None, :] * stride_bm + inner[:, None] * stride_bk
-        )
+        left_rows, right_rows = left_rows.to(tl.int64)[:, None], right_rows.to(tl.int64)[None, :]
+        left_ptr = A_ptr + batch * stride_ab * GRAIN + left_rows * stride_am + inner[None, :] * stride_ak
+        right_ptr = B_ptr + batch * stride_bb * GRAIN + right_rows * stride_bm + inner[:, None] * stride_bk
         total = tl.zeros([BLOCK, BLOCK], tl.float32)
         if HAS_SCALE:
             scale = tl.load(scale_ptr + batch).to(tl.float32)

@@ -151,6 +151,26 @@ def value_bound(S: Tensor, method: Method, inner: int | Tensor, backend: Backend
     return _roots(S, units * u * top.square())
 
 
+def finished(
+    S: Tensor,
+    method: Method,
+    inner: int | Tensor,
+    backend: Backend,
+    dtype: torch.dtype,
+    drift: Tensor | None,
+    scale: Tensor,
+    finite: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """S, bound and sd_error of matrices as they are, from the values S (B, r) of scaled ones; NaN where not finite."""
+    bound = value_bound(S, method, inner, backend, dtype=dtype)
+    error = sd_error(S, method, inner, dtype=dtype, drift=drift)
+    if not method.squares:
+        more, more_sd = lapack_error(S, dtype=dtype)
+        bound, error = bound + more, error + more_sd
+    S, bound = (torch.where(finite[:, None], t / scale[:, None], torch.nan) for t in (S, bound))
+    return S, bound, torch.where(finite, error, torch.nan)
+
+
 def _norm(x: Tensor) -> Tensor:
     return x.square().sum(-1).sqrt()
 
@@ -181,7 +201,7 @@ def choose(previous: Tensor | None, count: int, dtype: torch.dtype, *, on_host: 
     if previous is None:
         return chosen
     previous = previous.cpu()
-    todo = [i for i, positive in enumerate((previous[:, 0] > 0).tolist()) if positive]
+    todo = [i for i, positive in enumerate(previous[:, 0] > 0) if positive]
     # some at a time: torch gives more elements to several threads, which take milliseconds to wake between two steps
     some = max(1, ALONE // previous.shape[1])
     for method in LADDER[LADDER.index(lowest) :]:
@@ -189,7 +209,7 @@ def choose(previous: Tensor | None, count: int, dtype: torch.dtype, *, on_host: 
         for at in (todo[first : first + some] for first in range(0, len(todo), some)):
             errors = [SD_TOLERANCE] * len(at)
             if method != LADDER[-1]:
-                errors = sd_error(previous[at], method, 0, dtype=method.dtype(dtype)).tolist()
+                errors = [float(e) for e in sd_error(previous[at], method, 0, dtype=method.dtype(dtype))]
             for i, error in zip(at, errors, strict=True):
                 if error <= SD_TOLERANCE:
                     chosen[i] = method

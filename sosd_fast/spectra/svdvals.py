@@ -11,7 +11,7 @@ waiting for the device; torch's operations stand in where either is missing. On 
 wait: the precision follows from an earlier spectrum, and matrices of deficient rank are left to method="exact".
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,16 +19,12 @@ from torch import Tensor
 
 from sosd_fast import kernels
 from sosd_fast.kernels import Backend, backend_of
-from sosd_fast.kernels.eigh import library
-from sosd_fast.kernels.sturm import sturm
-from sosd_fast.kernels.syrk import syrk
-from sosd_fast.kernels.tridiagonal import tridiagonal
-from sosd_fast.spectra.gram import Products, correct, singular_values, whole
-from sosd_fast.spectra.precision import MODELS, Method, choose, climb, lapack_error, sd_error, value_bound
+from sosd_fast.spectra.gram import Products, correct, gram_eigenvalues, singular_values, whole
+from sosd_fast.spectra.launched import launched
+from sosd_fast.spectra.precision import MODELS, Method, choose, climb, finished
 
 METHODS = ("auto", "gram32", "gram64", "exact")
 
-CHUNK_BYTES = 2**30  # of copies of weights and of Gram matrices at a time
 _COMPILED = (Method.GRAM32, Method.BIDIAG32, Method.GRAM64, Method.BIDIAG64)  # what the C++ kernels know
 
 
@@ -166,7 +162,8 @@ def spectra(
     else:
         methods = [Method(method)] * len(matrices)
     if backend is Backend.TRITON:
-        return _launched(matrices, [m if m is Method.GRAM32 else Method.GRAM64 for m in methods])
+        methods = [m if m is Method.GRAM32 else Method.GRAM64 for m in methods]
+        return Spectra(*launched(matrices, methods), tuple(methods))
     rows: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def compute(plan: dict[Method, list[int]]) -> list[float]:
@@ -201,116 +198,6 @@ def _compiled(matrices: Sequence[Tensor] | Tensor, method: str, previous: Tensor
         model=MODELS[Backend.CPP],
     )
     return Spectra(S, bound, sd_error, methods)
-
-
-def _launched(matrices: Sequence[Tensor], methods: list[Method]) -> Spectra:
-    """`spectra` by the Triton kernels, each matrix by its method; queues work and waits for none of it.
-
-    The matrices need only have their short side in common: those of a model go through the reduction together.
-    """
-    order: list[int] = []
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
-    for method in sorted(set(methods)):
-        parts, size = [], 0
-        at = [i for i, other in enumerate(methods) if other == method]
-        # what is copied, and what `Products` takes in float64
-        for some in _chunks(at, [(method.dtype(W.dtype).itemsize + 8) * W.numel() for W in matrices]):
-            more = 8 * len(some) * min(matrices[some[0]].shape) ** 2
-            if parts and size + more > CHUNK_BYTES:
-                found.append(_reduced(parts, method, matrices[0].dtype))
-                parts, size = [], 0
-            grams = _grams(matrices, some, method)
-            order += [i for part in grams for i in part.at]
-            parts += grams
-            size += more
-        found.append(_reduced(parts, method, matrices[0].dtype))
-    S, bound, sd_error = map(_joined, zip(*found, strict=True))
-    if order != sorted(order):
-        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), pin_memory=S.is_cuda, device="cpu")
-        back = back.to(S.device, non_blocking=True)  # from other memory it would wait for the device
-        S, bound, sd_error = (t.index_select(0, back) for t in (S, bound, sd_error))
-    return Spectra(S, bound, sd_error, tuple(methods))
-
-
-def _chunks(at: list[int], sizes: list[int]) -> Iterator[list[int]]:
-    """Indices in their order, as many at a time as take CHUNK_BYTES, or one."""
-    chunk, size = [], 0
-    for i in at:
-        if chunk and size + sizes[i] > CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(i)
-        size += sizes[i]
-    yield chunk
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors one after the other, without a copy of one that is alone."""
-    return torch.cat([*parts]) if len(parts) > 1 else parts[0]
-
-
-class _Part(NamedTuple):
-    """Matrices of one shape, by their indices, and what is known of them before their reduction."""
-
-    at: list[int]
-    inner: int
-    G: Tensor
-    squares: Tensor
-    cross: Tensor
-    scale: Tensor
-    finite: Tensor
-
-
-def _grams(matrices: Sequence[Tensor], at: list[int], method: Method) -> list[_Part]:
-    """Gram matrices of some of the matrices, by shapes."""
-    shapes: dict[torch.Size, list[int]] = {}
-    for i in at:
-        shapes.setdefault(matrices[i].shape, []).append(i)
-    every = [matrices[i].detach() for some in shapes.values() for i in some]
-    dtype = method.dtype(every[0].dtype)
-    scales, finite = kernels.scale_of(torch.stack(torch._foreach_norm(every, torch.inf)), dtype)
-    if every[0].dtype == torch.float16:  # its squares stay in range, and scaling could round its small values
-        scales = torch.ones_like(scales)
-    parts, first = [], 0
-    for (m, n), some in shapes.items():
-        own = slice(first, first + len(some))
-        first, scale = own.stop, scales[own]
-        W = torch.stack(every[own])  # (B, m, n)
-        W = W if m <= n else W.mT
-        if dtype == torch.float32:
-            W = W.float() if W.dtype == torch.float64 else W
-            G = syrk(W, scale=scale)
-        else:
-            W = W * scale[:, None, None]  # float64
-            G = W @ W.mT  # `syrk` would copy one triangle to the other; either is as good
-        parts.append(_Part(some, max(m, n), G, *Products.of(W), scale, finite[own]))
-    return parts
-
-
-def _reduced(parts: Sequence[_Part], method: Method, given: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The `Spectra` of matrices of a dtype, part by part, from one reduction: two take nearly twice as long as one."""
-    _, inners, *columns = zip(*parts, strict=True)
-    G, squares, cross, scale, finite = map(_joined, columns)
-    inner: int | Tensor = inners[0]
-    if len(set(inners)) > 1:
-        inner = torch.cat([part.scale.new_full(part.scale.shape, part.inner) for part in parts])
-    dtype, known = method.dtype(given), Products(squares, cross)
-    if dtype == torch.float32:
-        known = Products(*(t * scale[:, None].square() for t in known))
-    drift = correct(G, known, inner)
-    backend = backend_of("tridiagonal", G)
-    S = gram_eigenvalues(G).double() / (1 + drift[:, None])
-    S, drift = singular_values(S, known.squares, drift)
-    return finished(S, method, inner, backend, dtype, drift, scale, finite)
-
-
-def gram_eigenvalues(G: Tensor) -> Tensor:
-    """Eigenvalues of symmetric matrices (B, r, r), ascending. G is used up."""
-    if backend_of("tridiagonal", G) is Backend.TRITON:
-        return sturm(*tridiagonal(G, overwrite=True))
-    # LAPACK's float32 eigenvalues err more than a float32 Gram matrix does: the SD of a 611 x 790 matrix by 6e-7, 2.5
-    # times its bound, against 1e-9 (LOG.md#one-planner). In float64 they take 1.5 times as long.
-    return library("eigvalsh", G.double())
 
 
 def triangle_eigenvalues(triangles: Tensor, r: int) -> Tensor:
@@ -350,26 +237,6 @@ def _by_torch(matrices: Sequence[Tensor], method: Method) -> tuple[Tensor, Tenso
             upright = [W if m >= n else W.mT for W in map(ready, range(len(matrices)))]  # the faster orientation
             S = torch.stack([torch.linalg.svdvals(W) for W in upright]).double()
     return finished(S, method, max(m, n), Backend.TORCH, dtype, drift, scale, finite)
-
-
-def finished(
-    S: Tensor,
-    method: Method,
-    inner: int | Tensor,
-    backend: Backend,
-    dtype: torch.dtype,
-    drift: Tensor | None,
-    scale: Tensor,
-    finite: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """S, bound and sd_error of matrices as they are, from the values S (B, r) of scaled ones; NaN where not finite."""
-    bound = value_bound(S, method, inner, backend, dtype=dtype)
-    error = sd_error(S, method, inner, dtype=dtype, drift=drift)
-    if not method.squares:
-        more, more_sd = lapack_error(S, dtype=dtype)
-        bound, error = bound + more, error + more_sd
-    S, bound = (torch.where(finite[:, None], t / scale[:, None], torch.nan) for t in (S, bound))
-    return S, bound, torch.where(finite, error, torch.nan)
 
 
 def check_matrix(function: str, W):

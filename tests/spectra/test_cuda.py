@@ -11,8 +11,9 @@ import sosd_fast
 from sosd_fast import kernels
 from sosd_fast.kernels.eigh import eigh, library
 from sosd_fast.kernels.newton_schulz import fastest_form, newton_schulz_ref
+from sosd_fast.spectra.gram import gram_eigenvalues
 from sosd_fast.spectra.precision import SD_TOLERANCE
-from sosd_fast.spectra.svdvals import gram_eigenvalues, spectra
+from sosd_fast.spectra.svdvals import spectra
 from sosd_fast.testing import assert_svdvals_close, matrix, sd_distance
 
 native = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -93,7 +94,7 @@ def test_chunks_agree_with_the_whole(device, monkeypatch):
     whole = spectra(matrices, "gram32")
     several = [matrices[0], matrix("gaussian", 3, 7).to(device), matrices[2]]
     at_once = spectra(several, "gram32")
-    monkeypatch.setattr(sys.modules["sosd_fast.spectra.svdvals"], "CHUNK_BYTES", 2 * 4 * (5 * 3 + 3 * 3))
+    monkeypatch.setattr(sys.modules["sosd_fast.spectra.launched"], "CHUNK_BYTES", 2 * 4 * (5 * 3 + 3 * 3))
     parts = spectra(matrices, "gram32")
     mixed = spectra(several, "gram32")
     assert torch.equal(mixed.S[::2], whole.S[::2])  # shapes with one short side go together
@@ -102,19 +103,33 @@ def test_chunks_agree_with_the_whole(device, monkeypatch):
 
 
 def test_one_reduction_takes_what_was_copied_in_chunks(device, monkeypatch):
-    module, sizes = sys.modules["sosd_fast.spectra.svdvals"], []
+    module, sizes = sys.modules["sosd_fast.spectra.launched"], []
     matrices = [matrix("gaussian", 5, 3, seed=seed).to(device) for seed in range(3)]
     whole = spectra(matrices, "gram32").S
 
-    def counted(G, do=module.gram_eigenvalues):
-        sizes.append(len(G))
-        return do(G)
+    def counted(batches, do=module.gram_eigenvalues_all):
+        sizes.append([len(G) for G in batches])
+        return do(batches)
 
-    monkeypatch.setattr(module, "gram_eigenvalues", counted)
-    monkeypatch.setattr(module, "CHUNK_BYTES", 3 * 8 * 3 * 3)  # the Gram matrices, and copies of one matrix
-    assert torch.equal(spectra(matrices, "gram32").S, whole) and sizes == [3]
-    monkeypatch.setattr(module, "CHUNK_BYTES", 2 * 8 * 3 * 3)
-    assert torch.equal(spectra(matrices, "gram32").S, whole) and sizes == [3, 2, 1]
+    monkeypatch.setattr(module, "gram_eigenvalues_all", counted)
+    monkeypatch.setattr(module, "CHUNK_BYTES", 3 * 4 * 3 * 3)  # the Gram matrices, and copies of one matrix
+    assert torch.equal(spectra(matrices, "gram32").S, whole) and sizes == [[3]]
+    monkeypatch.setattr(module, "CHUNK_BYTES", 2 * 4 * 3 * 3)
+    assert torch.equal(spectra(matrices, "gram32").S, whole) and sizes[1:] == [[2], [1]]
+
+
+def test_one_reduction_takes_both_precisions(device, monkeypatch):
+    """The bands of all are chased at once, and each matrix's spectrum is the one it has alone."""
+    module, sizes = sys.modules["sosd_fast.kernels.tridiagonal"], []
+    matrices = [matrix("gaussian" if i % 2 else "log4", 12, 20).to(device) for i in range(4)]
+    previous = spectra(matrices, "gram64").S.cpu()
+    monkeypatch.setattr(module, "BAND_FROM", dict.fromkeys(module.BAND_FROM, 1))
+    monkeypatch.setattr(module, "chase", lambda *a, do=module.chase: sizes.append(len(a[0])) or do(*a))
+    found = spectra(matrices, previous=previous)
+    assert found.methods == ("gram64", "gram32") * 2 and sizes == [4]
+    for i, method in enumerate(found.methods):
+        alone = spectra(matrices[i : i + 1], method)
+        torch.testing.assert_close(found.S[i], alone.S[0], rtol=1e-12 if method == "gram64" else 0, atol=0)
 
 
 def test_sides_up_to_8192_are_reduced_by_the_kernel(device, monkeypatch):
@@ -124,7 +139,7 @@ def test_sides_up_to_8192_are_reduced_by_the_kernel(device, monkeypatch):
     def reduction(G, overwrite):
         raise Reached(G.shape[-1])
 
-    monkeypatch.setattr(sys.modules["sosd_fast.spectra.svdvals"], "tridiagonal", reduction)
+    monkeypatch.setattr(sys.modules["sosd_fast.spectra.gram"], "tridiagonal", reduction)
     for r in (2049, 4096, 8192):
         with pytest.raises(Reached, match=str(r)):
             gram_eigenvalues(torch.empty(1, 1, 1, device=device).expand(1, r, r))
@@ -133,7 +148,7 @@ def test_sides_up_to_8192_are_reduced_by_the_kernel(device, monkeypatch):
 def test_wider_than_the_kernels_goes_to_the_library(device, monkeypatch):
     W = matrix("gaussian", 24, 30).to(device)
     monkeypatch.setitem(kernels.LARGEST, "tridiagonal", 16)
-    monkeypatch.setattr(sys.modules["sosd_fast.spectra.svdvals"], "tridiagonal", None)
+    monkeypatch.setattr(sys.modules["sosd_fast.spectra.gram"], "tridiagonal", None)
     found = spectra([W], "gram64")
     assert sd_distance(found.S[0].cpu(), truth(W)) <= 1e-12
 
