@@ -26,6 +26,7 @@ from sosd_fast.kernels.chase import chase
 from sosd_fast.kernels.distribution import singular_distribution
 from sosd_fast.kernels.eigh import eigh
 from sosd_fast.kernels.newton_schulz import newton_schulz
+from sosd_fast.kernels.sturm import sturm
 from sosd_fast.kernels.tridiagonal import tridiagonal
 from sosd_fast.spectra.products import State
 from sosd_fast.spectra.svdvals import spectra
@@ -79,6 +80,9 @@ def calls() -> dict[str, Callable[[], object]]:
         found[f"spectra, {str(dtype)[6:]}"] = functools.partial(singular_distribution, S, S, S)
         long = empty(2, 5000, dtype=dtype)[0]
         found[f"long spectra, {str(dtype)[6:]}"] = functools.partial(singular_distribution, long, long, long)
+        found[f"eigenvalues of many, {str(dtype)[6:]}"] = functools.partial(
+            sturm, empty(600, 96, dtype=dtype)[0], empty(600, 95, dtype=dtype)[0]
+        )
     # as few programs share a matrix beside other ranks
     found["bands by few"] = functools.partial(chase, empty(4, 2112, 64, dtype=FLOAT64)[0], 2048, 8, many=False)
     return found

@@ -102,7 +102,7 @@ def _grams(matrices: Sequence[Tensor], at: list[int], method: Method) -> list[_P
         W = W if m <= n else W.mT
         if dtype == torch.float32:
             W = W.float() if W.dtype == torch.float64 else W
-            G = syrk(W, scale=scale)
+            G = syrk(W, scale=scale.clone())  # aligned, or the kernel would be compiled for it once more
         else:
             W = W * scale[:, None, None]  # float64
             G = W @ W.mT  # `syrk` would copy one triangle to the other; either is as good

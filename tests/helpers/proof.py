@@ -88,10 +88,11 @@ def eigenproblems(A: Tensor) -> float:
     return error(vectors.mT @ (values[..., None] * vectors), A)
 
 
-def bisection(r: int, dtype: torch.dtype) -> float:
-    """Of eigenvalues, from rows that lie apart in memory."""
+def bisection(r: int, dtype: torch.dtype, *, few: bool = True) -> float:
+    """Of eigenvalues, from rows that lie apart in memory; of few matrices or as of many."""
     d, e = normal(2, 2 * r, dtype=dtype)[:, ::2], normal(2, r, dtype=dtype)[:, 1:]
-    return error(sturm(d, e), sturm_ref(plain(d), plain(e)))
+    with put_on(sys.modules["sosd_fast.kernels.sturm"], {} if few else {"SCHEDULERS": 0}):
+        return error(sturm(d, e), sturm_ref(plain(d), plain(e)))
 
 
 def singular_values(dtype: torch.dtype, method: str, *shapes: tuple[int, int]) -> float:
@@ -150,7 +151,8 @@ CASES: dict[str, tuple[Callable[[], float], float]] = {  # what its result may e
     "spectra in float64, odd": (lambda: singular_values(FLOAT32, "gram64", (37, 37), (37, 74)), 1e-6),
     "spectra in float64, one": (lambda: singular_values(FLOAT32, "gram64", (101, 32)), 1e-6),
     "spectra in float64, alone": (lambda: singular_values(FLOAT32, "gram64", (16, 16), (16, 16)), 1e-6),
-    "eigenvalues": (lambda: max(bisection(45, FLOAT32), bisection(150, FLOAT32), bisection(32, FLOAT64)), 1e-6),
+    "eigenvalues": (lambda: max(bisection(45, FLOAT32), bisection(150, FLOAT32), bisection(32, FLOAT64),
+                    *(bisection(96, d, few=False) for d in (FLOAT32, FLOAT64))), 1e-6),
     "eigenproblems": (lambda: eigenproblems(symmetric(2, 21, 21)), 1e-5),
     "eigenproblems in float64": (lambda: eigenproblems(symmetric(1, 20, 20, dtype=FLOAT64)), 1e-13),
     # nearly diagonal, which takes few sweeps
