@@ -114,6 +114,18 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def stream_of(device: torch.device) -> tuple[torch.device, int] | None:
+    """What to keep tables on a device under: the device and its current stream, on which they are copied and read.
+
+    None while a graph is captured, which would go on to read a table after it was dropped.
+    """
+    if device.type != "cuda":
+        return device, 0
+    if torch.cuda.is_current_stream_capturing():
+        return None
+    return device, torch.cuda.current_stream(device).cuda_stream
+
+
 def precision_of_products() -> str:
     """How Triton multiplies float32 on this GPU: by three TF32 products, or by what ROCm has."""
     return "tf32x3" if torch.version.hip is None else "ieee"

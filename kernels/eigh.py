@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sosd_fast import kernels
 from sosd_fast.kernels import Backend, tl, triton
+from sosd_fast.kernels.launch import launch
 
 LARGEST = 512  # rows; a program holds a few numbers of each
 SWEEPS = 15  # at most, where NaN or rounding keeps the test from holding
@@ -261,10 +262,12 @@ def eigh(A: Tensor) -> tuple[Tensor, Tensor]:
     if not A.numel() or n > LARGEST or kernels.backend_of("eigh", A) is not Backend.TRITON:
         return eigh_ref(A)
     work = A.detach().reshape(-1, n, n).contiguous()
-    B, columns = work.shape[0], triton.cdiv(n, BLOCK) * BLOCK
+    B, columns = work.shape[0], -(-n // BLOCK) * BLOCK
     values, vectors = work.new_empty(B, n), work.new_empty(B, n, n)
     with torch.cuda.device_of(work):
-        _eigh_kernel[(B,)](
+        launch(
+            _eigh_kernel,
+            (B,),
             A_ptr=work,
             X_ptr=work.new_empty(B, n, columns),
             unsorted_ptr=work.new_empty(B, n),

@@ -17,6 +17,7 @@ from torch import Tensor
 from sosd_fast import kernels
 from sosd_fast.kernels import thin, tl, triton
 from sosd_fast.kernels.eigh import eigh
+from sosd_fast.kernels.launch import launch
 
 SPAN, PARTS = 128, 8  # columns of a program, at least; programs to a matrix, at most
 # Columns at a time, and rows in a product: tensor cores' sums of these are added by rounding. Four programs, of the
@@ -256,32 +257,35 @@ def leading_step(
         As `topk_svdvals`.
     """
     B, b, n = V.shape
-    span = triton.cdiv(triton.cdiv(n, PARTS), SPAN) * SPAN
-    parts = triton.cdiv(n, span)
+    span = -(-n // (PARTS * SPAN)) * SPAN
+    parts = -(-n // span)
     V, P, start, norms = V.contiguous(), P.contiguous(), start.contiguous(), norms.double().contiguous()
     old_V, old_P, D, next_V, next_P = (torch.empty_like(V) for _ in range(5))
     sums = V.new_empty(B, SUMS, b, b)
     pivots, S, residual = (V.new_empty(B, b) for _ in range(3))
     of_parts, squares = V.new_empty(B, parts, SUMS, b, b), V.new_empty(B, parts, b)
     scale, change, A = V.new_empty(B, 4), V.new_empty(B, 5, b, b), V.new_empty(B, 2 * b, 2 * b)
-    width = {"b": b, "WIDTH": max(16, triton.next_power_of_2(b)), "PRECISION": kernels.precision_of_products()}
+    width = {"b": b, "WIDTH": max(16, 1 << (b - 1).bit_length()), "PRECISION": kernels.precision_of_products()}
     wide = width | {"n": n, "span": span, "BLOCK": BLOCK, "num_warps": WARPS, "num_stages": 1}
     small = width | {"sums_ptr": sums, "SUMS": SUMS, "SMALLEST": SMALLEST}
     subspace = {"V_ptr": old_V, "P_ptr": old_P, "D_ptr": D}
 
     def multiply(first: int, last: int, **factors):
         """Adds up inner products of rows."""
-        _inner_kernel[(parts, B, last - first)](
-            parts_ptr=of_parts, parts=parts, slot=first, SUMS=SUMS, **factors, **wide | {"num_stages": 2}
-        )
-        _total_kernel[(triton.cdiv((last - first) * b * b, 1024), B)](
+        launch(
+            _inner_kernel, (parts, B, last - first),
+            parts_ptr=of_parts, parts=parts, slot=first, SUMS=SUMS, **factors, **wide | {"num_stages": 2},
+        )  # fmt: skip
+        launch(
+            _total_kernel, (-(-(last - first) * b * b // 1024), B),
             parts_ptr=of_parts, sums_ptr=sums, first=first * b * b, last=last * b * b, size=SUMS * b * b, parts=parts,
             BLOCK=1024, num_warps=4,
         )  # fmt: skip
 
     with torch.cuda.device_of(V):
         multiply(0, 2, V_ptr=V, P_ptr=P, D_ptr=D, Z_ptr=D)
-        _mend_kernel[(parts, B)](
+        launch(
+            _mend_kernel, (parts, B),
             V_ptr=V, P_ptr=P, start_ptr=start, norms_ptr=norms, old_V_ptr=old_V, old_P_ptr=old_P, scale_ptr=scale,
             sums_ptr=sums, SUMS=SUMS, **wide,
         )  # fmt: skip
@@ -289,27 +293,24 @@ def leading_step(
         Z = products.gram_applied(old_V)
         multiply(2, 3, **subspace, Z_ptr=Z)
         residuals = {"squares_ptr": squares, "parts": parts}
-        _directions_kernel[(parts, B)](Z_ptr=Z, pace=pace, **subspace, **residuals, **small | wide)
+        launch(_directions_kernel, (parts, B), Z_ptr=Z, pace=pace, **subspace, **residuals, **small | wide)
         multiply(3, 6, **subspace, Z_ptr=Z)
         G = products.inner_gram(D)
         small |= {"STEP": STEP, "change_ptr": change, "num_warps": 8}
-        _cholesky_kernel[(B,)](pivots_ptr=pivots, LEAST=LEAST, **small)
+        launch(_cholesky_kernel, (B,), pivots_ptr=pivots, LEAST=LEAST, **small)
         del small["SMALLEST"]
-        _basis_kernel[(B,)](G_ptr=G, A_ptr=A, pivots_ptr=pivots, num_stages=1, **small)
+        launch(_basis_kernel, (B,), G_ptr=G, A_ptr=A, pivots_ptr=pivots, num_stages=1, **small)
         values, vectors = eigh(A)
-        _values_kernel[(B,)](
+        launch(
+            _values_kernel, (B,),
             values_ptr=values, vectors_ptr=vectors, scale_ptr=scale, S_ptr=S, residual_ptr=residual,
             SMALLEST=SMALLEST, **residuals, **small,
         )  # fmt: skip
-        _advance_kernel[(parts, B)](
-            change_ptr=change,
-            scale_ptr=scale,
-            next_V_ptr=next_V,
-            next_P_ptr=next_P,
-            STEP=STEP,
-            **subspace,
+        launch(
+            _advance_kernel, (parts, B),
+            change_ptr=change, scale_ptr=scale, next_V_ptr=next_V, next_P_ptr=next_P, STEP=STEP, **subspace,
             **wide | {"num_stages": 2},
-        )
+        )  # fmt: skip
     return S, residual, next_V, next_P
 
 

@@ -11,17 +11,17 @@ if triton is not None:
 
     @triton.jit
     def dot(x, y, PRECISION: tl.constexpr, SHORT: tl.constexpr = False):
-        """The product of two tiles, the first of entries that TF32 has if SHORT; an addition that follows rounds.
+        """The product of two tiles, the second of entries that TF32 has if SHORT; an addition that follows rounds.
 
         Triton's own "tf32x3" is the same, but looks at each factor and sum for Inf and NaN (LOG.md#topk-cuda-faster).
         """
         if PRECISION == "tf32x3" and x.dtype == tl.float32:
-            high_y = _nearest(y)
+            high_x = _nearest(x)
             if SHORT:
-                total = tl.dot(x, y - high_y, input_precision="tf32")
-                return tl.dot(x, high_y, total, input_precision="tf32")
+                total = tl.dot(x - high_x, y, input_precision="tf32")
+                return tl.dot(high_x, y, total, input_precision="tf32")
             else:
-                high_x = _nearest(x)
+                high_y = _nearest(y)
                 total = tl.dot(x - high_x, high_y, input_precision="tf32")
                 total = tl.dot(high_x, y - high_y, total, input_precision="tf32")
                 return tl.dot(high_x, high_y, total, input_precision="tf32")

@@ -5,8 +5,13 @@ in the same direction, of any m. A list of tiles says what each program does. Bo
 program multiplies a tile of W with all rows of X; long sums are divided into parts, which a last launch adds up.
 
 W is scaled by powers of two as it is read, so that no entry leaves the range of float32. Products are three of TF32's
-on NVIDIA's tensor cores, and their partial sums are added by rounding additions, as in `syrk`.
+on NVIDIA's tensor cores, and their partial sums are added by rounding additions, as in `syrk`. The rows of a product
+are those of X, at most 32, so that its factors come from registers (mma.sync). As wgmma takes them, a tile of W went
+through shared memory six times, which took three times as long as its way from memory (LOG.md#topk-thin-registers).
 """
+
+# pyright: reportPossiblyUnboundVariable=false
+# A second tile of X is there where MORE says so.
 
 import functools
 from typing import NamedTuple
@@ -17,10 +22,15 @@ from torch import Tensor
 
 from sosd_fast import kernels
 from sosd_fast.kernels import tl, triton
+from sosd_fast.kernels.launch import launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST = 64  # rows of X
-CONFIG = {"BLOCK": 64, "BLOCK_K": 32, "num_stages": 3}
+ROWS = 32  # of X in one product
+# Three programs are on an H100's multiprocessor at once: what 168 registers allow. Code for other GPUs, and of shapes
+# that are no multiples of ALIGNED, whose copies are of single entries, would spill with so few.
+CONFIG = {"BLOCK": 128, "BLOCK_K": 16, "num_warps": 4, "num_stages": 5}
+REGISTERS, MOST_REGISTERS = 168, 255
 PART = 1024  # rows of W in one sum: a column of tiles for each fills a GPU better, and the embedding of GPT-2 has 50257
 GRAM_PART = 512  # columns of X W^T in a part of its Gram matrix
 ALIGNED = 16  # elements
@@ -41,7 +51,8 @@ if triton is not None:
         BACK: tl.constexpr,  # whether X W^T is multiplied, with W
         UNIT: tl.constexpr,  # 1: entries of a column of upright W lie side by side; 2: of a row
         EVEN: tl.constexpr,  # whether everything begins at multiples of ALIGNED
-        WIDTH: tl.constexpr,  # b rounded up
+        WIDTH: tl.constexpr,  # rows of X in one product, and in another: a power of two each, b together or more
+        MORE: tl.constexpr,
         PRECISION: tl.constexpr,
         BLOCK: tl.constexpr,
         BLOCK_K: tl.constexpr,
@@ -68,9 +79,11 @@ if triton is not None:
         A_ptr = address.to(W_ptr.dtype)
         if EVEN:
             A_ptr = tl.multiple_of(A_ptr, 16)  # of the address it is forgotten, and copies would be of 4 bytes
-        one = tl.load(scale_ptr + matrix * 4)
-        two = tl.load(scale_ptr + matrix * 4 + 1)
-        finite = tl.load(scale_ptr + matrix * 4 + 2)
+        # As tiles: a scalar's conversion to one would keep copies of W from going straight into a product's operand.
+        scale_ptr += matrix * 4 + tl.zeros([1, 1], tl.int32)
+        one = tl.load(scale_ptr)
+        two = tl.load(scale_ptr + 1)
+        finite = tl.load(scale_ptr + 2)
 
         rows = first + tl.arange(0, BLOCK)
         inner = begin + tl.arange(0, BLOCK_K)
@@ -88,24 +101,37 @@ if triton is not None:
             out_ptr += start
             out_pitch = wide
         if BACK == (UNIT == 2):
-            A_ptr += rows[:, None] + inner[None, :] * pitch
+            A_ptr += rows[None, :] + inner[:, None] * pitch
             step = BLOCK_K * pitch
         else:
-            A_ptr += rows[:, None] * pitch + inner[None, :]
+            A_ptr += rows[None, :] * pitch + inner[:, None]
             step = BLOCK_K
-        X_ptr += lanes[None, :] * x_pitch + inner[:, None]
-        total = tl.zeros([BLOCK, WIDTH], tl.float32)
+        SHORT: tl.constexpr = W_ptr.dtype.element_ty != tl.float32
+        x_ptr = X_ptr + lanes[:, None] * x_pitch + inner[None, :]
+        total = tl.zeros([WIDTH, BLOCK], tl.float32)
+        if MORE > 0:
+            others = WIDTH + tl.arange(0, MORE)
+            y_ptr = X_ptr + others[:, None] * x_pitch + inner[None, :]
+            other = tl.zeros([MORE, BLOCK], tl.float32)
         for k in range(begin, end, BLOCK_K):
             left = end - k + begin
-            a = tl.load(A_ptr, mask=(rows[:, None] < limit) & (inner[None, :] < left), other=0.0)
-            x = tl.load(X_ptr, mask=(lanes[None, :] < b) & (inner[:, None] < left), other=0.0)
+            a = tl.load(A_ptr, mask=(rows[None, :] < limit) & (inner[:, None] < left), other=0.0)
+            x = tl.load(x_ptr, mask=(lanes[:, None] < b) & (inner[None, :] < left), other=0.0)
             a = (a.to(tl.float32) * one) * two
-            total += dot(a, x, PRECISION, W_ptr.dtype.element_ty != tl.float32)
+            total += dot(x, a, PRECISION, SHORT)
+            if MORE > 0:
+                y = tl.load(y_ptr, mask=(others[:, None] < b) & (inner[None, :] < left), other=0.0)
+                other += dot(y, a, PRECISION, SHORT)
+                y_ptr += BLOCK_K
             A_ptr += step
-            X_ptr += BLOCK_K
+            x_ptr += BLOCK_K
         total = tl.where(finite > 0, total, 0.0)
-        out_ptr += lanes[None, :] * out_pitch + rows[:, None]
-        tl.store(out_ptr, total, mask=(lanes[None, :] < b) & (rows[:, None] < limit))
+        to_ptr = out_ptr + lanes[:, None] * out_pitch + rows[None, :]
+        tl.store(to_ptr, total, mask=(lanes[:, None] < b) & (rows[None, :] < limit))
+        if MORE > 0:
+            other = tl.where(finite > 0, other, 0.0)
+            to_ptr = out_ptr + others[:, None] * out_pitch + rows[None, :]
+            tl.store(to_ptr, other, mask=(others[:, None] < b) & (rows[None, :] < limit))
 
     @triton.jit
     def _thin_gram_kernel(
@@ -178,6 +204,11 @@ class _Plan(NamedTuple):
     starts: list[int]  # where X W^T of a matrix begins, for one row of X; and the end of all
 
 
+def _power(b: int) -> int:
+    """The power of two from b on, as tiles' sides are."""
+    return max(16, 1 << (b - 1).bit_length())
+
+
 def _pieces(sizes: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
     """(which, first) of pieces of some length of ranges, one after the other."""
     counts = -(-sizes // step)
@@ -226,36 +257,65 @@ def _plan(shapes: tuple[tuple[int, int, bool], ...], n: int, pinned: bool) -> _P
     return _Plan(numbers.pin_memory() if pinned else numbers, forth, back, of_z, gram, of_gram, starts)
 
 
+class _Placed(NamedTuple):
+    """Matrices where they lie, as kernels are told of them."""
+
+    plan: _Plan
+    where: Tensor  # (B, 4) int64, on the device
+    numbers: Tensor  # of the plan, on the device
+    copies: list[Tensor]  # of matrices without a stride of 1
+
+
+_KEPT = 16  # tables that stay on devices: a training step asks for the same ones each time
+_placed: dict[tuple, _Placed] = {}
+
+
+def _place(matrices: list[Tensor], b: int, device: torch.device) -> _Placed:
+    """Tells kernels where matrices lie; tables of the same places are copied to a device once for each stream."""
+    on_gpu, stream = device.type == "cuda", kernels.stream_of(device)
+    key = (stream, b, *[(W.data_ptr(), W.shape, W.stride()) for W in matrices])
+    if (found := _placed.get(key)) is not None:
+        return found
+    n, copies, shapes, where = min(matrices[0].shape), list[Tensor](), [], []
+    for W in matrices:
+        W = W.detach() if W.shape[0] >= W.shape[1] else W.detach().mT
+        if 1 not in W.stride():
+            W = W.contiguous()
+            copies.append(W)
+        unit = 2 if W.stride(1) == 1 else 1
+        address, m, pitch = W.data_ptr(), W.shape[0], W.stride(2 - unit)
+        shapes.append((m, unit, not (m % ALIGNED or n % ALIGNED or pitch % ALIGNED or address % 16)))
+        where.append((address, m, pitch))
+    plan = _plan(tuple(shapes), n, on_gpu)
+    places = [(*each, start * b) for each, start in zip(where, plan.starts, strict=False)]
+    places = torch.tensor(places, dtype=torch.int64, device="cpu")
+    places = places.pin_memory() if on_gpu else places
+    numbers = plan.numbers.to(device, non_blocking=True)
+    placed = _Placed(plan, places.to(device, non_blocking=True), numbers, copies)
+    if stream is not None and not copies:
+        if len(_placed) >= _KEPT:
+            _placed.pop(next(iter(_placed)), None)
+        _placed[key] = placed
+    return placed
+
+
 class Thin:
     """Products of b rows with matrices on a device.
 
     Args:
         matrices: (m_i, n_i), of DTYPES, alike, of one short side n. Not modified; one without a stride of 1 is copied.
         b: at most MOST.
-        scale: (B, 4) float32: two powers of two that a matrix is multiplied by, and 0 where it acts as zero.
+        scale: (B, 4) float32: two powers of two that a matrix is multiplied by, and 0 where it acts as zero. It may be
+            filled after this.
     """
 
     def __init__(self, matrices: list[Tensor], b: int, scale: Tensor):
-        self._b, self._n, self._scale = b, min(matrices[0].shape), scale
-        self._matrices, shapes, where = list[Tensor](), [], []
-        for W in matrices:
-            W = W.detach() if W.shape[0] >= W.shape[1] else W.detach().mT
-            W = W if 1 in W.stride() else W.contiguous()
-            unit = 2 if W.stride(1) == 1 else 1
-            address, m, pitch = W.data_ptr(), W.shape[0], W.stride(2 - unit)
-            self._matrices.append(W)  # a copy has to live on
-            shapes.append((m, unit, not (m % ALIGNED or self._n % ALIGNED or pitch % ALIGNED or address % 16)))
-            where.append((address, m, pitch))
-        self._plan = _plan(tuple(shapes), self._n, scale.is_cuda)
-        places = [(*each, start * b) for each, start in zip(where, self._plan.starts, strict=False)]
-        places = torch.tensor(places, dtype=torch.int64, device="cpu")
-        places = places.pin_memory() if scale.is_cuda else places
-        self._where = places.to(scale.device, non_blocking=True)
-        self._numbers = self._plan.numbers.to(scale.device, non_blocking=True)
-        # Of 4, three programs are on an H100 at once, and read 1.4 times as fast as two of 8; before it 4 spill.
-        old = scale.is_cuda and torch.cuda.get_device_capability(scale.device) < (9, 0)
-        self._config = CONFIG | {"num_warps": 8 if old else 4}
-        self._options = {"WIDTH": max(16, triton.next_power_of_2(b)), "PRECISION": kernels.precision_of_products()}
+        self._b, self._n, self._scale, self._matrices = b, min(matrices[0].shape), scale, matrices
+        self._plan, self._where, self._numbers, self._copies = _place(matrices, b, scale.device)
+        self._hopper = scale.is_cuda and torch.cuda.get_device_capability(scale.device) == (9, 0)
+        first = min(ROWS, _power(b))
+        self._widths = {"WIDTH": first, "MORE": _power(b - first) if b > first else 0}
+        self._width, self._precision = _power(b), {"PRECISION": kernels.precision_of_products()}
 
     def gram_applied(self, X: Tensor) -> Tensor:
         """X W^T W, (B, b, n) float32, for X of that kind."""
@@ -267,10 +327,11 @@ class Thin:
         """X W^T W X^T, (B, p, p) float32, for X (B, p, n), p <= b."""
         Y, p = self._forth(X), X.shape[1]
         count, firsts = self._plan.gram_sums
-        parts, launch = X.new_empty(count, p, p), self._plan.gram
-        _thin_gram_kernel[(count,)](
-            where_ptr=self._where, tiles_ptr=self._numbers[launch.tiles], Y_ptr=Y, out_ptr=parts, b=p, EVEN=launch.even,
-            BLOCK_K=CONFIG["BLOCK_K"], num_warps=4, num_stages=3, **self._options,
+        parts, gram = X.new_empty(count, p, p), self._plan.gram
+        launch(
+            _thin_gram_kernel, (count,),
+            where_ptr=self._where, tiles_ptr=self._numbers[gram.tiles], Y_ptr=Y, out_ptr=parts, b=p, EVEN=gram.even,
+            BLOCK_K=32, WIDTH=self._width, num_warps=4, num_stages=3, **self._precision,
         )  # fmt: skip
         return self._summed(parts, firsts)
 
@@ -281,16 +342,19 @@ class Thin:
 
     def _launch(self, launches: list[_Launch], X: Tensor, out: Tensor, b: int, back: bool):
         for tiles, unit, even in launches:
-            numbers = self._numbers[tiles]
-            _thin_kernel[(len(numbers) // 5,)](
-                W_ptr=self._matrices[0], where_ptr=self._where, tiles_ptr=numbers, scale_ptr=self._scale, X_ptr=X,
-                out_ptr=out, n=self._n, b=b, BACK=back, UNIT=unit, EVEN=even, **self._options, **self._config,
+            registers = REGISTERS if even and self._hopper else MOST_REGISTERS
+            launch(
+                _thin_kernel, ((tiles.stop - tiles.start) // 5,),
+                W_ptr=self._matrices[0], where_ptr=self._where, tiles_ptr=self._numbers[tiles], scale_ptr=self._scale,
+                X_ptr=X, out_ptr=out, n=self._n, b=b, BACK=back, UNIT=unit, EVEN=even, **self._widths,
+                **self._precision, **kernels.options_of(CONFIG | {"maxnreg": registers}),
             )  # fmt: skip
 
     def _summed(self, parts: Tensor, firsts: slice) -> Tensor:
         count, size = firsts.stop - firsts.start - 1, parts[0].numel()
         out = parts.new_empty(count, *parts.shape[1:])
-        _sum_kernel[(triton.cdiv(size, 1024), count)](
-            parts_ptr=parts, firsts_ptr=self._numbers[firsts], out_ptr=out, size=size, BLOCK=1024, num_warps=4
-        )
+        launch(
+            _sum_kernel, (-(-size // 1024), count),
+            parts_ptr=parts, firsts_ptr=self._numbers[firsts], out_ptr=out, size=size, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
         return out

@@ -116,7 +116,8 @@ def topk_svdvals(
         return TopK(found.S.numpy(), found.residual.numpy(), State(*(part.numpy() for part in found.state)))
     host = on_host(first)
     mixed = listed and xp is torch and not host
-    if any(min(A.shape) != min(first.shape) if mixed else A.shape != first.shape for A in matrices):
+    shapes = {A.shape for A in matrices}
+    if any(min(shape) != min(first.shape) if mixed else shape != first.shape for shape in shapes):
         raise ValueError(
             f"topk_svdvals: expected matrices of one {'short side' if mixed else 'shape'}, got "
             f"W={[tuple(A.shape) for A in matrices]}. Call it once for each."
@@ -252,16 +253,31 @@ def _rayleigh_ritz(xp, M, H, b):
 def _chunks(matrices: list[torch.Tensor], b: int, launched: bool):
     """Slices of a list, for its copies or, where kernels read it in place, for subspaces and products with these."""
     if launched:
-        return chunks([4 * b * (max(A.shape) + 10 * min(A.shape)) for A in matrices])
+        size = functools.cache(lambda shape: 4 * b * (max(shape) + 10 * min(shape)))
+        return chunks([size(A.shape) for A in matrices])
     return chunks([max(4, A.element_size()) * A.numel() for A in matrices])
 
 
 def _launched_step(matrices: list[torch.Tensor], norms: torch.Tensor | None, V, P):
     """`subspace_step` by kernels that read the matrices in place."""
     norms = torch.stack(torch._foreach_norm(matrices, math.inf)) if norms is None else norms
-    _, b, n = V.shape
-    start = cold_state(torch, 1, b, n, V.dtype, V.device).V[0]
-    return leading_step(matrices, V, P, start, norms, _PACE)
+    return leading_step(matrices, V, P, _start_on(V.device, *V.shape[1:]), norms, _PACE)
+
+
+_starts: dict[tuple, torch.Tensor] = {}
+
+
+def _start_on(device: torch.device, b: int, n: int) -> torch.Tensor:
+    """The rows of a cold start, copied to a device once for each stream."""
+    key = (kernels.stream_of(device), b, n)
+    found = _starts.get(key)
+    if found is None:
+        found = cold_state(torch, 1, b, n, torch.float32, device).V[0]
+        if key[0] is not None:
+            if len(_starts) >= 16:
+                _starts.clear()
+            _starts[key] = found
+    return found
 
 
 class _HostStep:

@@ -31,14 +31,51 @@ def test_products(device, r, dtype, monkeypatch):
     scale = torch.tensor([[0.5, 0.25, 1, 0]] * len(W), device=device)
     scale[3, 2] = 0  # acts as zero
     thin._plan.cache_clear()
+    thin._placed.clear()
     products = thin.Thin(W, B, scale)
     Z, G = products.gram_applied(X), products.inner_gram(X)
     thin._plan.cache_clear()
+    thin._placed.clear()
     for i, A in enumerate(W):
         A = A.double() / 8 * (i != 3)
         Y = X[i].double() @ (A if A.shape[0] >= A.shape[1] else A.mT).mT
         image = Y @ (A if A.shape[0] >= A.shape[1] else A.mT)
         assert (Z[i] - image).norm() <= 2e-6 * image.norm() and (G[i] - Y @ Y.mT).norm() <= 2e-6 * (Y @ Y.mT).norm()
+
+
+@pytest.mark.parametrize("rows", [16, 17, 33, 49])
+def test_products_of_more_rows_than_a_tile_holds(device, rows):
+    """One tile, two of the same and of another height."""
+    W = [matrix("gaussian", 50, 66).to(device)]
+    X = torch.randn(1, rows, 50, generator=torch.Generator().manual_seed(0)).to(device)
+    products = thin.Thin(W, rows, torch.tensor([[1.0, 1, 1, 0]], device=device))
+    truth = X.double() @ W[0].double() @ W[0].double().mT
+    assert (products.gram_applied(X) - truth).norm() <= 2e-6 * truth.norm()
+    truth = (X.double() @ W[0].double()) @ (X.double() @ W[0].double()).mT
+    assert (products.inner_gram(X) - truth).norm() <= 2e-6 * truth.norm()
+
+
+def test_tables_stay_while_matrices_do(device):
+    """Matrices that are where they were, with new values, take the same table; others, and copies, do not."""
+    W = [matrix("power", 20, 30, seed=i).to(device) for i in range(2)]
+    apart = matrix("gaussian", 20, 60).to(device)
+    X = torch.randn(2, B, 20, generator=torch.Generator().manual_seed(0)).to(device)
+    scale = torch.tensor([[1.0, 1, 1, 0]] * 2, device=device)
+
+    def products(matrices):
+        found = thin.Thin(matrices, B, scale)
+        for z, x, A in zip(found.gram_applied(X), X, matrices, strict=True):
+            truth = x.double() @ A.double() @ A.double().mT
+            assert (z - truth).norm() <= 2e-6 * truth.norm()
+        return found._where
+
+    first = products(W)
+    W[0] += 1
+    assert products(W) is first
+    assert products(W[::-1]) is not first and products([W[0], W[1].clone()]) is not first
+    for _ in range(2):  # a matrix without a stride of 1 is copied each time
+        products([W[0], apart[:, ::2]])
+        apart += 1
 
 
 @pytest.mark.parametrize("r", SIDES)

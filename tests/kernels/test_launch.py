@@ -1,0 +1,85 @@
+"""A launch like one before takes its code; one that differs in what code is compiled for asks Triton."""
+
+import sys
+
+import pytest
+import torch
+
+tl = pytest.importorskip("triton.language")
+
+from sosd_fast.kernels.launch import launch  # noqa: E402
+
+NAMES = ["parts_ptr", "firsts_ptr", "out_ptr", "size", "BLOCK"]
+
+
+def _kernel(parts_ptr, firsts_ptr, out_ptr, size, BLOCK: "tl.constexpr"):  # noqa: ARG001  # pyright: ignore
+    pass
+
+
+class Code:
+    """Compiled code on the stub: what it is launched with."""
+
+    packed_metadata, function = (), None
+
+    def __init__(self):
+        self.taken = []
+
+    def launch_metadata(self, *_):
+        return None
+
+    def run(self, *given):
+        self.taken.append((given[:3], given[-len(NAMES) :]))
+
+    def __getitem__(self, grid):
+        return lambda *given: self.run(*grid, *given)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """A kernel on a stub of a GPU, with a list of the codes that Triton was asked to compile."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    from bench import stub_gpu
+
+    found = JITFunction(_kernel)
+    found.codes = []  # pyright: ignore[reportAttributeAccessIssue]
+
+    def compile(self, key, *_):
+        self.codes.append(Code())
+        self.device_caches[90][0][key] = self.codes[-1]
+        return self.codes[-1]
+
+    monkeypatch.setattr(sys.modules["sosd_fast.kernels.launch"], "_known", {})
+    with stub_gpu.launches(GPUTarget("cuda", 90, 32), "cpu"):
+        monkeypatch.setattr(JITFunction, "_do_compile", compile)
+        yield found
+        monkeypatch.undo()
+
+
+def test_arguments_come_in_the_order_of_the_kernel(kernel, monkeypatch):
+    asked, run = [], type(kernel).run
+    monkeypatch.setattr(type(kernel), "run", lambda self, *a, **k: asked.append(self) or run(self, *a, **k))
+    for i in range(3):
+        out, parts, firsts = torch.empty(8), torch.empty(8), torch.zeros(2, dtype=torch.int64)
+        numbers = {"BLOCK": 1024, "size": 7, "num_warps": 4}
+        launch(kernel, (1 + i % 2,), out_ptr=out, **numbers, parts_ptr=parts, firsts_ptr=firsts)
+        grid, given = kernel.codes[0].taken[-1]
+        assert grid == (1 + i % 2, 1, 1) and given[0] is parts and given[1] is firsts and given[2] is out
+        assert given[3:] == (7, 1024)
+    assert len(kernel.codes) == 1 and len(asked) == 2 and len(kernel.codes[0].taken) == 3
+
+
+def test_what_code_is_compiled_for_is_told_apart(kernel):
+    given = {"parts_ptr": torch.empty(8), "firsts_ptr": torch.zeros(2, dtype=torch.int64), "out_ptr": torch.empty(8)}
+    numbers = {"size": 7, "BLOCK": 1024, "num_warps": 4}
+
+    def asked(**changed) -> int:
+        launch(kernel, (1,), **given | numbers | changed)
+        return len(kernel.codes)
+
+    assert [asked(), asked(), asked(parts_ptr=torch.empty(9))] == [1, 1, 1]
+    assert asked(parts_ptr=torch.empty(9)[1:]) == 2  # 4 bytes off
+    assert asked(parts_ptr=torch.empty(8, dtype=torch.float64)) == 3
+    assert asked(BLOCK=512) == 4 and asked(num_warps=8) == 5
+    assert asked() == 5 and [len(code.taken) for code in kernel.codes] == [4, 1, 1, 1, 1]
