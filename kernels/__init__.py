@@ -114,6 +114,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device is an H100 or H200, whose compiler does with fewer registers than others."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def stream_of(device: torch.device) -> tuple[torch.device, int] | None:
     """What to keep tables on a device under: the device and its current stream, on which they are copied and read.
 

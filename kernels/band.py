@@ -14,17 +14,18 @@ from torch import Tensor
 
 from sosd_fast import kernels
 from sosd_fast.kernels import tl, triton
+from sosd_fast.kernels.launch import launch
 
 BAND = 32  # columns beside the diagonal
 ALIGNED = 64  # what sides are padded to a multiple of, and so of each TILE
 # Shipped configurations: tiles of A of TILE x TILE; a panel is read ROWS of its columns and WIDTH of its rows at a
 # time. Larger ones spill.
 CONFIGS = {
-    torch.float32: {"TILE": 64, "ROWS": 8, "WIDTH": 1024, "ROWS_ONCE": 16, "num_warps": 4},
-    torch.float64: {"TILE": 32, "ROWS": 8, "WIDTH": 512, "ROWS_ONCE": 8, "num_warps": 4},
+    torch.float32: {"TILE": 64, "ROWS": 8, "WIDTH": 1024, "num_warps": 4},
+    torch.float64: {"TILE": 32, "ROWS": 8, "WIDTH": 512, "num_warps": 4},
 }
 FACTOR = {"num_warps": 16, "maxnreg": 128}
-UPDATE = {"maxnreg": 168}  # three programs on a multiprocessor
+UPDATE, MOST_REGISTERS = {"maxnreg": 168}, {"maxnreg": 255}  # three programs on a multiprocessor; else some spill
 TRIANGLE = {"TOGETHER": 4, "num_warps": 4}  # tiles that one turn of a sum takes
 # of a sum of squares: what lies below has lost digits, and is no direction to reflect along
 NEGLIGIBLE = {torch.float32: 2.0**-110, torch.float64: 2.0**-1000}
@@ -284,26 +285,35 @@ def banded(A: Tensor) -> Tensor:
     sizes = {"r": r, "BAND": BAND, "TILE": tile}
     precision = kernels.precision_of_products() if A.dtype == torch.float32 else "ieee"
     shared = sizes | {"PRECISION": precision, "num_warps": config["num_warps"], "num_stages": 3}
+    # fmt: off
     for panel in range(panels):
-        rows = r - (panel + 1) * BAND
-        _factor_kernel[(B,)](
-            A_ptr=A, band_ptr=band, V_ptr=V, done_ptr=W, tau_ptr=tau, sums_ptr=sums, panel=panel,
-            NEGLIGIBLE=NEGLIGIBLE[A.dtype], **_passes(rows, config), **kernels.options_of(FACTOR), **sizes,
-        )  # fmt: skip
+        launch(
+            _factor_kernel, (B,), A_ptr=A, band_ptr=band, V_ptr=V, done_ptr=W, tau_ptr=tau, sums_ptr=sums, panel=panel,
+            NEGLIGIBLE=NEGLIGIBLE[A.dtype], **_passes(A, panel), **kernels.options_of(FACTOR), **sizes,
+        )
         if panel + 1 < panels:
             count = tiles - (panel + 1) * BAND // tile
-            _product_kernel[(count, B)](A_ptr=A, V_ptr=V, Z_ptr=W, inner_ptr=inner, panel=panel, **shared)
-            _triangle_kernel[(B,)](inner_ptr=inner, tau_ptr=tau, factor_ptr=factors, panel=panel, **TRIANGLE, **sizes)
-            _other_factor_kernel[(count, B)](V_ptr=V, W_ptr=W, factor_ptr=factors, panel=panel, num_warps=4, **sizes)
-            _update_kernel[(count * (count + 1) // 2, B)](
-                A_ptr=A, V_ptr=V, W_ptr=W, panel=panel, **kernels.options_of(UPDATE), **shared
+            launch(_product_kernel, (count, B), A_ptr=A, V_ptr=V, Z_ptr=W, inner_ptr=inner, panel=panel, **shared)
+            launch(
+                _triangle_kernel, (B,), inner_ptr=inner, tau_ptr=tau, factor_ptr=factors, panel=panel,
+                **TRIANGLE, **sizes,
             )
+            launch(
+                _other_factor_kernel, (count, B), V_ptr=V, W_ptr=W, factor_ptr=factors, panel=panel, num_warps=4,
+                **sizes,
+            )
+            launch(
+                _update_kernel, (count * (count + 1) // 2, B), A_ptr=A, V_ptr=V, W_ptr=W, panel=panel,
+                **kernels.options_of(UPDATE if kernels.is_hopper(A.device) else MOST_REGISTERS), **shared,
+            )
+    # fmt: on
     return band
 
 
-def _passes(rows: int, config: dict) -> dict:
+def _passes(A: Tensor, panel: int) -> dict:
     """How `_factor_kernel` reads a panel: all of its rows at once where they fit, and as few as hold them."""
-    width = config["WIDTH"]
+    width, rows = CONFIGS[A.dtype]["WIDTH"], A.shape[-1] - (panel + 1) * BAND
     if rows > width:
-        return {"ROWS": config["ROWS"], "WIDTH": width, "ONCE": False}
-    return {"ROWS": config["ROWS_ONCE"], "WIDTH": width if 2 * rows > width else width // 2, "ONCE": True}
+        return {"ROWS": CONFIGS[A.dtype]["ROWS"], "WIDTH": width, "ONCE": False}
+    more = A.dtype == torch.float32 and kernels.is_hopper(A.device)  # else they spill
+    return {"ROWS": 16 if more else 8, "WIDTH": width if 2 * rows > width else width // 2, "ONCE": True}

@@ -16,7 +16,7 @@ from sosd_fast import kernels
 from sosd_fast.kernels import Backend, tl, triton
 
 BLOCK = 2048  # values at once; longer spectra take several turns, and are read three times
-PER_WARP = 128  # values to a warp
+PER_WARP = 128  # values to a warp; half of it for short spectra
 
 if triton is not None:
 
@@ -206,7 +206,7 @@ def _launch(S: Tensor, previous: Tensor | None, reference: Tensor | None, sd: Te
             r,
             LONG=r > BLOCK,
             BLOCK=block,
-            num_warps=min(max(block // PER_WARP, 1), 16),
+            num_warps=min(max(block // (PER_WARP if block > 256 else PER_WARP // 2), 1), 16),
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sosd_fast.kernels import triton
 
-_MOST = 1024  # launches that are remembered
+_MOST = 4096  # launches that are remembered; bands of 8192 rows take 1280
 _known: dict[tuple, tuple[Any, list[str], Any]] = {}  # the kernel lives on, so that its id stays its own
 
 

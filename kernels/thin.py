@@ -29,7 +29,7 @@ MOST = 64  # rows of X
 ROWS = 32  # of X in one product
 # Three programs are on an H100's multiprocessor at once: what 168 registers allow. Code for other GPUs, and of shapes
 # that are no multiples of ALIGNED, whose copies are of single entries, would spill with so few.
-CONFIG = {"BLOCK": 128, "BLOCK_K": 16, "num_warps": 4, "num_stages": 5}
+CONFIG = {"BLOCK": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 4}
 REGISTERS, MOST_REGISTERS = 168, 255
 PART = 1024  # rows of W in one sum: a column of tiles for each fills a GPU better, and the embedding of GPT-2 has 50257
 GRAM_PART = 512  # columns of X W^T in a part of its Gram matrix
@@ -312,7 +312,7 @@ class Thin:
     def __init__(self, matrices: list[Tensor], b: int, scale: Tensor):
         self._b, self._n, self._scale, self._matrices = b, min(matrices[0].shape), scale, matrices
         self._plan, self._where, self._numbers, self._copies = _place(matrices, b, scale.device)
-        self._hopper = scale.is_cuda and torch.cuda.get_device_capability(scale.device) == (9, 0)
+        self._hopper = kernels.is_hopper(scale.device)
         first = min(ROWS, _power(b))
         self._widths = {"WIDTH": first, "MORE": _power(b - first) if b > first else 0}
         self._width, self._precision = _power(b), {"PRECISION": kernels.precision_of_products()}

@@ -33,8 +33,8 @@ CONFIGS = {
 }
 # programs that fit on a multiprocessor, by its 65536 registers
 PER_SM = {dtype: 65536 // (32 * config["num_warps"] * config["maxnreg"]) for dtype, config in CONFIGS.items()}
-# the side from which matrices go by way of bands (LOG.md#two-stages-on-gpus)
-BAND_FROM = {torch.float32: 1280, torch.float64: 1024}
+# the side from which matrices go by way of bands, as measured on an H100 (LOG.md#first-h100)
+BAND_FROM = {torch.float32: 640, torch.float64: 512}
 MOST = 2 * PANEL - 1  # programs to a matrix: what they give is added up by vectors of 2 PANEL
 
 if triton is not None:
@@ -261,7 +261,7 @@ def tridiagonal(
         A: (..., r, r), float32 or float64, symmetric: one triangle is read. Not modified, unless `overwrite`.
         overwrite: A may be used as workspace, which saves a copy if it is contiguous and r a multiple of 64.
         programs: to share a matrix, on a GPU; None takes as many as fit.
-        band_from: the side from which matrices go by way of bands, in two stages; None as the timing model tells.
+        band_from: the side from which matrices go by way of bands, in two stages; None as is faster on an H100.
 
     Returns:
         d (..., r) and e (..., r - 1), the diagonal and the off-diagonal (of either sign) of T = Q^T A Q.

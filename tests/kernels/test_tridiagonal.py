@@ -317,7 +317,7 @@ def test_special_spectra_in_two_stages(device):
 
 
 def test_by_way_of_bands_from_some_side_on(monkeypatch):
-    """Where the timing model expects gain; `gram_eigenvalues`, and so all spectra of CUDA tensors, ask for no other."""
+    """Where an H100 gains; `gram_eigenvalues`, and so all spectra of CUDA tensors, ask for no other."""
     module = sys.modules["sosd_fast.kernels.tridiagonal"]
     went = []
 
@@ -361,9 +361,9 @@ def test_how_many_programs_chase(monkeypatch):
         module.chase(torch.empty(1, 1, 1, dtype=torch.float64).expand(B, r + 64, 64).as_subclass(Cuda), r)
         return launched.pop()
 
-    assert module.PER_SM == 6
-    assert chases(16, 4096) == (49, 1, True) and chases(1, 4096) == (65, 1, True)  # as many as find work
-    assert chases(300, 2048) == (2, 1, True) and chases(600, 2048) == (1, 4, False)
+    assert module.PER_SM == 8
+    assert chases(16, 4096) == (65, 1, True) and chases(1, 4096) == (65, 1, True)  # as many as find work
+    assert chases(300, 2048) == (3, 1, True) and chases(600, 2048) == (1, 4, False)
     with monkeypatch.context() as several:
         several.setattr(torch.distributed, "is_initialized", lambda: True)
         several.setattr(torch.distributed, "get_world_size", lambda: 8)
