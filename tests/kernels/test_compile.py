@@ -48,7 +48,8 @@ MMA = {"80": "mma", "90": "wgmma", "100": "tcgen05", "gfx942": "v_mfma"}
 SYRK = "syrk fp32: GPT-2"
 SOME = {
     "90": [SYRK, "syrk fp16: Newton-Schulz (12", "syrk bf16: 531", "singular_distribution", "scale fp32: 531",
-           "sturm fp32: GPT-2", "eigh fp32: eigenproblems of 192"],
+           "sturm fp32: GPT-2", "eigh fp32: eigenproblems of 192", "squares", "divide", "convert",
+           "symmetrise", "shift"],
     "gfx942": [SYRK, "tridiagonal fp32: GPT-2"],
 }  # fmt: skip
 CASES = {target: [""] for target in os.environ.get("SOSD_TARGETS", "").split()} or SOME
@@ -77,7 +78,10 @@ def the_report_compiles_what_is_launched(keys):
     kernels = {row["name"].split()[0] for row in keys}
     banded = {"factor", "product", "other_factor", "update", "chase"}
     steps = set("thin thin_gram sum inner total mend directions cholesky basis values advance".split())
-    assert kernels == {"syrk", "tridiagonal", "scale", "sturm", "eigh", "singular_distribution"} | banded | steps
+    others = {"squares", "divide", "convert", "symmetrise", "shift", "unshift"}  # of Newton-Schulz
+    assert (
+        kernels == {"syrk", "tridiagonal", "scale", "sturm", "eigh", "singular_distribution"} | banded | steps | others
+    )
     products = [row for row in keys if row["name"].startswith("syrk fp32")]
     whole, odd = (next(row for row in products if x in row["name"]) for x in ("GPT", "531"))
     assert whole["constants"]["GRAIN"] == "16" and odd["constants"]["GRAIN"] == "1"  # 768, 531
