@@ -26,7 +26,9 @@ from sosd_fast.kernels.chase import chase
 from sosd_fast.kernels.distribution import singular_distribution
 from sosd_fast.kernels.eigh import eigh
 from sosd_fast.kernels.newton_schulz import newton_schulz
+from sosd_fast.kernels.normalised import converted, normalised
 from sosd_fast.kernels.sturm import sturm
+from sosd_fast.kernels.symmetric import own_product, polynomial, symmetrised
 from sosd_fast.kernels.tridiagonal import tridiagonal
 from sosd_fast.spectra.products import State
 from sosd_fast.spectra.svdvals import spectra
@@ -38,6 +40,7 @@ MMA = re.compile(r"\b(wgmma|tcgen05|mma|v_mfma)[._]")  # in PTX, and in the asse
 MEANT = {
     "syrk": "mma", "thin": "mma", "product fp32": "mma", "update fp32": "mma",
     "tridiagonal": "wide", "eigh": "wide", "factor": "wide",
+    "squares": "wide", "divide": "wide", "convert": "wide", "symmetrise": "wide",
 }  # fmt: skip
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -45,6 +48,13 @@ FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat
 def empty(*shape: int, dtype=FLOAT32, count: int = 1) -> list[torch.Tensor]:
     """Matrices on the stub."""
     return [torch.empty(*shape, dtype=dtype, device="cuda") for _ in range(count)]
+
+
+def around_cublas(G: torch.Tensor) -> torch.Tensor:
+    """What `newton_schulz` in float16 launches, whichever form is the faster one, where cuBLAS multiplies."""
+    X = normalised(G, 1e-7)
+    A = symmetrised(own_product(X))
+    return converted(polynomial(A, 3.4445, -4.7750, 2.0315) @ X, G.dtype)
 
 
 def calls() -> dict[str, Callable[[], object]]:
@@ -63,6 +73,11 @@ def calls() -> dict[str, Callable[[], object]]:
         for shape in ((12, 768, 3072), (12, 768, 768), (3, 531, 531)):
             G = empty(*shape, dtype=dtype)[0]
             found[f"Newton-Schulz {shape}, {str(dtype)[6:]}"] = functools.partial(newton_schulz, G, steps=2)
+    for dtype in (FLOAT32, BFLOAT16, FLOAT16):
+        for n, m in ((768, 3072), (531, 1062)):
+            found[f"around cuBLAS, {n} x {m}, {str(dtype)[6:]}"] = functools.partial(
+                around_cublas, *empty(12, n, m, dtype=dtype)
+            )
     for dtype in (FLOAT32, BFLOAT16):
         for name, n, m in (("GPT-2 small", 768, 3072), ("531", 531, 1062)):
             few = [W for shape in ((n, n), (n, m), (m, n)) for W in empty(*shape, dtype=dtype, count=24)]
@@ -72,6 +87,8 @@ def calls() -> dict[str, Callable[[], object]]:
         # leading values: k = 32 has problems of 80 rows, k = 88 of 192
         for n in (80, 192) if dtype == FLOAT32 else (80,):
             found[f"eigenproblems of {n}, {str(dtype)[6:]}"] = functools.partial(eigh, empty(72, n, n, dtype=dtype)[0])
+        G = empty(72, 256, 256, dtype=dtype)[0]
+        found[f"reductions of 256, {str(dtype)[6:]}"] = functools.partial(tridiagonal, G, overwrite=True)
         # chased by programs that share a matrix and, of many matrices, by one each
         for batch in (16, 300):
             G = empty(batch, 2048, 2048, dtype=dtype)[0]
@@ -167,7 +184,8 @@ def faults(launch: Launch, row: dict) -> list[str]:
     if meant == "mma" and not row["mma"]:
         found.append("no tensor-core instruction")
     cuda = launch.options.backend_name == "cuda"
-    if meant == "wide" and not row["wide"] and cuda and launch.arguments.get("r", 16) % 16 == 0:
+    aligned = launch.arguments.get("r", 16) % 16 == 0 and launch.arguments.get("GRAIN", 16) == 16
+    if meant == "wide" and not row["wide"] and cuda and aligned:
         found.append("no 16-byte loads")
     if row["registers"] > most_registers(launch):
         found.append(f"more than {most_registers(launch)} registers")

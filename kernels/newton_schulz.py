@@ -9,7 +9,8 @@ the plain form: noise in A grows by a^2 a step (LOG.md#nearly-rank-one). CUDA ta
 has, for with |X| <= 1.21 its range does.
 
 All r x r products are symmetric, so on CUDA `syrk` computes half of each: 65 r^3 for the plain form at 1:4. The Gram
-form is not faster for every shape; the first call on a shape times both and keeps the faster.
+form is not faster for every shape; the first call on a shape times both and keeps the faster. What is done between
+products by cuBLAS, and before and after them all, is in `normalised` and `symmetric`: by torch a third of the time.
 On a CPU `_strips` leaves out a third of each.
 
 Source: Jordan et al., Muon (2024), coefficients (3.4445, -4.7750, 2.0315) for "muon"; Amsel et al., The Polar Express
@@ -28,6 +29,8 @@ from torch import Tensor
 
 from sosd_fast import kernels
 from sosd_fast.kernels import Backend
+from sosd_fast.kernels.normalised import converted, normalised, takes
+from sosd_fast.kernels.symmetric import by_quarters, own_product, pays, polynomial, symmetrised
 from sosd_fast.kernels.syrk import syrk
 
 HALF = (torch.bfloat16, torch.float16)
@@ -220,12 +223,14 @@ def iterate(G: Tensor, triples, eps: float, form: str, symmetric: bool, dtype: t
     run = _gram if form == "gram" else _plain
     casts = torch.is_autocast_enabled(G.device.type)  # else not to touch it saves 9 us, 1 % at 256 x 256
     with torch.autocast(G.device.type, enabled=False) if casts else contextlib.nullcontext():
-        X = _normalised(G.mT if G.shape[-2] > G.shape[-1] else G, eps, dtype)
+        X = G.mT if G.shape[-2] > G.shape[-1] else G
+        fused = dtype == torch.float16 and takes(X)
+        X = normalised(X, eps) if fused else _normalised(X, eps, dtype)
         if G.device.type == "cpu" and G.ndim > 2 and (X.shape[-2] >= ALONE or X.shape[:-2].numel() == 1):
             X = torch.stack([run(x, triples, symmetric) for x in X.flatten(0, -3)]).view(X.shape)
         else:
             X = run(X, triples, symmetric)
-    X = X.to(G.dtype)
+    X = converted(X, G.dtype) if fused else X.to(G.dtype)
     return X.mT if G.shape[-2] > G.shape[-1] else X
 
 
@@ -269,14 +274,23 @@ def _multiply(A: Tensor, B: Tensor, symmetric: bool) -> Tensor:
 def _own_product(X: Tensor, symmetric: bool) -> Tensor:
     """Returns X X^T. By AMX that of 768 x 3072 takes 3.5 ms whole and 1.6 by strips, of 768 x 768 0.64 and 0.75."""
     short, long = X.shape[-2:]
+    if not symmetric and _by_triton(X) and by_quarters(X):
+        return own_product(X)
     strips = X.device.type == "cpu" and not kernels.interpreted and short >= 2 * STRIP and long >= 2 * short
     return _multiply(X, X, symmetric or strips)
+
+
+def _by_triton(A: Tensor) -> bool:
+    """Whether kernels stand for what torch does between the products."""
+    return A.dtype == torch.float16 and kernels.backend_of("newton_schulz", A) is Backend.TRITON
 
 
 def _polynomial(A: Tensor, a: float, b: float, c: float, symmetric: bool) -> Tensor:
     """Returns a I + b A + c A^2, of a symmetric A."""
     if symmetric and (A.is_cuda or kernels.interpreted):
         return syrk(A, C=A, alpha=c, beta=b, shift=a, out_dtype=A.dtype, rounded=False)
+    if _by_triton(A) and pays(A, b, c):
+        return polynomial(A, a, b, c)
     P = _strips(A, A, A, b, c) if symmetric else _add_product(A, A, A, b, c)
     if a:
         P.diagonal(dim1=-2, dim2=-1).add_(a)
@@ -306,8 +320,11 @@ def _strips(A: Tensor, B: Tensor, C: Tensor | None = None, beta: float = 0.0, al
 
 def _plain(X: Tensor, triples, symmetric: bool) -> Tensor:
     for a, b, c in triples:
-        B = _polynomial(_own_product(X, symmetric), 0.0, b, c, symmetric)
-        X = _add_product(X, B, X, a)
+        A = _own_product(X, symmetric)
+        if _by_triton(A) and (symmetric or pays(A, b, c)):
+            X = _polynomial(A, a, b, c, symmetric) @ X  # cuBLAS would copy X first, to add a X
+        else:
+            X = _add_product(X, _polynomial(A, 0.0, b, c, symmetric), X, a)
     return X
 
 
@@ -324,7 +341,7 @@ def _gram(X: Tensor, triples, symmetric: bool) -> Tensor:
             if i + 1 < last:
                 A = _multiply(P, _multiply(P, A, symmetric), symmetric)
                 if not symmetric:
-                    A = (A + A.mT) / 2  # rounding must not grow an antisymmetric part
+                    A = symmetrised(A) if _by_triton(A) else (A + A.mT) / 2  # rounding must not grow the other part
         assert Q is not None  # there is at least one triple
         X = Q @ X
         first = last

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from bench.compile_report import recorded, target_of
+from bench.compile_report import around_cublas, recorded, target_of
 from bench.stub_gpu import Launch, launches, put_on
 from sosd_fast.kernels.chase import chase
 from sosd_fast.kernels.distribution import singular_distribution, singular_distribution_ref
@@ -121,6 +121,12 @@ def polar(*shape: int, dtype: torch.dtype) -> float:
     return error(newton_schulz(G, steps=2), newton_schulz(plain(G), steps=2))
 
 
+def around(*shape: int, dtype: torch.dtype) -> float:
+    """Of one step, for which another library multiplies."""
+    G = normal(*shape, dtype=dtype)
+    return error(around_cublas(G), newton_schulz(plain(G), steps=1))
+
+
 def step(dtype: torch.dtype, *shapes: tuple[int, int]) -> float:
     """Of the leading values after a step; its eigenproblems have cases of their own."""
     Ws = [normal(*shape, dtype=dtype) for shape in shapes]
@@ -175,6 +181,8 @@ CASES: dict[str, tuple[Callable[[], float], float]] = {  # what its result may e
     "steps, odd": (lambda: max(step(d, (45, 45), (45, 90), (90, 45)) for d in (FLOAT32, BFLOAT16)), 1e-4),
     "iterations": (lambda: max(polar(2, 48, 96, dtype=FLOAT16), polar(2, 48, 48, dtype=BFLOAT16),
                    polar(1, 45, 45, dtype=BFLOAT16)), 2e-2),
+    "iterations by cuBLAS": (lambda: max(around(2, r, 2 * r, dtype=d) for r in (80, 69)
+                             for d in (FLOAT32, BFLOAT16, FLOAT16)), 2e-2),
 }  # fmt: skip
 
 

@@ -48,7 +48,8 @@ MMA = {"80": "mma", "90": "wgmma", "100": "tcgen05", "gfx942": "v_mfma"}
 SYRK = "syrk fp32: GPT-2"
 SOME = {
     "90": [SYRK, "syrk fp16: Newton-Schulz (12", "syrk bf16: 531", "singular_distribution", "scale fp32: 531",
-           "sturm fp32: GPT-2", "eigh fp32: eigenproblems of 192"],
+           "sturm fp32: GPT-2", "eigh fp32: eigenproblems of 192", "squares", "divide", "convert",
+           "symmetrise", "shift"],
     "gfx942": [SYRK, "tridiagonal fp32: GPT-2"],
 }  # fmt: skip
 CASES = {target: [""] for target in os.environ.get("SOSD_TARGETS", "").split()} or SOME
@@ -77,14 +78,17 @@ def the_report_compiles_what_is_launched(keys):
     kernels = {row["name"].split()[0] for row in keys}
     banded = {"factor", "product", "triangle", "other_factor", "update", "chase"}
     steps = set("thin thin_gram sum inner total mend directions cholesky basis values advance".split())
-    assert kernels == {"syrk", "tridiagonal", "scale", "sturm", "eigh", "singular_distribution"} | banded | steps
+    others = {"squares", "divide", "convert", "symmetrise", "shift", "unshift"}  # of Newton-Schulz
+    assert (
+        kernels == {"syrk", "tridiagonal", "scale", "sturm", "eigh", "singular_distribution"} | banded | steps | others
+    )
     products = [row for row in keys if row["name"].startswith("syrk fp32")]
     whole, odd = (next(row for row in products if x in row["name"]) for x in ("GPT", "531"))
     assert whole["constants"]["GRAIN"] == "16" and odd["constants"]["GRAIN"] == "1"  # 768, 531
     assert {row["constants"]["PRECISION"] for row in keys if "syrk" in row["name"]} == {"tf32x3"}
     reductions = [row for row in keys if row["name"].startswith("tridiagonal fp32")]
     assert "A_ptr" in reductions[0]["divisible"] and "r" in reductions[0]["divisible"]
-    shared, alone = (next(row for row in reductions if x in row["name"]) for x in ("GPT", "many"))
+    shared, alone = (next(row for row in reductions if x in row["name"]) for x in ("reductions", "many"))
     assert shared["constants"]["COOPERATIVE"] == "True" and shared["options"]["launch_cooperative_grid"] == "True"
     assert alone["constants"]["COOPERATIVE"] == "False" and alone["constants"]["first_event"] == "1"
     chases = {(row["constants"]["COOPERATIVE"], row["constants"]["SWEEPS"]) for row in keys if "chase" in row["name"]}

@@ -1,9 +1,21 @@
+import functools
+import sys
+
 import pytest
 import torch
 
 from sosd_fast import kernels
-from sosd_fast.kernels.newton_schulz import COEFFICIENTS, iterate, newton_schulz, newton_schulz_ref, triples_of
+from sosd_fast.kernels.newton_schulz import (
+    COEFFICIENTS,
+    _normalised,
+    iterate,
+    newton_schulz,
+    newton_schulz_ref,
+    triples_of,
+)
 from sosd_fast.testing import matrix
+
+module = sys.modules["sosd_fast.kernels.newton_schulz"]
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (5, 1), (1, 1), (64, 64), (127, 509), (509, 127), (3, 20, 30)], ids=str)
@@ -104,6 +116,68 @@ def test_half_precision_is_no_worse_than_the_plain_iteration_in_bfloat16(device,
     for form, symmetric in FORMS:
         error = (iterate(G.half(), triples, 1e-7, form, symmetric).double() - truth).norm()
         assert error <= plain
+
+
+@pytest.fixture
+def small_pays(monkeypatch):
+    """What only large matrices are worth is done for small ones, too."""
+    symmetric = sys.modules["sosd_fast.kernels.symmetric"]
+    monkeypatch.setattr(symmetric, "LEAST", 1)
+    monkeypatch.setattr(symmetric, "LEAST_BY_QUARTERS", 1)
+    ran = []
+
+    def noted(name, run, *arguments):
+        ran.append(name)
+        return run(*arguments)
+
+    for name in ("normalised", "converted", "symmetrised", "polynomial", "own_product"):
+        monkeypatch.setattr(module, name, functools.partial(noted, name, getattr(module, name)))
+    return ran
+
+
+@pytest.mark.parametrize(("form", "symmetric"), FORMS)
+@pytest.mark.parametrize(("name", "limit"), [("gaussian", 1e-2), ("log4", 3e-2)])
+@pytest.mark.parametrize("shape", [(64, 200), (2, 200, 64), (50, 50)], ids=str)
+def test_float16_by_kernels_around_cublas(device, small_pays, shape, name, limit, form, symmetric):
+    """Within what is documented, and not much farther from the truth than torch's own operations end."""
+    if symmetric and shape != (64, 200):
+        pytest.skip("syrk has tests of its own; its interpreter is slow")
+    G = matrix(name, *shape[-2:], dtype=torch.float16).expand(shape).to(device)
+    before, triples = G.clone(), COEFFICIENTS["muon"] * 5
+    X = iterate(G, triples, 1e-7, form, symmetric, torch.float16)
+    assert X.dtype == G.dtype and X.shape == G.shape and torch.equal(G, before)
+    kept = {"normalised", "converted"}
+    if not symmetric:
+        kept |= {"polynomial"} | ({"own_product"} if shape != (50, 50) else set())
+        kept |= {"symmetrised"} if form == "gram" else set()
+    assert set(small_pays) == kept
+    truth = newton_schulz_ref(G.double(), triples)
+    error = (X.double() - truth).norm() / truth.norm()
+    top = torch.linalg.matrix_norm(X.double(), 2).max() / torch.linalg.matrix_norm(truth, 2).max()
+    assert error <= limit and 1 - 5e-2 <= top <= 1 + 5e-2
+    X = _normalised(G.mT if shape[-2] > shape[-1] else G, 1e-7, torch.float16)
+    for a, b, c in triples:  # with every product rounded once, as by cuBLAS
+        A = (X.float() @ X.float().mT).half().float()
+        X = (a * X.float() + (b * A + c * A @ A).half().float() @ X.float()).half()
+    X = X.mT if shape[-2] > shape[-1] else X
+    # the Gram form's own errors come on top: by torch's operations it ends 1e-3 to 3e-3 farther from the truth
+    assert error <= 2 * (X.double() - truth).norm() / truth.norm() + (2e-3 if form == "gram" else 0)
+
+
+@pytest.mark.parametrize("form", ["plain", "gram"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scale_and_nan_by_kernels_around_cublas(device, small_pays, dtype, form):
+    G = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    G = torch.where(G.abs() < 2.0**-6, 2.0**-6, G)
+    batch = torch.stack([(G.double() * 2.0**power).to(dtype) for power in (0, *EXTREMES[dtype])])
+    triples = COEFFICIENTS["muon"] * 3
+    X = iterate(batch, triples, 0.0, form, False, torch.float16)
+    assert small_pays and X[0].abs().max() > 0.1 and all(torch.equal(each, X[0]) for each in X)
+    for value in (float("nan"), float("inf")):
+        batch[1, 3, 4] = value
+        broken = iterate(batch, triples, 0.0, form, False, torch.float16)
+        assert broken[1].isnan().all() and torch.equal(broken[[0, 2]], X[[0, 2]])
+    assert not iterate(torch.zeros_like(batch), triples, 0.0, form, False, torch.float16).any()
 
 
 EXTREMES = {
