@@ -90,8 +90,8 @@ def calls() -> dict[str, Callable[[], object]]:
         G = empty(72, 256, 256, dtype=dtype)[0]
         found[f"reductions of 256, {str(dtype)[6:]}"] = functools.partial(tridiagonal, G, overwrite=True)
         # chased by programs that share a matrix and, of many matrices, by one each
-        for batch in (16, 300):
-            G = empty(batch, 2048, 2048, dtype=dtype)[0]
+        for batch, r in ((16, 2048), (600, 704)):
+            G = empty(batch, r, r, dtype=dtype)[0]
             found[f"bands of {batch}, {str(dtype)[6:]}"] = functools.partial(tridiagonal, G, overwrite=True)
         S = empty(72, 768, dtype=dtype)[0]
         found[f"spectra, {str(dtype)[6:]}"] = functools.partial(singular_distribution, S, S, S)

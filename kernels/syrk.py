@@ -70,7 +70,7 @@ if triton is not None:
         B_UNIT: tl.constexpr,
         C_UNIT: tl.constexpr,
         GRAIN: tl.constexpr,  # of which m, k and the other strides are multiples, and in which they are given
-        WHOLE: tl.constexpr,  # whether k is a multiple of BLOCK_K
+        WHOLE: tl.constexpr,  # whether it is known that k is a multiple of BLOCK_K
         BLOCK: tl.constexpr,
         BLOCK_K: tl.constexpr,
     ):
@@ -276,7 +276,7 @@ def _launch(A: Tensor, B: Tensor, C: Tensor | None, scale: Tensor | None, out: T
             B_UNIT=unit["b"],
             C_UNIT=unit["c"],
             GRAIN=grain,
-            WHOLE=k % config["BLOCK_K"] == 0,
+            WHOLE=grain > 1 and k % config["BLOCK_K"] == 0,
             **config,
         )
 

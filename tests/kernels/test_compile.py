@@ -50,7 +50,7 @@ SOME = {
     "90": [SYRK, "syrk fp16: Newton-Schulz (12", "syrk bf16: 531", "singular_distribution", "scale fp32: 531",
            "sturm fp32: GPT-2", "eigh fp32: eigenproblems of 192", "squares", "divide", "convert",
            "symmetrise", "shift"],
-    "gfx942": [SYRK, "tridiagonal fp32: GPT-2"],
+    "gfx942": [SYRK, "tridiagonal fp32: 531"],
 }  # fmt: skip
 CASES = {target: [""] for target in os.environ.get("SOSD_TARGETS", "").split()} or SOME
 
@@ -88,7 +88,7 @@ def the_report_compiles_what_is_launched(keys):
     assert {row["constants"]["PRECISION"] for row in keys if "syrk" in row["name"]} == {"tf32x3"}
     reductions = [row for row in keys if row["name"].startswith("tridiagonal fp32")]
     assert "A_ptr" in reductions[0]["divisible"] and "r" in reductions[0]["divisible"]
-    shared, alone = (next(row for row in reductions if x in row["name"]) for x in ("reductions", "many"))
+    shared, alone = (next(row for row in reductions if x in row["name"]) for x in ("531", "many"))
     assert shared["constants"]["COOPERATIVE"] == "True" and shared["options"]["launch_cooperative_grid"] == "True"
     assert alone["constants"]["COOPERATIVE"] == "False" and alone["constants"]["first_event"] == "1"
     chases = {(row["constants"]["COOPERATIVE"], row["constants"]["SWEEPS"]) for row in keys if "chase" in row["name"]}
@@ -121,7 +121,7 @@ print(len(record), len({launch.key for launch in record}))
     )
     assert done.returncode == 0, done.stderr[-3000:]
     launched, compiled = map(int, done.stdout.split())
-    assert launched >= 280 and compiled <= 6  # rows or columns side by side or neither, at multiples of 16 or not
+    assert launched >= 280 and compiled <= 7  # rows or columns side by side or neither, at multiples of 16 or not
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
