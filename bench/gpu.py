@@ -20,7 +20,7 @@ import torch
 
 from bench.harness import ROOT, finish, show, show_card
 
-TOTAL = 480  # seconds; --seconds says otherwise
+TOTAL = 480  # seconds
 LEAST = 25  # seconds that a part leaves to each later one
 SLOWER = 5  # times, a rehearsal
 
