@@ -199,7 +199,8 @@ def main():
     tracker_flags(p, "gpt2-nano", 0.03)
     add = p.add_argument
     # fmt: off
-    add("--steps", type=int, help="The number of training steps; by default 40 for a nano model, for others 12 on a GPU and else 3.")
+    add("--steps", type=int,
+        help="The number of training steps; by default 40 for a nano model, for others 12 on a GPU and else 3.")
     add("--batch-size", type=int, default=8, help="The number of sequences in a step, %(default)s by default.")
     add("--check-every", type=int, default=10,
         help="The number of steps between two comparisons with float64, %(default)s by default.")
