@@ -38,7 +38,7 @@ TARGETS = ("80", "90", "100", "gfx942")
 MMA = re.compile(r"\b(wgmma|tcgen05|mma|v_mfma)[._]")  # in PTX, and in the assembly of AMD's
 # kernel, or kernel and type -> what is meant of it, where rows begin at multiples of 16
 MEANT = {
-    "syrk": "mma", "thin": "mma", "product fp32": "mma", "update fp32": "mma",
+    "syrk": "mma", "thin": "mma",
     "tridiagonal": "wide", "eigh": "wide", "factor": "wide",
     "squares": "wide", "divide": "wide", "convert": "wide", "symmetrise": "wide",
 }  # fmt: skip

@@ -3,8 +3,8 @@ r"""Symmetric matrices to band matrices with the same eigenvalues, by blocks of 
 Panel k, the BAND columns from BAND k on, is made upper triangular below the diagonal block: Q = I - V T V^T. With
 Z = A V and the trailing A, W = (Z - 1/2 V T^T V^T Z) T; then A <- A - V W^T - W V^T. A is read twice and written once
 for a panel, where the reduction to tridiagonal form reads it for each column. Only tiles on and right of the diagonal
-are kept. Products with A, and A's change, are three of TF32's in float32, whose partial sums are added by rounding
-additions, as `syrk` does. The small ones round: truncated, V^T Z and V^T V alone tripled the error of flat spectra.
+are kept. Products round: by three of TF32's, whose sums are truncated, small eigenvalues of Gaussian matrices erred by
+five times as much (LOG.md#first-h100).
 
 Source: Bischof, Lang & Sun (2000); LAPACK sytrd_sy2sb.
 """
@@ -32,7 +32,6 @@ NEGLIGIBLE = {torch.float32: 2.0**-110, torch.float64: 2.0**-1000}
 
 if triton is not None:
     from sosd_fast.kernels.rounded import divide, sqrt
-    from sosd_fast.kernels.split import dot
 
     @triton.jit(do_not_specialize=["panel"])
     def _factor_kernel(
@@ -135,7 +134,6 @@ if triton is not None:
         inner_ptr,  # (B, tiles, 2, BAND, BAND): parts of V^T Z and V^T V
         r,
         panel,
-        PRECISION: tl.constexpr,
         BAND: tl.constexpr,
         TILE: tl.constexpr,
     ):
@@ -156,16 +154,16 @@ if triton is not None:
             other = tile * TILE + n
             a = tl.load(A_ptr + other[:, None] * r + rows[None, :])
             v = tl.load(V_ptr + other[:, None] * BAND + c[None, :])
-            total += dot(tl.trans(a), v, PRECISION)
+            total += tl.dot(tl.trans(a), v, input_precision="ieee")
         for tile in range(own + 1, r // TILE):
             other = tile * TILE + n
             a = tl.load(A_ptr + rows[:, None] * r + other[None, :])
             v = tl.load(V_ptr + other[:, None] * BAND + c[None, :])
-            total += dot(a, v, PRECISION)
+            total += tl.dot(a, v, input_precision="ieee")
         a = tl.load(A_ptr + rows[:, None] * r + rows[None, :])
         a = tl.where(n[:, None] <= n[None, :], a, tl.trans(a))
         v = tl.load(V_ptr + rows[:, None] * BAND + c[None, :])
-        total += dot(a, v, PRECISION)
+        total += tl.dot(a, v, input_precision="ieee")
         total = tl.where((rows >= k + BAND)[:, None], total, 0.0)
         tl.store(Z_ptr + matrix * r * BAND + rows[:, None] * BAND + c[None, :], total)
         tl.store(inner_ptr, tl.dot(tl.trans(v), total, input_precision="ieee"))
@@ -236,7 +234,6 @@ if triton is not None:
         W_ptr,  # (B, r, BAND)
         r,
         panel,
-        PRECISION: tl.constexpr,
         BAND: tl.constexpr,
         TILE: tl.constexpr,
     ):
@@ -260,11 +257,11 @@ if triton is not None:
         tile_ptr = A_ptr + matrix * r * r + rows[:, None] * r + columns[None, :]
         v = tl.load(V_ptr + left)
         w = tl.load(W_ptr + right)
-        total = dot(v, w, PRECISION)
+        total = tl.dot(v, w, input_precision="ieee")
         a = tl.load(tile_ptr)  # earlier, it would cost a program on each multiprocessor
         w = tl.load(W_ptr + left)
         v = tl.load(V_ptr + right)
-        total += dot(w, v, PRECISION)
+        total += tl.dot(w, v, input_precision="ieee")
         tl.store(tile_ptr, a - total)
 
 
@@ -283,8 +280,7 @@ def banded(A: Tensor) -> Tensor:
     tau, inner, sums = A.new_empty(B, BAND), A.new_empty(B, tiles, 2, BAND, BAND), A.new_empty(B, 2, BAND)
     factors = A.new_empty(B, 3, BAND, BAND)
     sizes = {"r": r, "BAND": BAND, "TILE": tile}
-    precision = kernels.precision_of_products() if A.dtype == torch.float32 else "ieee"
-    shared = sizes | {"PRECISION": precision, "num_warps": config["num_warps"], "num_stages": 3}
+    shared = sizes | {"num_warps": config["num_warps"], "num_stages": 3}
     # fmt: off
     for panel in range(panels):
         launch(

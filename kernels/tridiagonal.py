@@ -33,8 +33,8 @@ CONFIGS = {
 }
 # programs that fit on a multiprocessor, by its 65536 registers
 PER_SM = {dtype: 65536 // (32 * config["num_warps"] * config["maxnreg"]) for dtype, config in CONFIGS.items()}
-# the side from which matrices go by way of bands, as measured on an H100 (LOG.md#first-h100)
-BAND_FROM = {torch.float32: 640, torch.float64: 512}
+# the side from which matrices go by way of bands (LOG.md#first-h100)
+BAND_FROM = {torch.float32: 768, torch.float64: 512}
 MOST = 2 * PANEL - 1  # programs to a matrix: what they give is added up by vectors of 2 PANEL
 
 if triton is not None:

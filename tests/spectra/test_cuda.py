@@ -20,9 +20,8 @@ native = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def truth(W):
-    """By the GPU's library, where there is one: tests run beside others, and have a core each."""
-    W = W.double().cuda() if torch.cuda.is_available() and W.numel() > 1e5 else W.double().cpu()
-    return torch.linalg.svdvals(W if W.shape[0] >= W.shape[1] else W.mT).cpu()
+    W = W.double().cpu()
+    return torch.linalg.svdvals(W if W.shape[0] >= W.shape[1] else W.mT)
 
 
 @functools.cache
@@ -179,13 +178,13 @@ def test_a_missing_triton_is_said_once(monkeypatch, caplog):
     "shape", [(768, 768), (768, 3072), (3072, 768), (1024, 1024), (127, 509), (2048, 2048)], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("method", ["gram32", "gram64"])
-def test_full_sizes(shape, dtype, method):
+def test_full_sizes(shape, dtype):
     known = [gaussian(shape, dtype, seed) for seed in range(1 if min(shape) > 1024 else 3)]
-    found = spectra([W.cuda() for W, _ in known], method)
-    for S, (_, expected), bound, sd_error in zip(found.S, known, found.bound, found.sd_error, strict=True):
-        assert ((S.cpu() - expected).abs() <= bound.cpu()).all()
-        assert sd_distance(S.cpu(), expected) <= min(float(sd_error), SD_TOLERANCE)
+    for method in ("gram32", "gram64"):  # the expected values take most of the time
+        found = spectra([W.cuda() for W, _ in known], method)
+        for S, (_, expected), bound, sd_error in zip(found.S, known, found.bound, found.sd_error, strict=True):
+            assert ((S.cpu() - expected).abs() <= bound.cpu()).all()
+            assert sd_distance(S.cpu(), expected) <= min(float(sd_error), SD_TOLERANCE)
 
 
 @native
