@@ -39,7 +39,7 @@ MMA = re.compile(r"\b(wgmma|tcgen05|mma|v_mfma)[._]")  # in PTX, and in the asse
 # kernel, or kernel and type -> what is meant of it, where rows begin at multiples of 16
 MEANT = {
     "syrk": "mma", "thin": "mma",
-    "tridiagonal": "wide", "eigh": "wide", "factor": "wide",
+    "product fp32": "rounds", "update fp32": "rounds", "tridiagonal": "wide", "eigh": "wide", "factor": "wide",
     "squares": "wide", "divide": "wide", "convert": "wide", "symmetrise": "wide",
 }  # fmt: skip
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -184,6 +184,8 @@ def faults(launch: Launch, row: dict) -> list[str]:
     if meant == "mma" and not row["mma"]:
         found.append("no tensor-core instruction")
     cuda = launch.options.backend_name == "cuda"
+    if meant == "rounds" and row["mma"] and cuda:
+        found.append("tensor cores, which truncate sums")
     aligned = launch.arguments.get("r", 16) % 16 == 0 and launch.arguments.get("GRAIN", 16) == 16
     if meant == "wide" and not row["wide"] and cuda and aligned:
         found.append("no 16-byte loads")

@@ -122,6 +122,8 @@ if triton is not None:
                 square -= products[:, :, None, None] * v[:, None, :, :]
                 cleared = tl.where(head, beta[:, None, None], 0.0)
                 square = tl.where(column == 0, cleared[:, None, :, :], square)
+                if SWEEPS > 1:  # warps have read entries of others: the column, and the diagonal
+                    tl.debug_barrier()
                 tl.store(square_ptr, square, mask=some)
 
                 # the diagonal block, from both sides; of its lower half, which takes the diagonal twice

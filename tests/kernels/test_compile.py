@@ -49,7 +49,7 @@ SYRK = "syrk fp32: GPT-2"
 SOME = {
     "90": [SYRK, "syrk fp16: Newton-Schulz (12", "syrk bf16: 531", "singular_distribution", "scale fp32: 531",
            "sturm fp32: GPT-2", "eigh fp32: eigenproblems of 192", "squares", "divide", "convert",
-           "symmetrise", "shift"],
+           "symmetrise", "shift", "product fp32", "update fp32", "chase fp64: GPT-2"],
     "gfx942": [SYRK, "tridiagonal fp32: 531"],
 }  # fmt: skip
 CASES = {target: [""] for target in os.environ.get("SOSD_TARGETS", "").split()} or SOME
