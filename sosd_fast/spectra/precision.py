@@ -167,8 +167,8 @@ def finished(
     if not method.squares:
         more, more_sd = lapack_error(S, dtype=dtype)
         bound, error = bound + more, error + more_sd
-    S, bound = (torch.where(finite[:, None], t / scale[:, None], torch.nan) for t in (S, bound))
-    return S, bound, torch.where(finite, error, torch.nan)
+    values, bound = (torch.where(finite[:, None], t / scale[:, None], torch.nan) for t in (S, bound))
+    return values, bound, torch.where(finite, error, torch.nan)
 
 
 def _norm(x: Tensor) -> Tensor:
