@@ -22,9 +22,10 @@ from sosd_fast.kernels import tl, triton
 from sosd_fast.kernels.turns import cooperative, places
 
 # Shipped configurations. Of many programs to a matrix each takes a sweep, by one warp, and eight fit on a
-# multiprocessor; of few, each takes four sweeps, and a multiprocessor.
+# multiprocessor; of few, each takes four sweeps, and a multiprocessor: there quarters took 2.3 times as long as whole
+# columns (LOG.md#first-h100).
 MANY = {"SWEEPS": 1, "QUARTERS": 4, "num_warps": 1, "maxnreg": 255}
-FEW = {"SWEEPS": 4, "QUARTERS": 4, "num_warps": 16, "maxnreg": 128}
+FEW = {"SWEEPS": 4, "QUARTERS": 1, "num_warps": 16, "maxnreg": 128}
 PER_SM = 65536 // (32 * MANY["num_warps"] * MANY["maxnreg"])
 NEGLIGIBLE = 2.0**-1000  # of a sum of squares: what lies below has lost digits, and is no direction to reflect along
 

@@ -18,8 +18,8 @@ from sosd_fast import kernels
 from sosd_fast.kernels import Backend, tl, triton
 
 # Eigenvalues to a program of one warp, four chains of products to a thread; half as many where a GPU's schedulers have
-# no more than a program each, which waits for its own products then: by the timing model of 72 x 768 in float64 1.0 ms
-# instead of 1.8 on an H100.
+# no more than a program each, which waits for its own products then: 72 x 768 in float64 1.3 ms instead of 1.8 on an
+# H100 (LOG.md#first-h100).
 BLOCK = 128
 SCHEDULERS = 4  # of a multiprocessor
 SCALE_BLOCK = 512
