@@ -185,7 +185,8 @@ def step(codes: list[Code]) -> list[tuple[float, float]]:
         if not a["BACK"]:
             forth[kind] = programs * a["n"] / a["BLOCK_K"]  # turns of all programs; back it takes as many
         loop = code.most("HGMMA", "HMMA")
-        tensor = 2 * a["BLOCK"] * a["WIDTH"] * a["BLOCK_K"] * 3 / 2048
+        # by mma.sync, at 62 % of wgmma's rate
+        tensor = 2 * a["BLOCK"] * (a["WIDTH"] + a["MORE"]) * a["BLOCK_K"] * 3 / (0.62 * 2048)
         turn = max(code.turn(loop, L1) + tensor, code.together * tensor)
         size = 4 if "fp32" in code.launch.signature["W_ptr"] else 2
         cycles = forth[kind] / min(programs, MULTIPROCESSORS * code.together) * turn + timed(code.root.own, L2)
@@ -238,8 +239,7 @@ def summing(code: Code) -> tuple[float, float]:
     a = code.launch.arguments
     tiles = a["inner_ptr"][1] - (a["panel"] + 1) * a["BAND"] // a["TILE"]
     sums, columns = sorted(code.root.inside, key=lambda x: -x.count("LDG"))
-    once = min(x for x in (columns.count("LDG"), sums.count("LDG") // a["TOGETHER"]) if x)  # loads of a column's turn
-    turns = a["BAND"] / max(1, columns.count("LDG") // once)
+    turns = a["BAND"] / max(1, columns.count("LDG") // 2)  # each loads tau, and what a thread has of a row
     took = math.ceil(tiles / a["TOGETHER"]) * code.turn(sums) + turns * code.turn(columns, L1)
     return code.waves * (code.turn(code.root) + took), 0.0
 
@@ -278,12 +278,12 @@ MODELS: dict[str, Callable[[Code], tuple[float, float]]] = {
 }  # fmt: skip
 GPUS = {"H100": (1.755e9, 3.35e12), "H200": (1.755e9, 4.8e12)}  # cycles a second, bytes a second
 LAUNCH = 2e-6  # seconds between two kernels that are queued
-ASSUMPTIONS = f"""A model and no measurement, perhaps 40 % off: one warp issues the compiled code as its control bits
-say, with {L1}, {L2} and {HBM} cycles until a load from the L1, the L2 and memory is there, 600 of an atomic operation;
-warps beside it cost its place only where they fill the schedulers; tensor cores run at their full rate; 132
-multiprocessors at 1.755 GHz, 3.35 TB/s (H100) or 4.8 TB/s (H200). In a step towards leading values a launch
-takes {1e6 * LAUNCH:.0f} us more, so that the host, which needs longer to queue one, must be ahead; elsewhere launches,
-and kernels not named, count nothing."""
+ASSUMPTIONS = f"""A model and no measurement: on an H100 kernels took between what it says and 2.3 times as long
+(LOG.md#first-h100). One warp issues the compiled code as its control bits say, with {L1}, {L2} and {HBM} cycles until a
+load from the L1, the L2 and memory is there, 600 of an atomic operation; warps beside it cost its place only where they
+fill the schedulers; tensor cores run at their full rate; 132 multiprocessors at 1.755 GHz, 3.35 TB/s (H100) or 4.8 TB/s
+(H200). In a step towards leading values a launch takes {1e6 * LAUNCH:.0f} us more, so that the host, which needs longer
+to queue one, must be ahead; elsewhere launches, and kernels not named, count nothing."""
 
 
 def shapes() -> list[tuple[str, float | None, Callable[[], object]]]:
