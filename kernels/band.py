@@ -32,6 +32,7 @@ NEGLIGIBLE = {torch.float32: 2.0**-110, torch.float64: 2.0**-1000}
 
 if triton is not None:
     from sosd_fast.kernels.rounded import divide, sqrt
+    from sosd_fast.kernels.triangle import place
 
     @triton.jit(do_not_specialize=["panel"])
     def _factor_kernel(
@@ -237,12 +238,7 @@ if triton is not None:
         BAND: tl.constexpr,
         TILE: tl.constexpr,
     ):
-        # tile 0 is (0, 0), tiles 1 and 2 are (0, 1) and (1, 1), ...
-        tile = tl.program_id(0)
-        column = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)
-        column = tl.where(column * (column + 1) // 2 > tile, column - 1, column)
-        column = tl.where((column + 1) * (column + 2) // 2 <= tile, column + 1, column)
-        row = tile - column * (column + 1) // 2
+        column, row = place(tl.program_id(0))
         matrix = tl.program_id(1).to(tl.int64)
         k = panel * BAND
         begin = (k + BAND) // TILE

@@ -29,6 +29,7 @@ LEAST_BY_QUARTERS = 2**25
 FARTHEST = 4.0  # |s|: beyond, the rounding of the diagonal is coarser than "polar_express", tried at 2.8, has it
 
 if triton is not None:
+    from sosd_fast.kernels.triangle import place
 
     @triton.jit(do_not_specialize=["m"])
     def _symmetrise_kernel(
@@ -40,12 +41,7 @@ if triton is not None:
         BLOCK: tl.constexpr,
     ):
         m *= GRAIN
-        # tile 0 is (0, 0), tiles 1 and 2 are (1, 0) and (1, 1), ...
-        tile = tl.program_id(0)
-        row = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)
-        row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
-        row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
-        column = tile - row * (row + 1) // 2
+        row, column = place(tl.program_id(0))
         batch = tl.program_id(1).to(tl.int64)
         rows = row * BLOCK + tl.arange(0, BLOCK)
         columns = column * BLOCK + tl.arange(0, BLOCK)

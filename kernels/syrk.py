@@ -40,6 +40,7 @@ LEAST_PART = 1024  # columns of A, that a part of a product has at least
 
 if triton is not None:
     from sosd_fast.kernels.split import dot
+    from sosd_fast.kernels.triangle import place
 
     @triton.jit(do_not_specialize=ALIKE)
     def _syrk_kernel(
@@ -94,12 +95,7 @@ if triton is not None:
             stride_cm = 1
         if C_UNIT == 2:
             stride_cn = 1
-        # tile 0 is (0, 0), tiles 1 and 2 are (1, 0) and (1, 1), ...
-        tile = tl.program_id(0)
-        row = ((tl.sqrt(8.0 * tile + 1.0) - 1.0) / 2.0).to(tl.int32)
-        row = tl.where(row * (row + 1) // 2 > tile, row - 1, row)
-        row = tl.where((row + 1) * (row + 2) // 2 <= tile, row + 1, row)
-        column = tile - row * (row + 1) // 2
+        row, column = place(tl.program_id(0))
         batch = tl.program_id(1).to(tl.int64)  # its products with strides do not fit 32 bits
 
         rows = row * BLOCK + tl.arange(0, BLOCK)
