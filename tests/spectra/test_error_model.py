@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -250,3 +251,23 @@ def test_earlier_names_of_methods():
     assert Method("direct64") is Method.BIDIAG64 and str(Method.BIDIAG64) == "bidiag64"
     with pytest.raises(ValueError, match="is not a valid Method"):
         Method("qr")
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_spectra_are_chosen_for_some_at_a_time(monkeypatch, on_host):
+    """Alike in one lot and in several, whatever there is among them: torch gives few elements to one thread only."""
+    precision = sys.modules["sosd_fast.spectra.precision"]
+    good, graded = torch.linspace(2, 1, 24, dtype=torch.float64), 10.0 ** -torch.linspace(0, 7, 24, dtype=torch.float64)
+    lost = torch.where(torch.arange(24) < 1, good, 1e-17)
+    S = torch.stack([good, graded, lost, 0 * good, good * torch.nan, graded, good])
+    asked = []
+    monkeypatch.setattr(
+        precision, "sd_error", lambda S, *a, do=precision.sd_error, **k: asked.append(S.numel()) or do(S, *a, **k)
+    )
+    whole = choose(S, len(S), torch.float32, on_host=on_host)
+    assert set(whole) == {Method.GRAM32, Method.GRAM64, Method.BIDIAG64} and max(asked) > 48
+    default = Method.GRAM32 if on_host else Method.GRAM64
+    assert whole[0] == whole[6] == Method.GRAM32 and whole[3] == whole[4] == default and whole[2] == Method.BIDIAG64
+    monkeypatch.setattr(precision, "ALONE", 50)
+    del asked[:]
+    assert choose(S, len(S), torch.float32, on_host=on_host) == whole and max(asked) <= 48
