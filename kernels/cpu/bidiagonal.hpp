@@ -185,29 +185,49 @@ inline void bidiagonal(T* A, int64_t rows, int64_t r, int64_t ld, T* diagonal, T
 
 constexpr int64_t kDirect = 2;  // times as long as wide: a longer matrix takes a QR first
 
-// S[0 .. r) <- singular values of scale * W, ascending: bidiagonalisation, then bisection on the Golub-Kahan matrix of order
-// 2 r, whose eigenvalues are +-S, in float64, or, in float32, on B^T B in float64, whose square roots err by 2^-26 at most.
-template <class T>
-inline void svdvals_bidiagonal(const Source& w, double* S_out, Arena& arena, const Parallel& parallel) {
+// diagonal[0 .. r), beside[0 .. r - 1) <- a bidiagonal matrix with the singular values of scale * W.
+template <class T> inline void reduce_direct(const Source& w, T* diagonal, T* beside, Arena& arena) {
     const ArenaScope scope(arena);
     const int64_t r = w.r, line = 64 / sizeof(T), ld = (r / line + 1 + r / line % 2) * line;  // an odd number of cache lines
     const bool merged = sizeof(T) == 8 && w.K > kDirect * r;
     const int64_t rows = round_up(merged ? r : w.K, kRowsReduced);
-    T *A = take<T>(arena, rows * ld), *diagonal = take<T>(arena, r), *beside = take<T>(arena, r);
+    T* A = take<T>(arena, rows * ld);
     for (int64_t i = 0; i < rows * ld; ++i) A[i] = 0;
     if constexpr (sizeof(T) == 8)
         if (merged) merge_rows(w, A, ld, arena);
     if (!merged)
         for (int64_t k = 0; k < w.K; k += kRowsMerged) copy_rows(w, k, min_of<int64_t>(kRowsMerged, w.K - k), A + k * ld, ld);
     bidiagonal(A, rows, r, ld, diagonal, beside, arena);
-    const int64_t order = sizeof(T) == 4 ? r : 2 * r;
+}
+
+// d[0 .. r), e[0 .. r - 1) <- B^T B in float64 for that B in float32: the square roots of its eigenvalues err by 2^-26 at most.
+inline void tridiagonal_direct(const Source& w, double* d, double* e, Arena& arena) {
+    const ArenaScope scope(arena);
+    float *diagonal = take<float>(arena, w.r), *beside = take<float>(arena, w.r);
+    reduce_direct(w, diagonal, beside, arena);
+    for (int64_t i = 0; i < w.r; ++i) {
+        const double across = diagonal[i], above = i > 0 ? double(beside[i - 1]) : 0;
+        d[i] = across * across + above * above;
+        if (i + 1 < w.r) e[i] = across * double(beside[i]);
+    }
+}
+
+// S[0 .. r) <- singular values of scale * W, ascending, by bisection: of B^T B in float32, in float64 of the Golub-Kahan matrix
+// of order 2 r, whose eigenvalues are +-S.
+template <class T>
+inline void svdvals_bidiagonal(const Source& w, double* S_out, Arena& arena, const Parallel& parallel) {
+    const ArenaScope scope(arena);
+    const int64_t r = w.r, order = sizeof(T) == 4 ? r : 2 * r;
     double *d = take<double>(arena, order), *e = take<double>(arena, order), *values = take<double>(arena, order);
-    for (int64_t i = 0; i < r; ++i) {
-        const double across = diagonal[i], right = i + 1 < r ? double(beside[i]) : 0, above = i > 0 ? double(beside[i - 1]) : 0;
-        if constexpr (sizeof(T) == 4)
-            d[i] = across * across + above * above, e[i] = across * right;
-        else
-            d[2 * i] = d[2 * i + 1] = 0, e[2 * i] = across, e[2 * i + 1] = right;
+    if constexpr (sizeof(T) == 4) {
+        tridiagonal_direct(w, d, e, arena);
+    } else {
+        double *diagonal = take<double>(arena, r), *beside = take<double>(arena, r);
+        reduce_direct(w, diagonal, beside, arena);
+        for (int64_t i = 0; i < r; ++i) {
+            d[2 * i] = d[2 * i + 1] = 0, e[2 * i] = diagonal[i];
+            if (i + 1 < r) e[2 * i + 1] = beside[i];
+        }
     }
     sturm<double>(d, e, order, 0x1p-54, values, arena, parallel);
     for (int64_t i = 0; i < r; ++i) S_out[i] = sizeof(T) == 4 ? __builtin_sqrt(values[i]) : values[r + i];

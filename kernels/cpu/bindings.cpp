@@ -237,6 +237,27 @@ void gram_eigenvalues(const py::object& triangles, const py::object& values, int
     sosd_fast::gram_eigenvalues(tasks.data(), count, threads);
 }
 
+// For tests: the eigenvalues of matrices that share the lanes of vectors. d, e and values: (B, n) float64, contiguous; the
+// last column of e is not read; values are written, those below zero as zero.
+void tridiagonal_eigenvalues(const py::object& d, const py::object& e, const py::object& values, double tolerance, int64_t sweeps) {
+    const Tensor diagonal(d, "d"), beside(e, "e"), to(values, "values");
+    if (diagonal.dims() != 2 || diagonal.size[1] < 1) refuse("tridiagonal_eigenvalues: expected d of shape (B, n).");
+    for (const auto* t : {&diagonal, &beside, &to}) t->expect("d, e and values", DType::f64, diagonal.size);
+    const int64_t n = diagonal.size[1], most = sosd_fast::kernels().together;
+    const sosd_fast::Parallel alone{nullptr,
+                                    [](void*, int64_t count, void (*task)(void*, int64_t), void* context) {
+                                        for (int64_t i = 0; i < count; ++i) task(context, i);
+                                    },
+                                    [](void*) { return false; }, [] {}};
+    sosd_fast::Arena arena;
+    for (int64_t at = 0; at < diagonal.size[0]; at += most) {
+        std::vector<sosd_fast::Tridiagonal> each;
+        for (int64_t i = at; i < std::min(at + most, diagonal.size[0]); ++i)
+            each.push_back({diagonal.as<double>() + i * n, beside.as<double>() + i * n, 1, tolerance, to.as<double>() + i * n});
+        sosd_fast::kernels().eigenvalues_together(each.data(), int64_t(each.size()), n, sweeps, arena, alone);
+    }
+}
+
 // matrices: B float32 tensors (m, n), m >= n, one of the strides 1. V, P, next_V and next_P are (B, b, n), squares and
 // residual (B, b), all float32 and contiguous; b < n. Returns of each matrix whether it is ordinary, see SubspaceTask;
 // where it is not, its outputs are not to be used.
@@ -286,6 +307,8 @@ PYBIND11_MODULE(_C, m) {
           py::arg("squares"), py::arg("drift"), py::arg("threads"));
     m.def("gram_eigenvalues", &gram_eigenvalues, py::arg("triangles"), py::arg("values"), py::arg("threads"),
           py::arg("band_from") = 0);
+    m.def("tridiagonal_eigenvalues", &tridiagonal_eigenvalues, py::arg("d"), py::arg("e"), py::arg("values"),
+          py::arg("tolerance"), py::arg("sweeps"));
     m.def("advance_subspaces", &advance_subspaces, py::arg("matrices"), py::arg("pace"), py::arg("V"), py::arg("P"),
           py::arg("next_V"), py::arg("next_P"), py::arg("squares"), py::arg("residual"), py::arg("threads"));
     m.def("singular_distribution", &any_distribution, py::arg("S"), py::arg("previous"), py::arg("reference"),

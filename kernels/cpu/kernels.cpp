@@ -13,11 +13,12 @@ namespace sosd_fast {
 namespace SOSD_ISA {
 
 template <class T> constexpr Stages<T> stages() {
-    return {any_gram<T>, any_tridiagonal<T>, sturm<T>, eigenvalues_lanes<T>, svdvals_bidiagonal<T>, kLanes<T>};
+    return {any_gram<T>, any_tridiagonal<T>, sturm<T>, eigenvalues_lanes<T>, svdvals_bidiagonal<T>};
 }
 
 extern const Kernels table;
-const Kernels table = {SOSD_STRING(SOSD_ISA), max_abs, stages<float>(), stages<double>(), advance_subspace};
+const Kernels table = {SOSD_STRING(SOSD_ISA), max_abs, stages<float>(), stages<double>(),
+                       tridiagonal_direct, eigenvalues_together, kTogether, advance_subspace};
 
 }  // namespace SOSD_ISA
 }  // namespace sosd_fast

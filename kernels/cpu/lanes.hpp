@@ -1,11 +1,11 @@
 // Eigenvalues of W W^T of matrices of one shape with a short side of at most kLanesSide: a lane of a vector holds a matrix.
 //
-// Stages as of gram.hpp, tridiagonal.hpp and sturm.hpp, with their precision. No operation crosses lanes and no step depends
+// Stages as of gram.hpp and tridiagonal.hpp, with their precision, and of ql.hpp. No operation crosses lanes and no step depends
 // on another lane's values, so that a matrix gets the same bits whatever its neighbours are.
 #pragma once
 
 #include "gram.hpp"
-#include "sturm_lanes.hpp"
+#include "ql.hpp"
 
 namespace sosd_fast {
 
@@ -156,13 +156,6 @@ template <class T> void gram_lanes(Lane* lanes, int64_t count, T* G, Arena& aren
     correct_lanes(lanes, count, apart, G, squares, cross);
 }
 
-template <class T> inline typename Simd<T>::V root(typename Simd<T>::V x) {
-    alignas(kVectorBytes) T out[Simd<T>::L];
-    Simd<T>::at(out) = x;
-    for (T& each : out) each = sizeof(T) == 4 ? T(__builtin_sqrtf(float(each))) : T(__builtin_sqrt(each));
-    return Simd<T>::at(out);
-}
-
 // A <- A - v w^T - w v^T and y <- A u over rows and columns >= first; u is zero below first.
 template <class T>
 inline void update_multiply(T* A, int64_t rows, int64_t first, const T* v, const T* w, const T* u, T* y) {
@@ -262,18 +255,23 @@ template <class T> void tridiagonal_lanes(T* A, int64_t r, T* d, T* e, Arena& ar
     }
 }
 
-template <class T> constexpr int64_t kLanes = Simd<T>::L;
-
-// Of 1 <= count <= kLanes<T> lanes of one r and K: their sums, and in ascending[l * r .. + r) the eigenvalues of lane l.
-template <class T> void eigenvalues_lanes(Lane* lanes, int64_t count, double* ascending, Arena& arena) {
+// Of 1 <= count <= kTogether lanes of one r and K: their sums, and in ascending[l * r .. + r) the eigenvalues of lane l.
+template <class T> void eigenvalues_lanes(Lane* lanes, int64_t count, double* ascending, Arena& arena, const Parallel& parallel) {
     const ArenaScope scope(arena);
-    constexpr int L = Simd<T>::L;
+    constexpr int64_t L = Simd<T>::L;
     const int64_t r = lanes[0].w.r;
-    T* G = take<T>(arena, block_of(round_up(r, kRows) / kRows) * L);
-    T *d = take<T>(arena, r * L), *e = take<T>(arena, (r - 1) * L);
-    gram_lanes(lanes, count, G, arena);
-    tridiagonal_lanes(G, r, d, e, arena);
-    sturm_lanes(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, ascending, count, arena);
+    T *G = take<T>(arena, block_of(round_up(r, kRows) / kRows) * L), *d = take<T>(arena, r * L), *e = take<T>(arena, r * L);
+    double *ds = take<double>(arena, r * kTogether), *es = take<double>(arena, r * kTogether);
+    Tridiagonal each[kTogether];
+    for (int64_t i = 0; i < r * L; ++i) e[i] = 0;
+    for (int64_t at = 0; at < count; at += L) {
+        gram_lanes(lanes + at, min_of(L, count - at), G, arena);
+        tridiagonal_lanes(G, r, d, e, arena);
+        for (int64_t i = 0; i < r; ++i)
+            for (int64_t l = 0; l < L; ++l) ds[i * kTogether + at + l] = d[i * L + l], es[i * kTogether + at + l] = e[i * L + l];
+    }
+    for (int64_t l = 0; l < count; ++l) each[l] = {ds + l, es + l, kTogether, kNegligibleBeside<T>, ascending + l * r};
+    eigenvalues_together(each, count, r, kSweeps * r, arena, parallel);
 }
 
 }  // namespace SOSD_ISA

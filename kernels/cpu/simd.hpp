@@ -134,6 +134,13 @@ template <class T> inline T sum_lanes(typename Simd<T>::V x) {
     return out;
 }
 
+template <class T> inline typename Simd<T>::V root(typename Simd<T>::V x) {
+    alignas(kVectorBytes) T out[Simd<T>::L];
+    Simd<T>::at(out) = x;
+    for (T& each : out) each = sizeof(T) == 4 ? T(__builtin_sqrtf(float(each))) : T(__builtin_sqrt(each));
+    return Simd<T>::at(out);
+}
+
 template <class T> constexpr T min_of(T a, T b) { return b < a ? b : a; }
 template <class T> constexpr T max_of(T a, T b) { return a < b ? b : a; }
 

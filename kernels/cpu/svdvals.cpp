@@ -6,6 +6,7 @@
 #include <cstring>
 #include <limits>
 #include <map>
+#include <memory>
 #include <numeric>
 #include <utility>
 #include <vector>
@@ -210,16 +211,17 @@ struct Ready {
 
 // Solves matrices of one shape by one Gram method; those whose method does not stand go to `left`, each with its next one.
 template <class T>
-void solve_lanes(const Stages<T>& stages, std::vector<Ready>& ready, std::vector<Ready>& left, Arena& arena) {
+void solve_lanes(const Stages<T>& stages, std::vector<Ready>& ready, std::vector<Ready>& left, Arena& arena, const Parallel& parallel) {
     if (ready.empty()) return;
     const int64_t r = ready[0].from.w.r;
-    std::vector<Lane> lanes(stages.lanes);
-    std::vector<double> ascending(r * stages.lanes);
+    const int64_t together = kernels().together;
+    std::vector<Lane> lanes(together);
+    std::vector<double> ascending(r * together);
     for (size_t at = 0; at < ready.size();) {
         int64_t count = 0;
-        for (; count < stages.lanes && at + count < ready.size(); ++count)
+        for (; count < together && at + count < ready.size(); ++count)
             lanes[count] = {ready[at + count].from.w, {}};
-        stages.eigenvalues_lanes(lanes.data(), count, ascending.data(), arena);
+        stages.eigenvalues_lanes(lanes.data(), count, ascending.data(), arena, parallel);
         for (int64_t i = 0; i < count; ++i, ++at) {
             SvdvalsTask& t = *ready[at].task;
             double* found = ascending.data() + i * r;
@@ -231,26 +233,127 @@ void solve_lanes(const Stages<T>& stages, std::vector<Ready>& ready, std::vector
     }
 }
 
+// Matrices with short sides of at most this, which do not fit lanes, are reduced one by one in float32; then the eigenvalues of
+// several are found together (LOG.md#ql-lanes). us a matrix, one thread: 8 of 128 x 128 209 -> 135, of 256 x 256 861 -> 735, of
+// 512 x 512 no gain; alone a 64 x 64 loses 20, a 256 x 256 100.
+constexpr int64_t kTogetherSide = 256;
+
+// In float64 bisection errs by 1 unit where this algorithm errs by 17 at r = 64, and a matrix of deficient rank would show that.
+bool fits_together(const SvdvalsTask& t, Method method) {
+    return !fits_lanes(t) && std::min(t.m, t.n) <= kTogetherSide && method < Method::gram64;
+}
+
+struct Reduced {
+    Ready of;
+    std::vector<double> d, e, ascending;
+    double tolerance = 0;
+    GramSums sums{};
+    bool done = false;
+};
+
+// To the tridiagonal matrix of its method, if that is for several together, else to its end.
+void reduce(Reduced& m, Arena& arena, const Parallel& parallel) {
+    const ArenaScope scope(arena);
+    const Kernels& k = kernels();
+    const int64_t r = m.of.from.w.r;
+    const Method method = m.of.task->method;
+    m.done = !fits_together(*m.of.task, method);
+    if (m.done) return climb(*m.of.task, m.of.from, arena, parallel);
+    m.d.resize(r), m.e.resize(r), m.ascending.resize(r);
+    m.tolerance = squares(method) ? kNegligibleBeside<float> : kNegligibleBeside<double>;
+    if (!squares(method)) return k.tridiagonal_direct(m.of.from.w, m.d.data(), m.e.data(), arena);
+    float *G = take<float>(arena, tiles_of(r).size()), *d = take<float>(arena, r), *e = take<float>(arena, r - 1);
+    m.sums = k.f32.gram(m.of.from.w, G, nullptr, arena, parallel);
+    k.f32.tridiagonal(G, r, m.of.task->band_from, d, e, arena, parallel);
+    std::copy_n(d, r, m.d.begin()), std::copy_n(e, r - 1, m.e.begin());
+}
+
+// The eigenvalues of matrices of one order; those whose method does not stand get their next one.
+void solve_together(Reduced* const* of, int64_t count, Arena& arena, const Parallel& parallel) {
+    std::vector<Tridiagonal> each;
+    const int64_t r = of[0]->of.from.w.r;
+    for (Reduced* const* m = of; m < of + count; ++m)
+        each.push_back({(*m)->d.data(), (*m)->e.data(), 1, (*m)->tolerance, (*m)->ascending.data()});
+    kernels().eigenvalues_together(each.data(), count, r, kSweeps * r, arena, parallel);
+    for (Reduced* const* m = of; m < of + count; ++m) {
+        SvdvalsTask& t = *(*m)->of.task;
+        double* found = (*m)->ascending.data();
+        double drift = 0;
+        if (squares(t.method))
+            drift = settle(found, r, (*m)->sums);
+        else
+            std::transform(found, found + r, found, [](double x) { return std::sqrt(x); });
+        (*m)->done = accept(t, (*m)->of.from, found, drift);
+        if ((*m)->done)
+            finish(t, (*m)->of.from);
+        else
+            t.method = next(t.method, r, (*m)->of.from.w.K);
+    }
+}
+
 // One matrix, or some of one shape whose lanes go through the stages together.
 using Work = std::vector<SvdvalsTask*>;
 
-void solve(const Work& work, Arena& arena, const Parallel& parallel) {
+// To the end, or, into `open`, to a tridiagonal matrix.
+void solve(const Work& work, std::unique_ptr<Reduced>& open, Arena& arena, const Parallel& parallel) {
     std::vector<Ready> of[4];  // by method
     for (SvdvalsTask* t : work) {
         const Method start = first_method(*t);
         Scaled from;
         if (!prepare(*t, from)) continue;
         t->method = start;
+        if (fits_together(*t, start)) {
+            open = std::make_unique<Reduced>(Reduced{{t, std::move(from)}, {}, {}, {}});
+            return reduce(*open, arena, parallel);
+        }
         of[int(start)].push_back({t, std::move(from)});
     }
     if (fits_lanes(*work[0])) {
         std::vector<Ready>&gram32 = of[int(Method::gram32)], &gram64 = of[int(Method::gram64)];
-        solve_lanes(kernels().f32, gram32, gram64, arena);
-        solve_lanes(kernels().f64, gram64, of[int(Method::bidiag64)], arena);
+        solve_lanes(kernels().f32, gram32, gram64, arena, parallel);
+        solve_lanes(kernels().f64, gram64, of[int(Method::bidiag64)], arena, parallel);
         gram32.clear(), gram64.clear();
     }
     for (std::vector<Ready>& each : of)
         for (Ready& one : each) climb(*one.task, one.from, arena, parallel);
+}
+
+// In operations of large matrices, 2e6 in 18 us (AVX-512): 0.7, 1.5 and 4.7 us in lanes of 8 x 8, 16 x 16 and 32 x 32; alone
+// 5 us however small.
+double cost(const SvdvalsTask& t) {
+    const double r = double(std::min(t.m, t.n)), K = double(std::max(t.m, t.n));
+    return fits_lanes(t) ? r * (6e3 + 200 * r + 4 * r * K) : r * r * (K + 2 * r + 100) + 5e5;
+}
+
+// Ends what `solve` left open.
+void finish_together(std::vector<std::unique_ptr<Reduced>>& open, int n_threads) {
+    for (;;) {
+        std::map<int64_t, std::vector<Reduced*>> of_order;
+        for (const auto& m : open)
+            if (m && !m->done) of_order[m->of.from.w.r].push_back(m.get());
+        if (of_order.empty()) return;
+        struct Group {
+            Reduced* const* of;
+            int64_t count;
+        };
+        std::vector<Group> groups;
+        std::vector<double> costs;
+        for (const auto& [r, all] : of_order) {
+            const int64_t n = int64_t(all.size()), size = std::min(kernels().together, (n + n_threads - 1) / n_threads);
+            for (int64_t at = 0; at < n; at += size) {
+                groups.push_back({all.data() + at, std::min(size, n - at)});
+                costs.push_back(1000.0 * double(r) * double(r));
+            }
+        }
+        for_each(costs, n_threads, [&](int64_t i, Arena& arena, const Parallel& parallel) {
+            solve_together(groups[i].of, groups[i].count, arena, parallel);
+        });
+        std::vector<Reduced*> left;
+        costs.clear();
+        for (const auto& m : open)
+            if (m && !m->done) left.push_back(m.get()), costs.push_back(cost(*m->of.task));
+        for_each(costs, n_threads, [&](int64_t i, Arena& arena, const Parallel& parallel) { reduce(*left[i], arena, parallel); });
+    }
 }
 
 // f(i, count, offset of G(i, j) in the tiles) for the runs of column j of the lower triangle: what lies together of it.
@@ -301,13 +404,6 @@ void solve(const Stages<T>& stages, const GramTask& t, Arena& arena, const Paral
     stages.sturm(d, e, t.r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, t.values, arena, parallel);
 }
 
-// In operations of large matrices, 2e6 in 18 us (AVX-512): 0.7, 1.5 and 4.7 us in lanes of 8 x 8, 16 x 16 and 32 x 32; alone
-// 5 us however small.
-double cost(const SvdvalsTask& t) {
-    const double r = double(std::min(t.m, t.n)), K = double(std::max(t.m, t.n));
-    return fits_lanes(t) ? r * (6e3 + 200 * r + 4 * r * K) : r * r * (K + 2 * r + 100) + 5e5;
-}
-
 constexpr int64_t kLanesTogether = 4;  // vectors: matrices that climb to float64 fill vectors of their own
 
 // The units of work: matrices that go alone, and groups of at most a few vectors of lanes, for each thread some.
@@ -320,7 +416,7 @@ std::vector<Work> share_out(SvdvalsTask* tasks, int64_t count, int n_threads) {
         else
             works.push_back({t});
     }
-    const int64_t lanes = kernels().f32.lanes;
+    const int64_t lanes = kernels().together;
     for (const auto& [shape, all] : small) {
         const int64_t share = round_up(int64_t(all.size()) / (2 * std::max(n_threads, 1)) + 1, lanes);
         const int64_t most = std::min(share, kLanesTogether * lanes);
@@ -361,9 +457,11 @@ void svdvals(SvdvalsTask* tasks, int64_t count, int n_threads) {
         for (const SvdvalsTask* t : work) sum += cost(*t);
         costs.push_back(sum);
     }
+    std::vector<std::unique_ptr<Reduced>> open(works.size());
     for_each(costs, n_threads, [&](int64_t i, Arena& arena, const Parallel& parallel) {
-        solve(works[i], arena, parallel);
+        solve(works[i], open[i], arena, parallel);
     });
+    finish_together(open, std::max(1, n_threads));
 }
 
 void gram_triangles(PartTask* tasks, int64_t count, int n_threads) {

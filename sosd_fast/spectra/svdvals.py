@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sosd_fast import kernels
 from sosd_fast.kernels import Backend, backend_of
@@ -75,8 +76,39 @@ def svdvals(W: Tensor, *, method: str = "auto", return_bound: bool = False) -> T
         raise ValueError(
             f"svdvals: expected one of {', '.join(METHODS)}, got method={method!r}. Use 'auto' unless comparing."
         )
-    S, bound = _Differentiable.apply(W, method)
+    if _may_be_differentiated(W):
+        S, bound = _Differentiable.apply(W, method)
+    else:
+        S, bound = _values(W, method, with_bound=return_bound)
     return (S, bound) if return_bound else S
+
+
+def _may_be_differentiated(W: Tensor) -> bool:
+    """Whether anyone may ask for a derivative: `_Differentiable.apply` takes longer than small matrices."""
+    return (
+        (W.requires_grad and torch.is_grad_enabled())
+        or torch._C._are_functorch_transforms_active()
+        or torch.compiler.is_compiling()
+        or forward_ad.unpack_dual(W).tangent is not None
+    )
+
+
+def _values(W: Tensor, method: str, *, with_bound: bool) -> tuple[Tensor, Tensor]:
+    """S and its bounds as `svdvals` returns them; in place of the bounds S, where they are not asked for."""
+    *batch, m, n = W.shape
+    dtype = _returned(W.dtype)
+    matrices = W.detach().reshape(-1, m, n)
+    if not len(matrices):
+        empty = torch.empty(*batch, min(m, n), dtype=dtype, device=W.device)
+        return empty, empty.clone()
+    found = spectra(matrices, method)
+    S = found.S.to(dtype).reshape(*batch, -1)
+    if not with_bound:
+        return S, S
+    limits = torch.finfo(dtype)  # of the conversion: below `tiny` values are multiples of the smallest subnormal
+    rounding = torch.clamp(limits.eps / 2 * found.S, min=limits.smallest_normal * limits.eps)
+    rounding = rounding.where(found.S[:, :1] != 0, 0)  # also of a value that is too small to be there
+    return S, (found.bound + rounding).to(dtype).reshape(S.shape)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -84,18 +116,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(W: Tensor, method: str) -> tuple[Tensor, Tensor]:
-        *batch, m, n = W.shape
-        dtype = _returned(W.dtype)
-        matrices = W.detach().reshape(-1, m, n)
-        if not len(matrices):
-            empty = torch.empty(*batch, min(m, n), dtype=dtype, device=W.device)
-            return empty, empty.clone()
-        found = spectra(matrices, method)
-        S = found.S.to(dtype).reshape(*batch, -1)
-        limits = torch.finfo(dtype)  # of the conversion: below `tiny` values are multiples of the smallest subnormal
-        rounding = torch.clamp(limits.eps / 2 * found.S, min=limits.smallest_normal * limits.eps)
-        rounding = rounding.where(found.S[:, :1] != 0, 0)  # also of a value that is too small to be there
-        return S, (found.bound + rounding).to(dtype).reshape(S.shape)
+        return _values(W, method, with_bound=True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

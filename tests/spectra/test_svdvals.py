@@ -332,6 +332,25 @@ def test_a_function_transform_differentiates_it():
     torch.testing.assert_close(torch.func.grad(lambda W: sosd_fast.svdvals(W).sum())(W), U @ Vh)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, loaded by jvp
+def test_forward_derivatives_without_a_transform():
+    W, dW = (torch.randn(2, 5, 7, dtype=torch.float64) for _ in range(2))
+    with torch.autograd.forward_ad.dual_level():
+        found = torch.autograd.forward_ad.unpack_dual(sosd_fast.svdvals(torch.autograd.forward_ad.make_dual(W, dW)))
+        assert torch.equal(found.primal, sosd_fast.svdvals(W))  # inside, without a tangent
+    expected = torch.func.jvp(torch.linalg.svdvals, (W,), (dW,))[1]
+    torch.testing.assert_close(found.tangent, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_nothing_is_recorded_where_nothing_asks():
+    W = torch.randn(4, 6, requires_grad=True)
+    assert sosd_fast.svdvals(W).requires_grad
+    with torch.no_grad():
+        assert not sosd_fast.svdvals(W).requires_grad
+    with torch.inference_mode():
+        assert torch.equal(sosd_fast.svdvals(W), sosd_fast.svdvals(W.detach()))
+
+
 def test_vmap_and_the_gradients_of_each_matrix():
     W = torch.randn(5, 4, 3, dtype=torch.float64)
     assert torch.equal(torch.func.vmap(sosd_fast.svdvals, in_dims=1)(W), sosd_fast.svdvals(W.movedim(1, 0)))
