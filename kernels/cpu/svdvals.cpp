@@ -114,13 +114,20 @@ bool fits_lanes(const SvdvalsTask& t) {
 // float64 takes 1.2 to 1.5 times as long; of 16 x 18 14 % do.
 constexpr int64_t kNearlySquare = 2;
 
+// Beyond lanes 16 (256 x 256) to 48 % (48 x 48) climb, and without a Gram matrix float32 takes 0.6 (40 x 40) to 1.3 times as long
+// as with it: up to this side it is tried at once (LOG.md#ql-lanes).
+constexpr int64_t kDirectAtOnce = 192;
+
 // The method that a task starts with.
 Method first_method(const SvdvalsTask& t) {
     if (!t.automatic) return t.method;
     Method method = t.dtype == DType::f64 ? Method::gram64 : Method::gram32;  // what comes in double is expected in double
     const int64_t r = std::min(t.m, t.n);
-    if (!t.previous || !(t.previous[0] > 0))
-        return fits_lanes(t) && std::max(t.m, t.n) < r + kNearlySquare ? Method::gram64 : method;
+    if (!t.previous || !(t.previous[0] > 0)) {
+        if (std::max(t.m, t.n) >= r + kNearlySquare) return method;
+        if (fits_lanes(t)) return Method::gram64;
+        return method == Method::gram32 && r <= kDirectAtOnce ? next(method, r, std::max(t.m, t.n)) : method;
+    }
     const double unit = std::ldexp(1.0, -std::ilogb(t.previous[0]));  // whose squares stay in range
     std::vector<double> previous(t.previous, t.previous + r);
     for (double& value : previous) value *= unit;
@@ -356,54 +363,6 @@ void finish_together(std::vector<std::unique_ptr<Reduced>>& open, int n_threads)
     }
 }
 
-// f(i, count, offset of G(i, j) in the tiles) for the runs of column j of the lower triangle: what lies together of it.
-template <class F> void each_run(const Tiles& tiles, int64_t r, int64_t j, F f) {
-    for (int64_t i = j; i < r;) {
-        const int64_t count = std::min(r - i, kTileRows - i % kTileRows);
-        f(i, count, tiles.at(i, j));
-        i += count;
-    }
-}
-
-template <class T> void solve(const Stages<T>& stages, PartTask& t, Arena& arena, const Parallel& parallel) {
-    const ArenaScope scope(arena);
-    const Tiles tiles = tiles_of(t.r);
-    T *G = take<T>(arena, tiles.size()), *to = static_cast<T*>(t.triangle);
-    const Source a{t.data, t.dtype, t.r, t.K, t.stride_i, t.stride_k, t.scale};
-    t.drift = stages.gram(a, G, t.squares, arena, parallel).drift;
-    const double without = 1 / (1 + t.drift);  // in double, so that all of G is not rounded alike
-    for (int64_t j = 0; j < t.r; ++j)
-        each_run(tiles, t.r, j, [&](int64_t, int64_t count, int64_t at) {
-            for (int64_t q = 0; q < count; ++q) to[q] = T(double(G[at + q]) * without);
-            to += count;
-        });
-}
-
-template <class T>
-void solve(const Stages<T>& stages, const GramTask& t, Arena& arena, const Parallel& parallel) {
-    const ArenaScope scope(arena);
-    const Tiles tiles = tiles_of(t.r);
-    T *G = take<T>(arena, tiles.size()), *d = take<T>(arena, t.r), *e = take<T>(arena, t.r - 1);
-    const T* given = static_cast<const T*>(t.triangle);
-    std::fill_n(G, tiles.size(), T(0));
-    T infinite = 0;  // NaN where an entry is NaN or infinite
-    for (int64_t j = 0; j < t.r; ++j)
-        each_run(tiles, t.r, j, [&](int64_t i, int64_t count, int64_t at) {
-            for (int64_t q = 0; q < count; ++q) {
-                infinite += given[q] - given[q];
-                G[at + q] = given[q];
-                if (i / kTileRows == j / kTileRows) G[tiles.at(j, i + q)] = given[q];  // those tiles hold both halves
-            }
-            given += count;
-        });
-    if (infinite != 0) {
-        std::fill_n(t.values, t.r, std::numeric_limits<double>::quiet_NaN());
-        return;
-    }
-    stages.tridiagonal(G, t.r, t.band_from, d, e, arena, parallel);
-    stages.sturm(d, e, t.r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, t.values, arena, parallel);
-}
-
 constexpr int64_t kLanesTogether = 4;  // vectors: matrices that climb to float64 fill vectors of their own
 
 // The units of work: matrices that go alone, and groups of at most a few vectors of lanes, for each thread some.
@@ -462,42 +421,6 @@ void svdvals(SvdvalsTask* tasks, int64_t count, int n_threads) {
         solve(works[i], open[i], arena, parallel);
     });
     finish_together(open, std::max(1, n_threads));
-}
-
-void gram_triangles(PartTask* tasks, int64_t count, int n_threads) {
-    std::vector<double> costs(count);
-    std::transform(tasks, tasks + count, costs.begin(), [](const PartTask& t) {
-        const double r = double(t.r);
-        return r * r * (double(t.K) + 100);
-    });
-    const Kernels& k = kernels();
-    for_each(costs, n_threads, [&](int64_t i, Arena& arena, const Parallel& parallel) {
-        PartTask& t = tasks[i];
-        t.precision == DType::f64 ? solve(k.f64, t, arena, parallel) : solve(k.f32, t, arena, parallel);
-    });
-}
-
-void gram_eigenvalues(GramTask* tasks, int64_t count, int n_threads) {
-    std::vector<double> costs(count);
-    std::transform(tasks, tasks + count, costs.begin(), [](const GramTask& t) {
-        const double r = double(t.r);
-        return r * r * (2 * r + 100);
-    });
-    const Kernels& k = kernels();
-    for_each(costs, n_threads, [&](int64_t i, Arena& arena, const Parallel& parallel) {
-        const GramTask& t = tasks[i];
-        t.precision == DType::f64 ? solve(k.f64, t, arena, parallel) : solve(k.f32, t, arena, parallel);
-    });
-}
-
-void advance_subspaces(SubspaceTask* tasks, int64_t count, int64_t b, float pace, int n_threads) {
-    std::vector<double> costs(count);
-    std::transform(tasks, tasks + count, costs.begin(), [&](const SubspaceTask& t) { return 6.0 * b * t.m * t.n; });
-    const Kernels& k = kernels();
-    for_each(costs, n_threads, [&](int64_t i, Arena& arena, const Parallel& parallel) {
-        SubspaceTask& t = tasks[i];
-        k.advance_subspace(t, b, pace, arena, parallel);
-    });
 }
 
 }  // namespace sosd_fast
