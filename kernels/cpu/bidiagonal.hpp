@@ -203,7 +203,7 @@ template <class T> inline void reduce_direct(const Source& w, T* diagonal, T* be
 // d[0 .. r), e[0 .. r - 1) <- B^T B in float64 for that B in float32: the square roots of its eigenvalues err by 2^-26 at most.
 inline void tridiagonal_direct(const Source& w, double* d, double* e, Arena& arena) {
     const ArenaScope scope(arena);
-    float *diagonal = take<float>(arena, w.r), *beside = take<float>(arena, w.r);
+    float *diagonal = take<float>(arena, w.r), *beside = take<float>(arena, w.r - 1);
     reduce_direct(w, diagonal, beside, arena);
     for (int64_t i = 0; i < w.r; ++i) {
         const double across = diagonal[i], above = i > 0 ? double(beside[i - 1]) : 0;
@@ -218,11 +218,11 @@ template <class T>
 inline void svdvals_bidiagonal(const Source& w, double* S_out, Arena& arena, const Parallel& parallel) {
     const ArenaScope scope(arena);
     const int64_t r = w.r, order = sizeof(T) == 4 ? r : 2 * r;
-    double *d = take<double>(arena, order), *e = take<double>(arena, order), *values = take<double>(arena, order);
+    double *d = take<double>(arena, order), *e = take<double>(arena, order - 1), *values = take<double>(arena, order);
     if constexpr (sizeof(T) == 4) {
         tridiagonal_direct(w, d, e, arena);
     } else {
-        double *diagonal = take<double>(arena, r), *beside = take<double>(arena, r);
+        double *diagonal = take<double>(arena, r), *beside = take<double>(arena, r - 1);
         reduce_direct(w, diagonal, beside, arena);
         for (int64_t i = 0; i < r; ++i) {
             d[2 * i] = d[2 * i + 1] = 0, e[2 * i] = diagonal[i];

@@ -10,7 +10,8 @@
 namespace sosd_fast {
 
 // Matrices of at most this side and so many entries go into lanes, a lone one too: its bits must not depend on how many
-// others come with it. us a matrix by the other stages and in lanes (AVX-512, float32, thread CPU time; 5 us are the call):
+// others come with it. us a matrix by the other stages and in lanes, both with bisection (AVX-512, float32, thread CPU time; 5 us
+// are the call):
 //             16 of them          alone
 //   8 x 8      6.1   0.9       11.3    8.9
 //   16 x 64    8.9   2.2       14.6   15.9
@@ -260,15 +261,17 @@ template <class T> void eigenvalues_lanes(Lane* lanes, int64_t count, double* as
     const ArenaScope scope(arena);
     constexpr int64_t L = Simd<T>::L;
     const int64_t r = lanes[0].w.r;
-    T *G = take<T>(arena, block_of(round_up(r, kRows) / kRows) * L), *d = take<T>(arena, r * L), *e = take<T>(arena, r * L);
-    double *ds = take<double>(arena, r * kTogether), *es = take<double>(arena, r * kTogether);
+    T *G = take<T>(arena, block_of(round_up(r, kRows) / kRows) * L), *d = take<T>(arena, r * L), *e = take<T>(arena, (r - 1) * L);
+    double *ds = take<double>(arena, r * kTogether), *es = take<double>(arena, (r - 1) * kTogether);
     Tridiagonal each[kTogether];
-    for (int64_t i = 0; i < r * L; ++i) e[i] = 0;
     for (int64_t at = 0; at < count; at += L) {
         gram_lanes(lanes + at, min_of(L, count - at), G, arena);
         tridiagonal_lanes(G, r, d, e, arena);
         for (int64_t i = 0; i < r; ++i)
-            for (int64_t l = 0; l < L; ++l) ds[i * kTogether + at + l] = d[i * L + l], es[i * kTogether + at + l] = e[i * L + l];
+            for (int64_t l = 0; l < L; ++l) {
+                ds[i * kTogether + at + l] = d[i * L + l];
+                if (i + 1 < r) es[i * kTogether + at + l] = e[i * L + l];
+            }
     }
     for (int64_t l = 0; l < count; ++l) each[l] = {ds + l, es + l, kTogether, kNegligibleBeside<T>, ascending + l * r};
     eigenvalues_together(each, count, r, kSweeps * r, arena, parallel);

@@ -163,8 +163,9 @@ inline void eigenvalues_abreast(const Tridiagonal* t, int64_t count, int64_t n, 
     for (int64_t l = 0; l < count; ++l) {
         if (found[l] < n) {
             const ArenaScope inner(arena);
-            double *ds = take<double>(arena, n), *es = take<double>(arena, n);
-            for (int64_t i = 0; i < n; ++i) ds[i] = t[l].d[i * t[l].stride], es[i] = i + 1 < n ? t[l].e[i * t[l].stride] : 0;
+            double *ds = take<double>(arena, n), *es = take<double>(arena, n - 1);
+            for (int64_t i = 0; i < n; ++i) ds[i] = t[l].d[i * t[l].stride];
+            for (int64_t i = 0; i + 1 < n; ++i) es[i] = t[l].e[i * t[l].stride];
             sturm<double>(ds, es, n, 0x1p-54, t[l].eigenvalues, arena, parallel);
             continue;
         }

@@ -33,9 +33,8 @@ template <class T> struct Value {
     typename Simd<T>::VI exponent;
 };
 
-// counts[u] <- number of eigenvalues below x[u], u < N, and the polynomial there. With Lanes each lane has a matrix of its
-// own, d and e2 hold vectors. n is padded to kRescale.
-template <class T, int N, bool Lanes>
+// counts[u] <- number of eigenvalues below x[u], u < N, and the polynomial there. n is padded to kRescale.
+template <class T, int N>
 inline void count_below(const T* d, const T* e2, int64_t n, const typename Simd<T>::V* x, typename Simd<T>::VU* counts,
                         Value<T>* values) {
     using S = Simd<T>;
@@ -45,7 +44,6 @@ inline void count_below(const T* d, const T* e2, int64_t n, const typename Simd<
     using Lim = SturmLimits<T>;
     using U = typename S::U;
     constexpr int sign = sizeof(T) * 8 - 1;
-    const auto at = [](const T* p, int64_t i) { return Lanes ? S::at(p + i * S::L) : S::splat(p[i]); };
     V before[N], now[N];
     VU count[N], factors[N];
 #pragma GCC unroll 4
@@ -57,7 +55,7 @@ inline void count_below(const T* d, const T* e2, int64_t n, const typename Simd<
     for (int64_t i = 0; i < n; i += Lim::kRescale) {
 #pragma GCC unroll 8
         for (int k = 0; k < Lim::kRescale; ++k) {
-            const V di = at(d, i + k), ei = at(e2, i + k);
+            const V di = S::splat(d[i + k]), ei = S::splat(e2[i + k]);
 #pragma GCC unroll 4
             for (int u = 0; u < N; ++u) {
                 const V next = (di - x[u]) * now[u] - before[u] * ei;
@@ -154,7 +152,7 @@ inline void narrow(Bracket<T>& b, typename Simd<T>::VI open, typename Simd<T>::V
 }
 
 // Narrows kChains vectors of brackets until each is at most `wide`.
-template <class T, bool Lanes>
+template <class T>
 inline void find(const T* d, const T* e2, int64_t n, Bracket<T>* b, T wide) {
     constexpr int N = kChains;
     for (int step = 1; step < 64 * kHalvedEvery; ++step) {
@@ -166,7 +164,7 @@ inline void find(const T* d, const T* e2, int64_t n, Bracket<T>* b, T wide) {
 #pragma GCC unroll 4
         for (int u = 0; u < N; ++u) more |= open[u] = next_point(b[u], wide, secants, at[u]);
         if (!any<T>(more)) break;
-        count_below<T, N, Lanes>(d, e2, n, at, below, found);
+        count_below<T, N>(d, e2, n, at, below, found);
 #pragma GCC unroll 4
         for (int u = 0; u < N; ++u) narrow(b[u], open[u], at[u], typename Simd<T>::VI(below[u]), found[u]);
     }
@@ -213,7 +211,7 @@ void sturm(const T* d, const T* e, int64_t n, double tolerance, double* values, 
 
     for (int64_t i = 0; i < probes; ++i) x[i / L][i % L] = top * T(double(i) / double(probes - 1));
     parallel_for(parallel, probe_slots / N, [&](int64_t block) {
-        count_below<T, N, false>(ds, es, padded, x + block * N, counts + block * N, at + block * N);
+        count_below<T, N>(ds, es, padded, x + block * N, counts + block * N, at + block * N);
     });
     // counts rise with x up to rounding; the running maximum makes the brackets consistent
     int64_t k = 0, seen = 0;
@@ -229,7 +227,7 @@ void sturm(const T* d, const T* e, int64_t n, double tolerance, double* values, 
         b.index[l] = typename S::I(i), b.kept[l] = 0;
     }
     parallel_for(parallel, slots / N, [&](int64_t block) {
-        find<T, false>(ds, es, padded, brackets + block * N, wide);
+        find<T>(ds, es, padded, brackets + block * N, wide);
     });
     double last = 0;
     for (int64_t i = 0; i < n; ++i) {

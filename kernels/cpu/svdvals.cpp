@@ -266,7 +266,7 @@ void reduce(Reduced& m, Arena& arena, const Parallel& parallel) {
     const Method method = m.of.task->method;
     m.done = !fits_together(*m.of.task, method);
     if (m.done) return climb(*m.of.task, m.of.from, arena, parallel);
-    m.d.resize(r), m.e.resize(r), m.ascending.resize(r);
+    m.d.resize(r), m.e.resize(r - 1), m.ascending.resize(r);
     m.tolerance = squares(method) ? kNegligibleBeside<float> : kNegligibleBeside<double>;
     if (!squares(method)) return k.tridiagonal_direct(m.of.from.w, m.d.data(), m.e.data(), arena);
     float *G = take<float>(arena, tiles_of(r).size()), *d = take<float>(arena, r), *e = take<float>(arena, r - 1);

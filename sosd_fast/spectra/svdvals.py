@@ -1,6 +1,6 @@
 r"""All singular values of a matrix, by the Gram matrix of its short side.
 
-    G = W W^T (r x r)  ->  T = Q^T G Q tridiagonal  ->  lambda by bisection  ->  sigma = sqrt(max(lambda, 0))
+    G = W W^T (r x r)  ->  T = Q^T G Q tridiagonal  ->  eigenvalues lambda of T  ->  sigma = sqrt(max(lambda, 0))
 
 Squaring costs accuracy in the small values, so each matrix gets the precision that it needs, by the error model of
 `sosd_fast.spectra.precision`: the Gram matrix in float32, in float64, or, for deficient rank, no Gram matrix

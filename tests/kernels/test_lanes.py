@@ -88,6 +88,16 @@ def test_square_ones_start_in_float64_unless_an_earlier_spectrum_asks_for_less()
     assert warm.methods == (Method.GRAM32,) * 9 and ((warm.S - cold.S).abs() <= warm.bound + cold.bound).all()
 
 
+@pytest.mark.parametrize("r", [33, 192])
+def test_larger_squares_start_without_a_gram_matrix_unless_an_earlier_spectrum_asks_for_less(r):
+    W = torch.linalg.qr(torch.randn(3, r, r)).Q
+    cold = spectra(W)
+    assert cold.methods == (Method.BIDIAG32,) * 3
+    warm = spectra(W, previous=cold.S)
+    assert warm.methods == (Method.GRAM32,) * 3 and ((warm.S - cold.S).abs() <= warm.bound + cold.bound).all()
+    assert spectra(torch.randn(2, r, r + 30)).methods == (Method.GRAM32,) * 2
+
+
 def test_one_tensor_and_its_matrices_give_the_same():
     W = torch.randn(2, 9, 2, 14).permute(1, 0, 3, 2)[::2]  # (5, 2, 14, 2), no stride of 1 but the rows'
     flat = W.reshape(-1, 14, 2)
