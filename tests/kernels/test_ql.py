@@ -107,3 +107,12 @@ def test_what_has_not_converged_is_bisected_alone():
         assert ((found - truth(d, e)).abs() <= 16 * EPS * found.amax(1, keepdim=True)).all()
         assert torch.equal(found[1], whole[1])  # which needs none
         assert not torch.equal(found[0], whole[0])
+
+
+def test_a_shift_that_is_an_eigenvalue_of_another_block_needs_no_bisection():
+    """The first shift is 1, and so is the last entry, which is apart: the sweep starts from exactly zero."""
+    d, e = drawn("gaussian", 24)
+    d[:2], d[-1], e[0], e[1], e[-1] = 2, 1, 1, 0, 0
+    found, bisected = values(d[None], e[None]), values(d[None], e[None], sweeps=0)
+    assert ((found - truth(d, e)).abs() <= 32 * EPS * found.max()).all()
+    assert not torch.equal(found, bisected)
