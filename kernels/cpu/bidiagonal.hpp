@@ -82,61 +82,82 @@ inline void merge_rows(const Source& w, double* R, int64_t ld, Arena& arena) {
     }
 }
 
-// kRowsReduced rows in a step of the bidiagonalisation: A -= f y^T, then A -= g u^T for g = tau (A u).
-template <class T> struct Begun {
-    typename Simd<T>::V f[kRowsReduced], dot[kRowsReduced];
+// One step of the bidiagonalisation: A <- A - f y^T - g u^T over columns from `from`, a multiple of the lanes, to ld, where
+// f = scale * (column k of A) and g = tau (A - f y^T) u = tau A u - taken * (column k of A). y and u are zero where the columns
+// are done with.
+template <class T> struct BidiagonalStep {
+    int64_t ld, from, k;
+    T scale, tau, taken;  // taken = tau scale y^T u
+    const T *y, *u;
+    T* sums;  // += A^T (column k + 1), of the new A: the sums that the next step's reflector takes
 };
 
-// Finishes these rows and adds A^T lead to the sums, where lead is the column that the next step removes; at the same time
-// prepares the kRowsReduced rows after them, whose loads from L2 then cost nothing. Columns from `from`, a multiple of
-// the lanes, to ld; y and u are zero where the columns are done with. The first `done` rows are left as they are, and
-// the next one, which comes on top, is not summed.
-template <class T, bool Finish, bool Prepare>
-inline void bidiagonal_rows(T* A, int64_t ld, int64_t from, int64_t k, int64_t done, T scale, T tau, const T* y, const T* u,
-                            T* sums, Begun<T>& rows) {
+// Of the kRowsReduced rows in hand g, and of the rows after them A u lane by lane: its sum over lanes would be waited for.
+template <class T> struct Begun {
+    typename Simd<T>::V g[kRowsReduced], dot[kRowsReduced];
+};
+
+// rows.dot <- A u of the rows at A.
+template <class T> inline void begin_rows(const T* A, const BidiagonalStep<T>& step, Begun<T>& rows) {
+    using S = Simd<T>;
+    const int64_t ld = step.ld;
+    const T* u = step.u;
+    for (int q = 0; q < kRowsReduced; ++q) {
+        typename S::V dot{};
+        for (int64_t c = step.from; c < ld; c += S::L) dot += S::at(A + q * ld + c) * S::at(u + c);
+        rows.dot[q] = dot;
+    }
+}
+
+// rows.g <- g of the rows at A, whose A u is in rows.dot. The first `done` rows are done with.
+template <class T> inline void reflect_rows(const T* A, const BidiagonalStep<T>& step, int64_t done, Begun<T>& rows) {
+    using S = Simd<T>;
+#pragma GCC unroll 4
+    for (int q = 0; q < kRowsReduced; ++q) {
+        const typename S::V along = S::splat(step.tau) * sum_everywhere<T>(rows.dot[q]);
+        rows.g[q] = q < done ? typename S::V{} : along - S::splat(A[q * step.ld + step.k] * step.taken);
+    }
+}
+
+// Finishes the rows at A and begins the kRowsReduced rows two places on, if there are any (Ahead counts what follows, to 2): their
+// loads from L2 then cost nothing. The first `done` rows are left as they are, and the next one, on top, is not summed.
+template <class T, int Ahead>
+inline void finish_rows(T* A, const BidiagonalStep<T>& step, int64_t done, Begun<T>& rows) {
     using S = Simd<T>;
     using V = typename S::V;
     constexpr int N = kRowsReduced;
-    V f[N], g[N], lead[N], f_next[N], dot[N];
-    T* next = Finish ? A + N * ld : A;
-    if constexpr (Finish) {
-        const V taus = S::splat(tau), y_lead = S::splat(y[k + 1]);
+    const int64_t ld = step.ld, k = step.k;
+    const T *y = step.y, *u = step.u, *next = A + 2 * N * ld;
+    T* sums = step.sums;
+    V f[N], g[N], lead[N], dot[N];
+    const V y_lead = S::splat(y[k + 1]);
+#pragma GCC unroll 4
+    for (int q = 0; q < N; ++q) {
+        f[q] = S::splat(q < done ? T(0) : A[q * ld + k] * step.scale);
+        g[q] = rows.g[q];
+        const V before = S::splat(A[q * ld + k + 1]) - f[q] * y_lead;
+        const typename S::VI summed = typename S::VI{} - typename S::I(q > done);
+        lead[q] = V(typename S::VI(before - g[q]) & summed);
+        dot[q] = V{};
+    }
+    if constexpr (Ahead > 0) reflect_rows(A + N * ld, step, -1, rows);
+    for (int64_t c = step.from; c < ld; c += S::L) {
+        const V yc = S::at(y + c), uc = S::at(u + c);
+        V a[N], sum = S::at(sums + c);
 #pragma GCC unroll 4
         for (int q = 0; q < N; ++q) {
-            f[q] = rows.f[q];
-            const V before = S::splat(A[q * ld + k + 1]) - f[q] * y_lead;
-            const typename S::VI summed = typename S::VI{} - typename S::I(q > done);
-            g[q] = taus * sum_everywhere<T>(rows.dot[q]);
-            lead[q] = V(typename S::VI(before - g[q]) & summed);
+            a[q] = S::at(A + q * ld + c) - f[q] * yc - g[q] * uc;
+            S::at(A + q * ld + c) = a[q];
+        }
+#pragma GCC unroll 4
+        for (int q = 0; q < N; ++q) sum += lead[q] * a[q];
+        S::at(sums + c) = sum;
+        if constexpr (Ahead > 1) {
+#pragma GCC unroll 4
+            for (int q = 0; q < N; ++q) dot[q] += S::at(next + q * ld + c) * uc;
         }
     }
-    if constexpr (Prepare) {
-#pragma GCC unroll 4
-        for (int q = 0; q < N; ++q)
-            f_next[q] = S::splat(!Finish && q < done ? T(0) : next[q * ld + k] * scale), dot[q] = V{};
-    }
-    for (int64_t c = from; c < ld; c += S::L) {
-        const V yc = S::at(y + c), uc = S::at(u + c);
-        if constexpr (Finish) {
-            V a[N];
-#pragma GCC unroll 4
-            for (int q = 0; q < N; ++q) {
-                a[q] = S::at(A + q * ld + c) - f[q] * yc - g[q] * uc;
-                S::at(A + q * ld + c) = a[q];
-            }
-            V sum = lead[0] * a[0] + lead[1] * a[1];
-            if constexpr (N == 4) sum += lead[2] * a[2] + lead[3] * a[3];
-            S::at(sums + c) += sum;
-        }
-        if constexpr (Prepare) {
-#pragma GCC unroll 4
-            for (int q = 0; q < N; ++q) dot[q] += (S::at(next + q * ld + c) - f_next[q] * yc) * uc;
-        }
-    }
-    if constexpr (Prepare) {
-#pragma GCC unroll 4
-        for (int q = 0; q < N; ++q) rows.f[q] = f_next[q], rows.dot[q] = !Finish && q < done ? V{} : dot[q];
-    }
+    for (int q = 0; q < N; ++q) rows.dot[q] = dot[q];
 }
 
 // diagonal[0 .. r), beside[0 .. r - 1) <- the bidiagonal of A (rows, r), rows of ld entries, zeros beyond r. A is lost. Each
@@ -172,14 +193,19 @@ inline void bidiagonal(T* A, int64_t rows, int64_t r, int64_t ld, T* diagonal, T
         beside[k] = U.beta;
         for (int64_t c = from; c < ld; c += L) S::at(u + c) = S::at(top + c) * U.scale;
         u[k + 1] = 1;
+        V inner = {};
+        for (int64_t c = from; c < ld; c += L) inner += S::at(y + c) * S::at(u + c);
+        const BidiagonalStep<T> step{ld, from, k, H.scale, U.tau, H.scale * U.tau * sum_lanes<T>(inner), y, u, sums};
         const int64_t first = (k + 1) / N * N;
         int64_t done = k + 1 - first;
-        Begun<T> open;
-        T* at = A + first * ld;
-        bidiagonal_rows<T, false, true>(at, ld, from, k, done, H.scale, U.tau, y, u, sums, open);
-        for (; at < A + (rows - N) * ld; at += N * ld, done = -1)
-            bidiagonal_rows<T, true, true>(at, ld, from, k, done, H.scale, U.tau, y, u, sums, open);
-        bidiagonal_rows<T, true, false>(at, ld, from, k, done, H.scale, U.tau, y, u, sums, open);
+        Begun<T> begun;
+        T *at = A + first * ld, *const end = A + rows * ld;
+        begin_rows(at, step, begun);
+        reflect_rows(at, step, done, begun);
+        if (at + N * ld < end) begin_rows(at + N * ld, step, begun);
+        for (; at + 2 * N * ld < end; at += N * ld, done = -1) finish_rows<T, 2>(at, step, done, begun);
+        if (at + N * ld < end) finish_rows<T, 1>(at, step, done, begun), at += N * ld, done = -1;
+        finish_rows<T, 0>(at, step, done, begun);
     }
 }
 

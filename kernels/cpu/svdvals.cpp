@@ -49,9 +49,9 @@ double root_error(double s, double dl) {
     return std::max(up, down);
 }
 
-// Bidiagonalisation in float32 takes 0.75 times as long as a Gram matrix in float64 (LOG.md#bidiag32; 768 x 768 0.85, but one
-// matrix has one thread), until the matrix is a quarter longer than wide.
-constexpr int64_t kBidiag32Side = 512;
+// Bidiagonalisation in float32 takes 0.53 (256 x 256) to 0.6 times (768 x 768) as long as a Gram matrix in float64, a quarter
+// longer than wide 0.65 to 0.8 (LOG.md#bidiag32-four). One matrix has one thread: a 768 x 768 that is alone takes 0.93, with two.
+constexpr int64_t kBidiag32Side = 768;
 
 bool takes_bidiag32(int64_t r, int64_t K) { return r > kLanesSide && r <= kBidiag32Side && 4 * K <= 5 * r; }
 
