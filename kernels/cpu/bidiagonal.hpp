@@ -14,7 +14,8 @@ template <class T> struct Reflector {
     T beta, tau, scale;
 };
 
-// Entries are at most 2 in the scaled matrix; smaller squares than this would lose their bits.
+// The largest entry of the scaled matrix is at least 1, at most 2, or 2^20 where a sample told its size; smaller squares than this
+// would lose their bits.
 template <class T> constexpr T kNegligible = T(sizeof(T) == 4 ? 0x1p-90 : 0x1p-960);
 
 template <class T> inline Reflector<T> reflector(T alpha, T squares) {

@@ -69,23 +69,11 @@ double settle(double* ascending, int64_t r, const GramSums& sums) {
     return std::hypot(shift, kDriftLeft * sums.drift);
 }
 
-// Eigenvalues of W W^T; returns how far rounding moved them together, relative to their mean.
-template <class T>
-double gram_values(const Stages<T>& stages, const Source& w, int64_t band_from, double* ascending, Arena& arena,
-                   const Parallel& parallel) {
-    const ArenaScope scope(arena);
-    const int64_t r = w.r;
-    T *G = take<T>(arena, tiles_of(r).size()), *d = take<T>(arena, r), *e = take<T>(arena, r - 1);
-    const GramSums sums = stages.gram(w, G, nullptr, arena, parallel);
-    stages.tridiagonal(G, r, band_from, d, e, arena, parallel);
-    stages.sturm(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, ascending, arena, parallel);
-    return settle(ascending, r, sums);
-}
-
 // W as the stages see it: scaled by a power of two, its short side first.
 struct Scaled {
     Source w;
     int exponent;
+    bool sampled = false;      // by the largest entry of some columns, which may not be W's
     std::vector<double> copy;  // of a W whose power of two is beyond the range of its dtype
 };
 
@@ -137,12 +125,24 @@ Method first_method(const SvdvalsTask& t) {
     return method;
 }
 
+Source as_it_is(const SvdvalsTask& t) {
+    const bool wide = t.m <= t.n;
+    return {t.data, t.dtype, wide ? t.m : t.n, wide ? t.n : t.m, wide ? t.row_stride : t.col_stride, wide ? t.col_stride : t.row_stride, 1};
+}
+
+void scale(Scaled& to, double largest) {
+    const int limit = to.w.dtype == DType::f64 ? 1000 : 120;
+    to.exponent = std::max(-std::ilogb(largest), -limit);
+    to.w.scale = std::ldexp(1.0, to.exponent);
+    if (to.exponent > limit) copy_scaled(to);
+}
+
 // False: W holds no values, only zeros, NaN or infinity; the results are there.
 bool prepare(SvdvalsTask& t, Scaled& to) {
-    const bool wide = t.m <= t.n;
-    const int64_t r = wide ? t.m : t.n, K = wide ? t.n : t.m;
+    const int64_t r = std::min(t.m, t.n);
     if (r <= 0) return false;
-    to.w = {t.data, t.dtype, r, K, wide ? t.row_stride : t.col_stride, wide ? t.col_stride : t.row_stride, 1};
+    to.w = as_it_is(t);
+    to.sampled = false;
     const double largest = kernels().max_abs(to.w);
     t.finite = std::isfinite(largest);
     if (!t.finite || largest == 0) {
@@ -153,10 +153,31 @@ bool prepare(SvdvalsTask& t, Scaled& to) {
         t.sd_error = std::numeric_limits<double>::quiet_NaN();
         return false;
     }
-    const int limit = t.dtype == DType::f64 ? 1000 : 120;
-    to.exponent = std::max(-std::ilogb(largest), -limit);
-    to.w.scale = std::ldexp(1.0, to.exponent);
-    if (to.exponent > limit) copy_scaled(to);
+    scale(to, largest);
+    return true;
+}
+
+constexpr int64_t kSampled = 64;            // of so many columns one: reading all of W takes a quarter of the time of 16 x 4096
+constexpr double kLargestSquares = 0x1p40;  // their sum, at least 1, in a matrix that is scaled well enough for a Gram matrix
+
+// `prepare` for a Gram matrix, whose trace tells whether the sample was good enough; see `scaled_gram`.
+bool prepare_by_sample(SvdvalsTask& t, Scaled& to) {
+    to.w = as_it_is(t);
+    Source some = to.w;
+    some.K = (some.K + kSampled - 1) / kSampled;
+    const double largest = kernels().max_abs(some);
+    if (!std::isnormal(float(largest))) return prepare(t, to);
+    scale(to, largest);
+    return to.sampled = true;
+}
+
+// G <- (1 + drift) W W^T of W as it is scaled, or as it is scaled now. False: W holds no values, and the results are there.
+template <class T>
+bool scaled_gram(const Stages<T>& stages, SvdvalsTask& t, Scaled& from, T* G, GramSums& sums, Arena& arena, const Parallel& parallel) {
+    sums = stages.gram(from.w, G, nullptr, arena, parallel);
+    if (!from.sampled || sums.trace <= kLargestSquares) return true;
+    if (!prepare(t, from)) return false;
+    sums = stages.gram(from.w, G, nullptr, arena, parallel);
     return true;
 }
 
@@ -194,15 +215,34 @@ void finish(SvdvalsTask& t, const Scaled& from) {
     for (int64_t i = 0; i < r; ++i) t.S[i] *= back;
 }
 
+// ascending <- the eigenvalues of W W^T, drift <- how far rounding moved them together, relative to their mean. False: as above.
+template <class T>
+bool gram_values(const Stages<T>& stages, SvdvalsTask& t, Scaled& from, double* ascending, double& drift, Arena& arena,
+                 const Parallel& parallel) {
+    const ArenaScope scope(arena);
+    const int64_t r = from.w.r;
+    T *G = take<T>(arena, tiles_of(r).size()), *d = take<T>(arena, r), *e = take<T>(arena, r - 1);
+    GramSums sums{};
+    if (!scaled_gram(stages, t, from, G, sums, arena, parallel)) return false;
+    stages.tridiagonal(G, r, t.band_from, d, e, arena, parallel);
+    stages.sturm(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, ascending, arena, parallel);
+    drift = settle(ascending, r, sums);
+    return true;
+}
+
 // The rest of the ladder, from t.method.
-void climb(SvdvalsTask& t, const Scaled& from, Arena& arena, const Parallel& parallel) {
+void climb(SvdvalsTask& t, Scaled& from, Arena& arena, const Parallel& parallel) {
     const Kernels& k = kernels();
     std::vector<double> ascending(from.w.r);
     for (;; t.method = next(t.method, from.w.r, from.w.K)) {
         double drift = 0;
         switch (t.method) {
-            case Method::gram32: drift = gram_values(k.f32, from.w, t.band_from, ascending.data(), arena, parallel); break;
-            case Method::gram64: drift = gram_values(k.f64, from.w, t.band_from, ascending.data(), arena, parallel); break;
+            case Method::gram32:
+                if (!gram_values(k.f32, t, from, ascending.data(), drift, arena, parallel)) return;
+                break;
+            case Method::gram64:
+                if (!gram_values(k.f64, t, from, ascending.data(), drift, arena, parallel)) return;
+                break;
             case Method::bidiag32: k.f32.svdvals_bidiagonal(from.w, ascending.data(), arena, parallel); break;
             case Method::bidiag64: k.f64.svdvals_bidiagonal(from.w, ascending.data(), arena, parallel); break;
         }
@@ -270,7 +310,8 @@ void reduce(Reduced& m, Arena& arena, const Parallel& parallel) {
     m.tolerance = squares(method) ? kNegligibleBeside<float> : kNegligibleBeside<double>;
     if (!squares(method)) return k.tridiagonal_direct(m.of.from.w, m.d.data(), m.e.data(), arena);
     float *G = take<float>(arena, tiles_of(r).size()), *d = take<float>(arena, r), *e = take<float>(arena, r - 1);
-    m.sums = k.f32.gram(m.of.from.w, G, nullptr, arena, parallel);
+    m.done = !scaled_gram(k.f32, *m.of.task, m.of.from, G, m.sums, arena, parallel);
+    if (m.done) return;
     k.f32.tridiagonal(G, r, m.of.task->band_from, d, e, arena, parallel);
     std::copy_n(d, r, m.d.begin()), std::copy_n(e, r - 1, m.e.begin());
 }
@@ -307,7 +348,7 @@ void solve(const Work& work, std::unique_ptr<Reduced>& open, Arena& arena, const
     for (SvdvalsTask* t : work) {
         const Method start = first_method(*t);
         Scaled from;
-        if (!prepare(*t, from)) continue;
+        if (!(squares(start) && !fits_lanes(*t) ? prepare_by_sample(*t, from) : prepare(*t, from))) continue;
         t->method = start;
         if (fits_together(*t, start)) {
             open = std::make_unique<Reduced>(Reduced{{t, std::move(from)}, {}, {}, {}});

@@ -43,6 +43,36 @@ def test_float32_entries_of_any_size(how, exponent, monkeypatch):
     assert (S / S.sum() - truth / truth.sum()).norm() <= 1e-6 and (S / truth - 1).abs().max() <= 1e-5
 
 
+UNLIKE = [(64, 768), (300, 700), (16, 4096), (120, 150)]  # solved with others, alone, of few rows, and nearly square
+
+
+@pytest.mark.parametrize("method", ["auto", "gram32", "gram64"])
+@pytest.mark.parametrize("shape", UNLIKE, ids=str)
+@pytest.mark.parametrize("exponent", [None, -140, -70, -30, -20, 20, 40, 60])
+def test_columns_unlike_the_first(exponent, shape, method):
+    """C++ scales by what a sample of them tells; None: the sample holds zeros."""
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    W[:, : shape[1] // 2] = 0 if exponent is None else scaled(W[:, : shape[1] // 2], exponent)
+    truth = torch.linalg.svdvals(W.double())
+    for view in (W, W.mT, W.mT.contiguous().mT, W.double()):
+        found = spectra([view], method)
+        assert (found.S[0] - truth).abs().le(found.bound[0]).all()
+        assert (found.S[0] / found.S[0].sum() - truth / truth.sum()).norm() <= found.sd_error[0]
+
+
+@pytest.mark.parametrize("method", ["auto", "gram32", "gram64"])
+@pytest.mark.parametrize("shape", UNLIKE, ids=str)
+def test_what_is_not_finite_beyond_the_first_columns(shape, method):
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    whole = spectra([W], method).S[0]
+    for value in (torch.nan, torch.inf, -torch.inf):
+        broken = W.clone()
+        broken[-1, -1] = value
+        found = spectra([broken, W], method)
+        assert found.S[0].isnan().all() and found.bound[0].isnan().all() and found.sd_error[0].isnan()
+        assert torch.equal(found.S[1], whole)
+
+
 def test_scales_are_powers_of_two_that_float32_holds():
     largest = torch.tensor([2.0**-149, 2.0**-126, 2.0**-17, 1.5, 2.0**17, 2.0**127, 0.0, torch.inf])
     scale, finite = kernels.scale_of(largest, torch.float32)
