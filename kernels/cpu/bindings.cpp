@@ -109,8 +109,12 @@ Method to_method(const char* function, const std::string& name) {
 }
 
 // The constants of an `ErrorModel` of sosd_fast/spectra/precision.py, by name.
+// The constants of a named tuple; those of the last one are kept, for reading them takes longer than a small matrix.
 ErrorModel to_model(const py::object& given) {
-    ErrorModel m{};
+    static PyObject* last = nullptr;  // under the GIL
+    static ErrorModel m;
+    if (given.ptr() == last) return m;
+    Py_CLEAR(last);
     const std::pair<const char*, double*> fields[] = {
         {"value_root", &m.value_root},         {"value_base", &m.value_base},
         {"value_linear", &m.value_linear},     {"value_inner", &m.value_inner},
@@ -122,6 +126,7 @@ ErrorModel to_model(const py::object& given) {
         {"safety", &m.safety},                 {"common", &m.common},
         {"common_root", &m.common_root},       {"tolerance", &m.tolerance}};
     for (const auto& [name, to] : fields) *to = given.attr(name).cast<double>();
+    if (PyTuple_Check(given.ptr())) last = py::object(given).release().ptr();
     return m;
 }
 
@@ -136,7 +141,7 @@ double sd_error(const py::object& S, const std::string& method, int64_t inner, d
 
 // matrices: B tensors (m, n) of one dtype and one short side r, any strides, or one (B, m, n): to open tensors takes longer
 // than the spectra of small matrices do. S, bound and previous: (B, r) float64, contiguous; sd_error: (B,). S, bound and
-// sd_error are written. methods: what stands for each of kMethods; returns it for each matrix, as the method that stood.
+// sd_error are written; the last two may be None, and S float32, to which values are rounded. methods: what stands for each of kMethods; returns it for each matrix, as the method that stood.
 // band_from, for tests: see SvdvalsTask.
 py::tuple svdvals(const py::object& matrices, const std::string& method, const py::object& previous, const py::object& S,
                   const py::object& bound, const py::object& sd_error, const py::tuple& methods, int threads,
@@ -151,12 +156,15 @@ py::tuple svdvals(const py::object& matrices, const std::string& method, const p
     if (count == 0) return py::tuple();
     const int first = separate ? 0 : 1;  // the dimension of a tensor that counts a matrix's rows
     const int64_t r = std::min(opened[0].size[first], opened[0].size[first + 1]);
-    const Tensor values(S, "S"), bounds(bound, "bound"), errors(sd_error, "sd_error");
+    const Tensor values(S, "S");
+    const std::vector<Tensor> bounds = open_optional(bound, "bound"), errors = open_optional(sd_error, "sd_error");
     const std::vector<Tensor> before = open_optional(previous, "previous");
-    values.expect("S", DType::f64, {count, r});
-    bounds.expect("bound", DType::f64, {count, r});
-    errors.expect("sd_error", DType::f64, {count});
+    values.expect("S", values.dtype == DType::f32 ? DType::f32 : DType::f64, {count, r});
+    for (const Tensor& t : bounds) t.expect("bound", DType::f64, {count, r});
+    for (const Tensor& t : errors) t.expect("sd_error", DType::f64, {count});
     for (const Tensor& t : before) t.expect("previous", DType::f64, {count, r});
+    std::vector<double> wide(values.dtype == DType::f32 ? size_t(count * r) : 0);
+    double* const found = wide.empty() ? values.as<double>() : wide.data();
     std::vector<sosd_fast::SvdvalsTask> tasks(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i) {
         const Tensor& W = opened[separate ? size_t(i) : 0];
@@ -168,19 +176,20 @@ py::tuple svdvals(const py::object& matrices, const std::string& method, const p
         t.method = asked;
         t.model = &constants;
         t.band_from = band_from;
-        t.S = values.as<double>() + i * r;
-        t.bound = bounds.as<double>() + i * r;
+        t.S = found + i * r;
+        t.bound = bounds.empty() ? nullptr : bounds[0].as<double>() + i * r;
         t.previous = before.empty() ? nullptr : before[0].as<double>() + i * r;
     }
     {
         py::gil_scoped_release release;
         sosd_fast::svdvals(tasks.data(), count, threads);
+        for (size_t i = 0; i < wide.size(); ++i) values.as<float>()[i] = float(wide[i]);
     }
     const py::object of[] = {methods[0], methods[1], methods[2], methods[3]};
     py::tuple stood(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; ++i) {
         PyTuple_SET_ITEM(stood.ptr(), i, py::object(of[size_t(tasks[size_t(i)].method)]).release().ptr());
-        errors.as<double>()[i] = tasks[size_t(i)].sd_error;
+        if (!errors.empty()) errors[0].as<double>()[i] = tasks[size_t(i)].sd_error;
     }
     return stood;
 }

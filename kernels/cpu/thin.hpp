@@ -10,7 +10,7 @@ namespace SOSD_ISA {
 constexpr int kThinRows = 4, kThinCols = kRegisters == 32 ? 4 : 2, kThinSums = kThinRows * kThinCols;
 constexpr int64_t kMostThin = 32;        // rows; their sums, a vector each, stay in the nearest caches
 constexpr int64_t kThinAspect = 8;       // shorter rows do not pay for the sums over lanes
-constexpr int64_t kThinBytes = 1 << 15;  // of W at once
+constexpr int64_t kThinBytes = 1 << 14;  // of W at once, while as much is fetched: the nearest cache may have 32 KB
 constexpr int64_t kThinChunks = 16;      // summed lane by lane; then what rounding loses is kept
 
 // Columns k0 .. k0 + K of W by rows: out[i * stride + k]. The columns up to `stride` are zero.
@@ -156,7 +156,7 @@ template <class T> GramSums thin_gram(const Source& w, T* G, double* squares, Ar
     T* sums = take<T>(arena, rows / kThinRows * columns * kThinSums * S::L);
     T *total = take<T>(arena, rows * kMostThin), *lost = take<T>(arena, rows * kMostThin);
     const ExactProducts exact{take<double>(arena, panels), take<double>(arena, panels)};
-    for (int64_t i = 0; i < rows * stride; ++i) packed[i] = 0;
+    for (int64_t i = w.r * stride; i < rows * stride; ++i) packed[i] = 0;
     for (int64_t i = 0; i < rows * kMostThin; ++i) total[i] = lost[i] = 0;
     for (int64_t i = 0; i < panels; ++i) exact.squares[i] = exact.cross[i] = 0;
 

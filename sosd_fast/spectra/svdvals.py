@@ -11,6 +11,7 @@ waiting for the device; torch's operations stand in where either is missing. On 
 wait: the precision follows from an earlier spectrum, and matrices of deficient rank are left to method="exact".
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -97,11 +98,18 @@ def _values(W: Tensor, method: str, *, with_bound: bool) -> tuple[Tensor, Tensor
     """S and its bounds as `svdvals` returns them; in place of the bounds S, where they are not asked for."""
     *batch, m, n = W.shape
     dtype = _returned(W.dtype)
-    matrices = W.detach().reshape(-1, m, n)
-    if not len(matrices):
+    count = math.prod(batch)
+    if not count:
         empty = torch.empty(*batch, min(m, n), dtype=dtype, device=W.device)
         return empty, empty.clone()
-    found = spectra(matrices, method)
+    matrices = W if type(W) is Tensor else W.detach()  # the extension takes no subclasses
+    matrices = matrices if len(batch) == 1 else matrices.reshape(-1, m, n)
+    if not with_bound and method != Method.EXACT and backend_of("svdvals", W) is Backend.CPP:
+        S = torch.empty(count, min(m, n), dtype=dtype, device="cpu")
+        _compiled(matrices, method, S)  # nothing else: after other work an operation of torch takes 20 us
+        S = S if len(batch) == 1 else S.reshape(*batch, -1)
+        return S, S
+    found = spectra(matrices.detach(), method)
     S = found.S.to(dtype).reshape(*batch, -1)
     if not with_bound:
         return S, S
@@ -172,10 +180,13 @@ def spectra(
         A `Spectra`, on the device of the matrices. With "auto" on CUDA nothing is redone, for that would wait for the
         device: the precision is the one that `previous` asks for, float64 without it.
     """
-    on_host = matrices[0].device.type == "cpu"
-    backend = Backend.TORCH if method == Method.EXACT else backend_of("svdvals", matrices[0])
+    W = matrices if isinstance(matrices, Tensor) else matrices[0]
+    on_host = W.device.type == "cpu"
+    backend = Backend.TORCH if method == Method.EXACT else backend_of("svdvals", W)
     if backend is Backend.CPP:
-        return _compiled(matrices, method, previous)
+        S = torch.empty(len(matrices), min(W.shape[-2:]), dtype=torch.float64, device="cpu")
+        bound, sd_error = torch.empty_like(S), torch.empty(len(S), dtype=torch.float64, device="cpu")
+        return Spectra(S, bound, sd_error, _compiled(matrices, method, S, bound, sd_error, previous))
     matrices = [*matrices]
     climbs = method == "auto" and on_host and backend is Backend.TORCH
     if method == "auto":
@@ -203,11 +214,19 @@ def mixes_shapes(W: Tensor, method: str | Method) -> bool:
     return method != Method.EXACT and backend_of("svdvals", W) is not Backend.TORCH
 
 
-def _compiled(matrices: Sequence[Tensor] | Tensor, method: str, previous: Tensor | None) -> Spectra:
-    """`spectra` by the C++ kernels, which choose and climb by the same error model."""
-    S = torch.empty(len(matrices), min(matrices[0].shape), dtype=torch.float64, device="cpu")
-    bound, sd_error = torch.empty_like(S), torch.empty(len(S), dtype=torch.float64, device="cpu")
-    methods = kernels._C.svdvals(
+def _compiled(
+    matrices: Sequence[Tensor] | Tensor,
+    method: str,
+    S: Tensor,
+    bound: Tensor | None = None,
+    sd_error: Tensor | None = None,
+    previous: Tensor | None = None,
+) -> tuple[Method, ...]:
+    """Fills what is given of a `Spectra` by the C++ kernels, which choose and climb by the same error model.
+
+    S may be float32: its values are rounded to it.
+    """
+    return kernels._C.svdvals(
         matrices=matrices,
         method=str(method),
         previous=None if previous is None else previous.to(torch.float64).contiguous(),
@@ -218,7 +237,6 @@ def _compiled(matrices: Sequence[Tensor] | Tensor, method: str, previous: Tensor
         threads=torch.get_num_threads(),
         model=MODELS[Backend.CPP],
     )
-    return Spectra(S, bound, sd_error, methods)
 
 
 def triangle_eigenvalues(triangles: Tensor, r: int) -> Tensor:

@@ -150,7 +150,7 @@ def outputs(**changes):
     [
         {"S": torch.empty(2, 5, dtype=torch.float64)},
         {"S": torch.empty(1, 6, dtype=torch.float64)},
-        {"S": torch.empty(2, 6)},
+        {"S": torch.empty(2, 6, dtype=torch.bfloat16)},
         {"S": torch.empty(2, 12, dtype=torch.float64)[:, ::2]},
         {"S": torch.empty(1, dtype=torch.float64).expand(2, 6)},
         {"bound": torch.empty(6, 2, dtype=torch.float64)},

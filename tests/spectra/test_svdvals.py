@@ -212,6 +212,21 @@ def test_autocast_and_matmul_precision_do_not_reach_in(path):
         assert (S - plain).abs().max() <= 8 * 2.0**-24 * plain[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(9, 5), (1, 8, 8), (3, 40, 60), (2, 3, 16, 200), (2, 1, 70, 70)], ids=str)
+def test_values_alone_are_those_with_bounds(path, size, dtype):
+    class Own(torch.nn.Parameter):
+        pass
+
+    W = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for values in (W.to(dtype), W.mT.to(dtype), (W * 2.0**-140).to(dtype)):
+        expected, _ = sosd_fast.svdvals(values, return_bound=True)
+        assert expected.shape == (*size[:-2], min(size[-2:])) and expected.any()
+        for held in (values, torch.nn.Parameter(values), Own(values)):
+            with torch.no_grad():
+                assert torch.equal(sosd_fast.svdvals(held), expected)
+
+
 def test_empty_batch():
     S, bound = sosd_fast.svdvals(torch.empty(3, 0, 5, 4), return_bound=True)
     assert S.shape == bound.shape == (3, 0, 4)
