@@ -108,13 +108,13 @@ Method to_method(const char* function, const std::string& name) {
     refuse(std::string(function) + ": expected method auto, gram32, bidiag32, gram64 or bidiag64, got " + name + ".");
 }
 
-// The constants of an `ErrorModel` of sosd_fast/spectra/precision.py, by name.
-// The constants of a named tuple; those of the last one are kept, for reading them takes longer than a small matrix.
+// The constants of an `ErrorModel` of sosd_fast/spectra/precision.py, by name. Those of the last tuple are kept: reading them takes
+// longer than a small matrix. The GIL is held.
 ErrorModel to_model(const py::object& given) {
-    static PyObject* last = nullptr;  // under the GIL
-    static ErrorModel m;
-    if (given.ptr() == last) return m;
-    Py_CLEAR(last);
+    static PyObject* last = nullptr;
+    static ErrorModel kept;
+    if (given.ptr() == last) return kept;
+    ErrorModel m{};
     const std::pair<const char*, double*> fields[] = {
         {"value_root", &m.value_root},         {"value_base", &m.value_base},
         {"value_linear", &m.value_linear},     {"value_inner", &m.value_inner},
@@ -126,7 +126,11 @@ ErrorModel to_model(const py::object& given) {
         {"safety", &m.safety},                 {"common", &m.common},
         {"common_root", &m.common_root},       {"tolerance", &m.tolerance}};
     for (const auto& [name, to] : fields) *to = given.attr(name).cast<double>();
-    if (PyTuple_Check(given.ptr())) last = py::object(given).release().ptr();
+    if (PyTuple_Check(given.ptr())) {  // which does not change
+        kept = m;
+        Py_INCREF(given.ptr());
+        Py_XSETREF(last, given.ptr());
+    }
     return m;
 }
 
@@ -141,8 +145,8 @@ double sd_error(const py::object& S, const std::string& method, int64_t inner, d
 
 // matrices: B tensors (m, n) of one dtype and one short side r, any strides, or one (B, m, n): to open tensors takes longer
 // than the spectra of small matrices do. S, bound and previous: (B, r) float64, contiguous; sd_error: (B,). S, bound and
-// sd_error are written; the last two may be None, and S float32, to which values are rounded. methods: what stands for each of kMethods; returns it for each matrix, as the method that stood.
-// band_from, for tests: see SvdvalsTask.
+// sd_error are written; the last two may be None, and S float32, to which values are rounded. methods: what stands for each of
+// kMethods; returns it for each matrix, as the method that stood. band_from, for tests: see SvdvalsTask.
 py::tuple svdvals(const py::object& matrices, const std::string& method, const py::object& previous, const py::object& S,
                   const py::object& bound, const py::object& sd_error, const py::tuple& methods, int threads,
                   const py::object& model, int64_t band_from) {

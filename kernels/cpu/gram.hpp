@@ -6,6 +6,7 @@
 namespace sosd_fast {
 
 enum class DType : int { f32 = 0, f64 = 1, bf16 = 2, f16 = 3 };
+constexpr int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 // W seen along its short side: element (i, k) is data[i * stride_i + k * stride_k], i < r.
 struct Source {

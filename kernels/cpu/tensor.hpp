@@ -11,8 +11,6 @@
 
 namespace sosd_fast {
 
-constexpr int64_t bytes_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
 // A torch tensor's memory. The extension links no libtorch, so it asks the tensor as Python does.
 struct Tensor {
     char* data;

@@ -105,24 +105,17 @@ template <int Q, class T> inline void add_row_products(int64_t rows, const T* ro
     add_row_products<Q>(row, apart, K, to);
 }
 
-// Where row i of W goes on after columns k .. k + K, by rows that lie in memory for as much again, else null.
-inline const char* after(const Source& w, int64_t i, int64_t k, int64_t K) {
-    const int64_t bytes = w.dtype == DType::f64 ? 8 : w.dtype == DType::f32 ? 4 : 2;
-    if (w.stride_k != 1 || k + 2 * K > w.K) return nullptr;
-    return static_cast<const char*>(w.data) + (i * w.stride_i + k + K) * bytes;
-}
-
 // sums[b][v] (+)= products of rows a_i and b_j, each lane by itself. On the way what lies at `later` is fetched, K elements of T:
-// a processor does not foresee 16 rows of which it is shown 2 KB each.
+// a processor does not foresee 16 rows of which it is shown 1 KB each.
 template <class T>
-inline void add_thin_block(const T* a, const T* b, int64_t stride, int64_t K, const char* later, T* sums, bool first) {
+inline void add_thin_block(const T* a, const T* b, int64_t stride, int64_t K, const void* later, T* sums, bool first) {
     using S = Simd<T>;
     typename S::V acc[kThinSums];
 #pragma GCC unroll 16
     for (int s = 0; s < kThinSums; ++s) acc[s] = typename S::V{};
     for (int64_t k = 0; k < K; k += S::L) {
         typename S::V x[kThinRows];
-        __builtin_prefetch(later + k * int64_t(sizeof(T)));
+        __builtin_prefetch(static_cast<const T*>(later) + k);
 #pragma GCC unroll 4
         for (int i = 0; i < kThinRows; ++i) {
             typename S::V row = S::at(a + i * stride + k);
@@ -175,12 +168,13 @@ template <class T> GramSums thin_gram(const Source& w, T* G, double* squares, Ar
                 add_row_products<P / kApart>(among, packed + i * stride, kApart * stride, whole,
                                              {exact.squares + i, exact.cross + i});
             }
-        const char* untouched = reinterpret_cast<const char*>(packed);
-        int64_t fetched = 0;
+        const bool goes_on = w.stride_k == 1 && k + 2 * chunk <= w.K;  // by rows, with a whole chunk
+        int64_t next = 0;  // row of that chunk, one to a block while there are any
         each_block([&](int64_t i, int64_t j, T* s) {
-            const char* later = fetched < w.r ? after(w, fetched, k, chunk) : nullptr;
-            ++fetched;
-            add_thin_block(packed + i * stride, packed + j * stride, stride, whole, later ? later : untouched, s, count % kThinChunks == 0);
+            const void* later = packed;
+            if (goes_on && next < w.r)
+                later = static_cast<const char*>(w.data) + (next++ * w.stride_i + k + chunk) * bytes_of(w.dtype);
+            add_thin_block(packed + i * stride, packed + j * stride, stride, whole, later, s, count % kThinChunks == 0);
         });
         if ((count + 1) % kThinChunks != 0 && k + chunk < w.K) continue;
         each_block([&](int64_t i, int64_t j, T* s) {

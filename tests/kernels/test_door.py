@@ -168,6 +168,32 @@ def test_outputs_of_another_size_are_refused(changes):
         kernels._C.svdvals(**outputs(**changes))
 
 
+def test_the_constants_are_those_of_each_call():
+    """Although the extension keeps the last ones that it read."""
+    S = torch.linspace(2, 1, 9, dtype=torch.float64)
+
+    def bound(model):
+        return kernels._C.sd_error(S=S, method="gram32", inner=40, drift=0.0, model=model)
+
+    class Changing:
+        factor = 1.0
+
+        def __getattr__(self, name):
+            return getattr(CPP, name) * self.factor
+
+    plain = bound(CPP)
+    for factor in (2.0, 3.0):
+        strict = CPP._replace(
+            safety=factor * CPP.safety, common=factor * CPP.common, common_root=factor * CPP.common_root
+        )
+        assert bound(strict) == pytest.approx(factor * plain) and bound(CPP) == plain
+        del strict  # another may take its place in memory
+    changing = Changing()
+    assert bound(changing) == plain
+    changing.factor = 2.0
+    assert bound(changing) > 2 * plain
+
+
 def test_outputs_of_the_other_kernels():
     V, values = torch.linalg.qr(torch.randn(6, 2)).Q.mT[None].contiguous(), torch.empty(1, 2)
     good = [[torch.randn(9, 6)], 4.0, V, torch.zeros_like(V), V.clone(), V.clone(), values, values.clone(), 1]
