@@ -6,8 +6,9 @@
 namespace sosd_fast {
 namespace SOSD_ISA {
 
-// Per panel, a multiple of the tile rows. 16 against 32: 0.216 for 0.256 ms at r = 256, 4.5 for 4.7 at 768.
-constexpr int kReflectors = 16;
+// Per panel, a multiple of the tile columns. Each column of a panel reads the reflectors before it: of 16's time 8 take 0.70 (r = 32),
+// 0.82 (128), 0.89 (256), 0.93 (512) on AVX2 (LOG.md#eight-reflectors).
+constexpr int kReflectors = 8;
 
 // y <- A v over rows and columns >= first of the tiled symmetric A, returns v^T y; v is zero below first.
 // Each tile is read once and used twice: for the rows beneath and, transposed, for its own columns.
@@ -165,7 +166,7 @@ template <class T> void tridiagonal(T* G, int64_t r, T* d, T* e, Arena& arena) {
                 for (int i = 0; i < kTileRows; ++i) a[I * kTileRows + i] = g[i];
             }
             d[k] = a[k];
-            a[k] = 0;
+            for (int64_t i = k / kTileRows * kTileRows; i <= k; ++i) a[i] = 0;
             for (int64_t i = k / kTileRows * kTileRows; i < rows; i += S::L) sum += S::at(a + i) * S::at(a + i);
             squares = sum_lanes<T>(sum);
         }
@@ -220,7 +221,7 @@ template <class T> void tridiagonal(T* G, int64_t r, T* d, T* e, Arena& arena) {
         const int64_t done = k + width;
         if (done >= r) break;
         for (int64_t J = done / kTileCols; J < rows / kTileCols; ++J)
-            for (int64_t p = J / 2 * kTileRows / P; p < rows / P; ++p)
+            for (int64_t p = max_of(J / 2 * kTileRows, done) / P; p < rows / P; ++p)  // the panel has no rows above
                 update_block<T, Store::subtract, true>(tiles, G, p, J, panel.block(p), panel.data, Panel<T>::W * P,
                                                        Panel<T>::W);
     }
