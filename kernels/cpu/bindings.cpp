@@ -121,6 +121,8 @@ ErrorModel to_model(const py::object& given) {
         {"value_float64", &m.value_float64},   {"spread", &m.spread},
         {"spread_least", &m.spread_least},
         {"spread_float64", &m.spread_float64},
+        {"reduced", &m.reduced},               {"reduced_small", &m.reduced_small},
+        {"reduced_first", &m.reduced_first},
         {"direct_root", &m.direct_root},       {"direct_inner", &m.direct_inner},
         {"direct_bidiag32", &m.direct_bidiag32},
         {"safety", &m.safety},                 {"common", &m.common},
@@ -135,11 +137,11 @@ ErrorModel to_model(const py::object& given) {
 }
 
 // For tests: the bound that decides, on any (r,) float64 spectrum whose squares stay in range.
-double sd_error(const py::object& S, const std::string& method, int64_t inner, double drift, const py::object& model) {
+double sd_error(const py::object& S, const std::string& method, int64_t inner, double drift, double noise, const py::object& model) {
     const Tensor values(S, "S");
     if (values.dims() != 1 || values.size[0] < 1) refuse("sd_error: expected S of shape (r,).");
     values.expect("S", DType::f64, values.size);
-    return sosd_fast::sd_error(values.as<double>(), values.size[0], inner, to_method("sd_error", method), drift,
+    return sosd_fast::sd_error(values.as<double>(), values.size[0], inner, to_method("sd_error", method), drift, noise,
                                to_model(model));
 }
 
@@ -315,7 +317,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("svdvals", &svdvals, py::arg("matrices"), py::arg("method"), py::arg("previous"), py::arg("S"),
           py::arg("bound"), py::arg("sd_error"), py::arg("methods"), py::arg("threads"), py::arg("model"),
           py::arg("band_from") = 0);
-    m.def("sd_error", &sd_error, py::arg("S"), py::arg("method"), py::arg("inner"), py::arg("drift"), py::arg("model"));
+    m.def("sd_error", &sd_error, py::arg("S"), py::arg("method"), py::arg("inner"), py::arg("drift"), py::arg("noise"),
+          py::arg("model"));
     m.def("gram_triangles", &gram_triangles, py::arg("parts"), py::arg("scale"), py::arg("triangles"),
           py::arg("squares"), py::arg("drift"), py::arg("threads"));
     m.def("gram_eigenvalues", &gram_eigenvalues, py::arg("triangles"), py::arg("values"), py::arg("threads"),

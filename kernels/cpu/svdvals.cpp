@@ -40,16 +40,6 @@ const Kernels& kernels() {
 
 namespace {
 
-constexpr double eps_of(Method method) { return method < Method::gram64 ? 0x1p-24 : 0x1p-53; }
-
-// How far s may be off where s^2 may be off by dl.
-double root_error(double s, double dl) {
-    const double s2 = s * s;
-    const double up = dl > 0 ? dl / (std::sqrt(s2 + dl) + s) : 0;
-    const double down = s2 > 0 ? std::min(s2, dl) / (s + std::sqrt(std::max(s2 - dl, 0.0))) : 0;
-    return std::max(up, down);
-}
-
 // Bidiagonalisation in float32 takes 0.53 (256 x 256) to 0.6 times (768 x 768) as long as a Gram matrix in float64, a quarter
 // longer than wide 0.65 to 0.8 (LOG.md#bidiag32-four). One matrix has one thread: a 768 x 768 that is alone takes 0.93, with two.
 constexpr int64_t kBidiag32Side = 768;
@@ -83,6 +73,21 @@ constexpr int64_t kNearlySquare = 2;
 // as with it: up to this side it is tried at once (LOG.md#ql-lanes).
 constexpr int64_t kDirectAtOnce = 192;
 
+// How near to an eigenvalue bisection of float32's comes, relative to the largest; LOG.md#reduction-noise.
+constexpr double kBisected = 0x1p-28;
+
+bool fits_together(const SvdvalsTask& t, Method method);
+
+// Whether a Gram matrix in float32 is reduced in one stage.
+bool one_stage(const SvdvalsTask& t) { return std::min(t.m, t.n) < (t.band_from ? t.band_from : kernels().f32.band_from); }
+
+// What `reduction_noise` will be for a Gram matrix in float32 whose singular values are S, as far as these tell.
+double expected_noise(const SvdvalsTask& t, const double* S) {
+    const int64_t r = std::min(t.m, t.n);
+    if (fits_lanes(t) || !one_stage(t)) return kUnknown;
+    return std::hypot(reduction_noise(S, r, *t.model), fits_together(t, Method::gram32) ? 0 : kBisected * S[0] * S[0]);
+}
+
 // The method that a task starts with.
 Method first_method(const SvdvalsTask& t) {
     if (!t.automatic) return t.method;
@@ -97,19 +102,20 @@ Method first_method(const SvdvalsTask& t) {
     std::vector<double> previous(t.previous, t.previous + r);
     for (double& value : previous) value *= unit;
     const int64_t K = std::max(t.m, t.n);
-    while (method != Method::bidiag64 && sd_error(previous.data(), r, K, method, 0, *t.model) > t.model->tolerance)
+    const double noise = expected_noise(t, previous.data());
+    while (method != Method::bidiag64 && sd_error(previous.data(), r, K, method, 0, noise, *t.model) > t.model->tolerance)
         method = next(method, r, K);
     return method;
 }
 
 // S and sd_error of the scaled matrix. Returns whether the method stands.
-bool accept(SvdvalsTask& t, const Scaled& from, const double* ascending, double drift) {
+bool accept(SvdvalsTask& t, const Scaled& from, const double* ascending, double drift, double noise = kUnknown) {
     const int64_t r = from.w.r;
     for (int64_t i = 0; i < r; ++i) {
         const double value = ascending[r - 1 - i];
         t.S[i] = squares(t.method) ? std::sqrt(value) : value;
     }
-    t.sd_error = sd_error(t.S, r, from.w.K, t.method, drift, *t.model);
+    t.sd_error = sd_error(t.S, r, from.w.K, t.method, drift, noise, *t.model);
     return !t.automatic || t.method == Method::bidiag64 || !(t.sd_error > t.model->tolerance);
 }
 
@@ -136,9 +142,14 @@ void finish(SvdvalsTask& t, const Scaled& from) {
     for (int64_t i = 0; i < r; ++i) t.S[i] *= back;
 }
 
-// ascending <- the eigenvalues of W W^T, drift <- how far rounding moved them together, relative to their mean. False: as above.
+// What may be known of a spectrum beside its values, as of `sd_error`.
+struct Noted {
+    double drift = 0, noise = kUnknown;
+};
+
+// ascending <- the eigenvalues of W W^T. False: as above.
 template <class T>
-bool gram_values(const Stages<T>& stages, SvdvalsTask& t, Scaled& from, double* ascending, double& drift, Arena& arena,
+bool gram_values(const Stages<T>& stages, SvdvalsTask& t, Scaled& from, double* ascending, Noted& noted, Arena& arena,
                  const Parallel& parallel) {
     const ArenaScope scope(arena);
     const int64_t r = from.w.r;
@@ -146,8 +157,10 @@ bool gram_values(const Stages<T>& stages, SvdvalsTask& t, Scaled& from, double* 
     GramSums sums{};
     if (!scaled_gram(stages, t, from, G, sums, arena, parallel)) return false;
     stages.tridiagonal(G, r, t.band_from, d, e, arena, parallel);
-    stages.sturm(d, e, r, sizeof(T) == 4 ? 0x1p-28 : 0x1p-54, ascending, arena, parallel);
-    drift = settle(ascending, r, sums);
+    stages.sturm(d, e, r, sizeof(T) == 4 ? kBisected : 0x1p-54, ascending, arena, parallel);
+    noted.drift = settle(ascending, r, sums);
+    if (sizeof(T) == 4 && one_stage(t))
+        noted.noise = std::hypot(reduction_noise(d, e, r, *t.model), kBisected * ascending[r - 1]);
     return true;
 }
 
@@ -156,18 +169,18 @@ void climb(SvdvalsTask& t, Scaled& from, Arena& arena, const Parallel& parallel)
     const Kernels& k = kernels();
     std::vector<double> ascending(from.w.r);
     for (;; t.method = next(t.method, from.w.r, from.w.K)) {
-        double drift = 0;
+        Noted noted;
         switch (t.method) {
             case Method::gram32:
-                if (!gram_values(k.f32, t, from, ascending.data(), drift, arena, parallel)) return;
+                if (!gram_values(k.f32, t, from, ascending.data(), noted, arena, parallel)) return;
                 break;
             case Method::gram64:
-                if (!gram_values(k.f64, t, from, ascending.data(), drift, arena, parallel)) return;
+                if (!gram_values(k.f64, t, from, ascending.data(), noted, arena, parallel)) return;
                 break;
             case Method::bidiag32: k.f32.svdvals_bidiagonal(from.w, ascending.data(), arena, parallel); break;
             case Method::bidiag64: k.f64.svdvals_bidiagonal(from.w, ascending.data(), arena, parallel); break;
         }
-        if (accept(t, from, ascending.data(), drift)) break;
+        if (accept(t, from, ascending.data(), noted.drift, noted.noise)) break;
     }
     finish(t, from);
 }
@@ -247,12 +260,12 @@ void solve_together(Reduced* const* of, int64_t count, Arena& arena, const Paral
     for (Reduced* const* m = of; m < of + count; ++m) {
         SvdvalsTask& t = *(*m)->of.task;
         double* found = (*m)->ascending.data();
-        double drift = 0;
+        Noted noted;
         if (squares(t.method))
-            drift = settle(found, r, (*m)->sums);
+            noted = {settle(found, r, (*m)->sums), one_stage(t) ? reduction_noise((*m)->d.data(), (*m)->e.data(), r, *t.model) : kUnknown};
         else
             std::transform(found, found + r, found, [](double x) { return std::sqrt(x); });
-        (*m)->done = accept(t, (*m)->of.from, found, drift);
+        (*m)->done = accept(t, (*m)->of.from, found, noted.drift, noted.noise);
         if ((*m)->done)
             finish(t, (*m)->of.from);
         else
@@ -348,27 +361,6 @@ std::vector<Work> share_out(SvdvalsTask* tasks, int64_t count, int n_threads) {
 }
 
 }  // namespace
-
-double sd_error(const double* S, int64_t r, int64_t K, Method method, double drift, const ErrorModel& model) {
-    const double eps = eps_of(method), rd = double(r), root = std::sqrt(rd);
-    double sum = 0, squares = 0;
-    for (int64_t i = 0; i < r; ++i) sum += S[i], squares += S[i] * S[i];
-    const double mean = squares / rd, sd_norm = std::sqrt(squares) / sum;
-    double dl = std::max(model.spread / root, model.spread_least) * eps * std::max(S[0] * S[0], 16 * mean * mean / (S[0] * S[0]));
-    if (method == Method::gram64) dl *= model.spread_float64;
-    dl = std::hypot(dl, drift * mean);
-    double direct = (1 + model.direct_root * root + model.direct_inner * std::sqrt(double(K))) * eps * S[0];
-    if (method == Method::bidiag32) direct *= model.direct_bidiag32;
-    const bool gram = sosd_fast::squares(method);
-    double ds_squares = 0, lost = 0;
-    for (int64_t i = 0; i < r; ++i) {
-        const double ds = gram ? root_error(S[i], dl) : direct;
-        ds_squares += ds * ds;
-        if (gram ? S[i] * S[i] < 4 * dl : S[i] < 4 * direct) lost += ds;
-    }
-    const double predicted = (std::sqrt(ds_squares) + sd_norm * lost) / sum;
-    return model.safety * predicted + (model.common + model.common_root * root) * eps * sd_norm;
-}
 
 void svdvals(SvdvalsTask* tasks, int64_t count, int n_threads) {
     const std::vector<Work> works = share_out(tasks, count, n_threads);

@@ -3,20 +3,10 @@
 
 #include <cstdint>
 
+#include "error_model.hpp"
 #include "kernels.hpp"
 
 namespace sosd_fast {
-
-// From the cheapest to the most accurate: the Gram matrix in float32, none in float32, and the same in float64.
-enum class Method { gram32, bidiag32, gram64, bidiag64 };
-
-constexpr bool squares(Method method) { return method == Method::gram32 || method == Method::gram64; }
-
-// The constants of sosd_fast/spectra/precision.py, which says what they mean and hands them over.
-struct ErrorModel {
-    double value_root, value_base, value_linear, value_inner, value_float64, spread, spread_least, spread_float64,
-        direct_root, direct_inner, direct_bidiag32, safety, common, common_root, tolerance;
-};
 
 // One matrix W: element (i, j) is data[i * row_stride + j * col_stride], i < m, j < n; W is only read.
 struct SvdvalsTask {
@@ -68,9 +58,5 @@ void gram_eigenvalues(GramTask* tasks, int64_t count, int n_threads);
 
 // Fills the results of every task.
 void advance_subspaces(SubspaceTask* tasks, int64_t count, int64_t b, float pace, int n_threads);
-
-// The bound on ||error of S / sum(S)||_2 of r values, descending, by the error model: `sd_error` of precision.py. K is
-// the long side; drift is by how much the eigenvalues moved together, relative to their mean.
-double sd_error(const double* S, int64_t r, int64_t K, Method method, double drift, const ErrorModel& model);
 
 }  // namespace sosd_fast

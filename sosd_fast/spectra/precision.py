@@ -8,9 +8,19 @@ those of signs or quantised weights, round alike) is measured for each matrix an
 
     sd_error = 3 predicted + (5 + 0.1 sqrt(r)) u |SD|_2      a bound on |SD - SD_true|_2; a method stands up to 1e-6
 
-The constants of SD are the same for all backends, whichever errs most, so that the same spectrum gets the same method
-on every path; C++ is handed them. Only the bound on single values has a constant of each backend. All were calibrated
-against float64 (LOG.md#gram-error, LOG.md#sd-error-float64, LOG.md#one-planner) and are tested; they are no proof.
+The C++ kernels know more of a Gram matrix in float32 that they reduce in one stage: a step of the reduction rounds what
+is left of the matrix, and what that is, the tridiagonal matrix T tells. There dl is at most
+
+    u (3 + 32 / r) sqrt(16 |T|^2 + sum_k |T[k:, k:]|^2) / r      (Frobenius norms)
+
+a quarter of the above for a trained matrix, whose few large directions are taken out first; sqrt(n) times that for n
+eigenvalues too close together to keep their places. It counts where the bound then meets the tolerance. A guess, by
+an earlier spectrum, takes eigenvalues for the norms (kernels/cpu/error_model.hpp, LOG.md#reduction-noise).
+
+The constants of SD are the same for all backends, whichever errs most; C++ is handed them. So the same spectrum gets
+the same method on every path, but for C++, which may stay with a cheaper one. Only the bound on single values has a
+constant of each backend. All were calibrated against float64 (LOG.md#gram-error, LOG.md#sd-error-float64,
+LOG.md#one-planner) and are tested; they are no proof.
 """
 
 import math
@@ -66,6 +76,9 @@ class ErrorModel(NamedTuple):
     spread: float = 6.0  # over sqrt(r): root mean square error of a small eigenvalue of a Gram matrix
     spread_least: float = 0.2  # degenerate spectra, whose errors do not shrink with r
     spread_float64: float = 4.0  # times as much in float64 (LOG.md#float64-drift)
+    reduced: float = 3.0  # of the norms that a reduction in C++ rounds, see above
+    reduced_small: float = 32.0  # over r, added to it: fewer values average less
+    reduced_first: float = 16.0  # times that the whole Gram matrix counts, which is rounded when it is formed as well
     direct_root: float = 1 / 4  # of sqrt(r): root mean square error of a value found without a Gram matrix, 1 +
     direct_inner: float = 1 / 8  # of sqrt(K)
     direct_bidiag32: float = 0.2  # times as much; what rounding does to all values alike is in `common`

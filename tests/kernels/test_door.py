@@ -173,7 +173,7 @@ def test_the_constants_are_those_of_each_call():
     S = torch.linspace(2, 1, 9, dtype=torch.float64)
 
     def bound(model):
-        return kernels._C.sd_error(S=S, method="gram32", inner=40, drift=0.0, model=model)
+        return kernels._C.sd_error(S=S, method="gram32", inner=40, drift=0.0, noise=1.0, model=model)
 
     class Changing:
         factor = 1.0
