@@ -19,7 +19,7 @@ from sosd_fast.spectra.svdvals import mixes_shapes, spectra
 
 
 class FullTensors(NamedTuple):
-    """What is computed of B matrices where they are, float64; but for S by the names of `FullValues`."""
+    """What is computed of B matrices where they are, float64; but for S as `FullValues` has them, in its order."""
 
     S: Tensor  # (B, r) descending; the others (B,)
     sd_error: Tensor
@@ -38,7 +38,7 @@ class FullTensors(NamedTuple):
 
 
 _SUMMARIES = tuple(name for name in FullTensors._fields if name in Distribution._fields)
-_CHANGES = ("sd_variation", "sd_variation_topk", "theory_bound")
+_CHANGES = 3  # the last fields: of a change since the last spectra
 
 
 @dataclass(slots=True)
@@ -80,7 +80,9 @@ class FullGroup:
             result = spectra(weights, "exact" if strict else method, known)
         compared = [t.reference is not None for t in states]
         references = None
-        if any(compared):  # NaN stands for a reference that a matrix does not have
+        if all(compared):
+            references = _stack([t.reference for t in states], device)
+        elif any(compared):  # NaN stands for a reference that a matrix does not have
             missing = torch.full_like(result.S[0], torch.nan)
             references = _stack([missing if t.reference is None else t.reference for t in states], device)
         d = singular_distribution(result.S, before, references)
@@ -116,27 +118,30 @@ class FullGroup:
         found = FullTensors._make(host)
         S = found.S.numpy().copy()  # the record's own: neither the probe's state nor pinned memory
         k = min(self.k, S.shape[1])
-        columns = {
-            name: column.tolist() for name, column in found._asdict().items() if name != "S" and column is not None
-        }
-        rows: list[tuple[float, ...]] = list(zip(*columns.values(), strict=True))
+        none: list[Any] = [None] * len(S)
+        known: list[list[Any]] = [none if column is None else column.tolist() for column in found[1:]]
+        rows: list[tuple[Any, ...]] = list(zip(*known, strict=True))
         leading: list[list[float]] = S[:, :k].tolist()
 
         def values(j: int) -> FullValues:
-            own: dict[str, Any] = dict(zip(columns, rows[j], strict=True))
-            if not self.compared[j]:
-                own.pop("cosine", None)
-            if not self.consecutive[j]:
-                for name in _CHANGES:
-                    own.pop(name, None)
-            interval = self.every if "sd_variation" in own else None
-            return FullValues(
-                method=str(self.methods[j]), spectrum=S[j], topk=tuple(leading[j]), interval=interval, **own
-            )
+            *own, cosine = rows[j][:-_CHANGES]
+            moved = rows[j][-_CHANGES:] if self.consecutive[j] else (None,) * _CHANGES
+            interval = None if moved[0] is None else self.every
+            own += [cosine if self.compared[j] else None, interval, *moved]
+            return FullValues(str(self.methods[j]), S[j], tuple(leading[j]), *own)
 
         return of_each(len(self.states), values)
 
 
 def _stack(spectra: list[Tensor | None], device: torch.device | str) -> Tensor | None:
+    """Spectra as rows, (B, r), on a device; None where one is missing."""
     known = [S for S in spectra if S is not None]
-    return torch.stack(known).to(device) if len(known) == len(spectra) else None
+    if len(known) != len(spectra):
+        return None
+    whole = known[0]._base  # of those that were computed together, the last time
+    r = known[0].shape[-1]
+    if whole is not None and whole.shape == (len(known), r) and whole.is_contiguous():
+        first = whole.storage_offset()
+        if all(S._base is whole and S.storage_offset() == first + i * r for i, S in enumerate(known)):
+            return whole.to(device)
+    return torch.stack(known).to(device)

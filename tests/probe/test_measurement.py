@@ -15,7 +15,7 @@ from sosd_fast.distributed.share import share
 from sosd_fast.kernels.distribution import Distribution, singular_distribution_ref
 from sosd_fast.matrices import find_matrices
 from sosd_fast.probe.followed import FollowedMatrices, Found
-from sosd_fast.probe.full import FullGroup
+from sosd_fast.probe.full import FullGroup, _stack
 from sosd_fast.probe.measurement import FullValues, LeadingValues, Measurement
 from sosd_fast.probe.measurer import Measurer
 from sosd_fast.probe.planner import Plan
@@ -121,6 +121,23 @@ def test_each_field_of_a_full_measurement_is_measured():
     assert error <= record.sd_error < 1e-6 < min(expected.values())
     known = {"step", "name", "shape", "interval", "method", "spectrum", "topk", "sd_error"} | set(expected)
     assert FIELDS - known == {"sd_variation_carried", "residual", "audit_error", "lr"}  # of other ways
+
+
+def test_last_spectra_are_taken_as_they_lie():
+    whole = torch.rand(4, 6, dtype=torch.float64)
+    rows = list(whole)
+    assert _stack(rows, "cpu").data_ptr() == whole.data_ptr()
+    for others in (
+        rows[::-1],
+        rows[1:],
+        rows[:3],
+        [*rows[:3], rows[3].clone()],
+        [row[:5] for row in rows],
+        list(whole.mT),
+    ):
+        found = _stack(others, "cpu")
+        assert torch.equal(found, torch.stack(others)) and found.data_ptr() != whole.data_ptr()
+    assert _stack([*rows[:3], None], "cpu") is None
 
 
 def groups_of(net, **options):
