@@ -288,14 +288,10 @@ template <class T> void band_tridiagonal(T* G, int64_t r, T* d, T* e, Arena& are
     for (int64_t i = 0; i + 1 < r; ++i) e[i] = T(*band.at(i + 1, i));
 }
 
-// The short side from which two stages do not lose where all threads have one (Xeon, AVX-512): two of 1024 in float32
-// take 25.6 ms for 25.9, alone 16.6 for 20; 12.4 for 13.9 at 768 in float64. Threads and neighbours have no say in it.
-template <class T> constexpr int64_t kBandFrom = sizeof(T) == 4 ? 1024 : 768;
-
 // The same by the one way or the other; band_from = 0: as measured.
 template <class T>
 void any_tridiagonal(T* G, int64_t r, int64_t band_from, T* d, T* e, Arena& arena, const Parallel& parallel) {
-    if (r >= (band_from ? band_from : kBandFrom<T>)) return band_tridiagonal(G, r, d, e, arena, parallel);
+    if (!in_one_stage<T>(r, band_from)) return band_tridiagonal(G, r, d, e, arena, parallel);
     tridiagonal(G, r, d, e, arena);
 }
 

@@ -13,7 +13,7 @@ namespace sosd_fast {
 namespace SOSD_ISA {
 
 template <class T> constexpr Stages<T> stages() {
-    return {kBandFrom<T>, any_gram<T>, any_tridiagonal<T>, sturm<T>, eigenvalues_lanes<T>, svdvals_bidiagonal<T>};
+    return {any_gram<T>, any_tridiagonal<T>, sturm<T>, eigenvalues_lanes<T>, svdvals_bidiagonal<T>};
 }
 
 extern const Kernels table;

@@ -7,7 +7,6 @@
 namespace sosd_fast {
 
 template <class T> struct Stages {
-    int64_t band_from;  // the short side from which `tridiagonal` has two stages, unless told otherwise
     GramSums (*gram)(const Source&, T* G, double* squares, Arena&, const Parallel&);
     void (*tridiagonal)(T* G, int64_t r, int64_t band_from, T* d, T* e, Arena&, const Parallel&);
     void (*sturm)(const T* d, const T* e, int64_t n, double tolerance, double* values, Arena&, const Parallel&);

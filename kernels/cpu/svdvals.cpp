@@ -78,13 +78,10 @@ constexpr double kBisected = 0x1p-28;
 
 bool fits_together(const SvdvalsTask& t, Method method);
 
-// Whether a Gram matrix in float32 is reduced in one stage.
-bool one_stage(const SvdvalsTask& t) { return std::min(t.m, t.n) < (t.band_from ? t.band_from : kernels().f32.band_from); }
-
 // What `reduction_noise` will be for a Gram matrix in float32 whose singular values are S, as far as these tell.
 double expected_noise(const SvdvalsTask& t, const double* S) {
     const int64_t r = std::min(t.m, t.n);
-    if (fits_lanes(t) || !one_stage(t)) return kUnknown;
+    if (fits_lanes(t) || !in_one_stage<float>(r, t.band_from)) return kUnknown;
     return std::hypot(reduction_noise(S, r, *t.model), fits_together(t, Method::gram32) ? 0 : kBisected * S[0] * S[0]);
 }
 
@@ -108,14 +105,25 @@ Method first_method(const SvdvalsTask& t) {
     return method;
 }
 
+// What may be known of a spectrum beside its values, as of `sd_error`.
+struct Noted {
+    double drift = 0, noise = kUnknown;
+};
+
+// `reduction_noise` of a Gram matrix in float32 that was reduced to d and e, if that took one stage.
+template <class T> double noise_of(const SvdvalsTask& t, const T* d, const T* e) {
+    const int64_t r = std::min(t.m, t.n);
+    return in_one_stage<float>(r, t.band_from) ? reduction_noise(d, e, r, *t.model) : kUnknown;
+}
+
 // S and sd_error of the scaled matrix. Returns whether the method stands.
-bool accept(SvdvalsTask& t, const Scaled& from, const double* ascending, double drift, double noise = kUnknown) {
+bool accept(SvdvalsTask& t, const Scaled& from, const double* ascending, const Noted& noted) {
     const int64_t r = from.w.r;
     for (int64_t i = 0; i < r; ++i) {
         const double value = ascending[r - 1 - i];
         t.S[i] = squares(t.method) ? std::sqrt(value) : value;
     }
-    t.sd_error = sd_error(t.S, r, from.w.K, t.method, drift, noise, *t.model);
+    t.sd_error = sd_error(t.S, r, from.w.K, t.method, noted.drift, noted.noise, *t.model);
     return !t.automatic || t.method == Method::bidiag64 || !(t.sd_error > t.model->tolerance);
 }
 
@@ -142,11 +150,6 @@ void finish(SvdvalsTask& t, const Scaled& from) {
     for (int64_t i = 0; i < r; ++i) t.S[i] *= back;
 }
 
-// What may be known of a spectrum beside its values, as of `sd_error`.
-struct Noted {
-    double drift = 0, noise = kUnknown;
-};
-
 // ascending <- the eigenvalues of W W^T. False: as above.
 template <class T>
 bool gram_values(const Stages<T>& stages, SvdvalsTask& t, Scaled& from, double* ascending, Noted& noted, Arena& arena,
@@ -159,8 +162,7 @@ bool gram_values(const Stages<T>& stages, SvdvalsTask& t, Scaled& from, double* 
     stages.tridiagonal(G, r, t.band_from, d, e, arena, parallel);
     stages.sturm(d, e, r, sizeof(T) == 4 ? kBisected : 0x1p-54, ascending, arena, parallel);
     noted.drift = settle(ascending, r, sums);
-    if (sizeof(T) == 4 && one_stage(t))
-        noted.noise = std::hypot(reduction_noise(d, e, r, *t.model), kBisected * ascending[r - 1]);
+    if (sizeof(T) == 4) noted.noise = std::hypot(noise_of(t, d, e), kBisected * ascending[r - 1]);
     return true;
 }
 
@@ -180,7 +182,7 @@ void climb(SvdvalsTask& t, Scaled& from, Arena& arena, const Parallel& parallel)
             case Method::bidiag32: k.f32.svdvals_bidiagonal(from.w, ascending.data(), arena, parallel); break;
             case Method::bidiag64: k.f64.svdvals_bidiagonal(from.w, ascending.data(), arena, parallel); break;
         }
-        if (accept(t, from, ascending.data(), noted.drift, noted.noise)) break;
+        if (accept(t, from, ascending.data(), noted)) break;
     }
     finish(t, from);
 }
@@ -206,7 +208,7 @@ void solve_lanes(const Stages<T>& stages, std::vector<Ready>& ready, std::vector
         for (int64_t i = 0; i < count; ++i, ++at) {
             SvdvalsTask& t = *ready[at].task;
             double* found = ascending.data() + i * r;
-            if (accept(t, ready[at].from, found, settle(found, r, lanes[i].sums)))
+            if (accept(t, ready[at].from, found, {settle(found, r, lanes[i].sums)}))
                 finish(t, ready[at].from);
             else
                 t.method = next(t.method, r, ready[at].from.w.K), left.push_back(std::move(ready[at]));
@@ -262,10 +264,10 @@ void solve_together(Reduced* const* of, int64_t count, Arena& arena, const Paral
         double* found = (*m)->ascending.data();
         Noted noted;
         if (squares(t.method))
-            noted = {settle(found, r, (*m)->sums), one_stage(t) ? reduction_noise((*m)->d.data(), (*m)->e.data(), r, *t.model) : kUnknown};
+            noted = {settle(found, r, (*m)->sums), noise_of(t, (*m)->d.data(), (*m)->e.data())};
         else
             std::transform(found, found + r, found, [](double x) { return std::sqrt(x); });
-        (*m)->done = accept(t, (*m)->of.from, found, noted.drift, noted.noise);
+        (*m)->done = accept(t, (*m)->of.from, found, noted);
         if ((*m)->done)
             finish(t, (*m)->of.from);
         else

@@ -80,10 +80,8 @@ class FullGroup:
             result = spectra(weights, "exact" if strict else method, known)
         compared = [t.reference is not None for t in states]
         references = None
-        if all(compared):
-            references = _stack([t.reference for t in states], device)
-        elif any(compared):  # NaN stands for a reference that a matrix does not have
-            missing = torch.full_like(result.S[0], torch.nan)
+        if any(compared):  # NaN stands for a reference that a matrix does not have
+            missing = None if all(compared) else torch.full_like(result.S[0], torch.nan)
             references = _stack([missing if t.reference is None else t.reference for t in states], device)
         d = singular_distribution(result.S, before, references)
         variation = variation_topk = bound = None
