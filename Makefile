@@ -4,10 +4,10 @@ ROOT := $(if $(filter 0,$(shell id -u)),,sudo)  # for packages of the system
 
 .PHONY: demo test test-integrations check bench docs gpu gpu-proof rehearse sanitize install clean
 
-demo: install  ## train a small GPT-2 on real text with the tracker on (about 4 minutes)
+demo: install  ## train a small GPT-2 on real text with the tracker on (4 to 6 minutes)
 	$(PYTHON) training/run.py --tracker=fast
 
-test: install  ## all tests but tests/integrations, then lint, format and types (about 5 minutes)
+test: install  ## all tests but tests/integrations, then lint, format and types (5 to 10 minutes)
 	$(PYTHON) -m pytest -n 2 --dist=worksteal
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
