@@ -36,6 +36,7 @@ from sosd_fast.spectra.topk import topk_svdvals
 
 TARGETS = ("80", "90", "100", "gfx942")
 MMA = re.compile(r"\b(wgmma|tcgen05|mma|v_mfma)[._]")  # in PTX, and in the assembly of AMD's
+CHAINED = re.compile(r"tt\.dot %\w+, %\w+, %(?!cst)")  # in TTGIR: a product whose sums do not begin at zero
 # kernel, or kernel and type -> what is meant of it, where rows begin at multiples of 16
 MEANT = {
     "syrk": "mma", "thin": "mma",
@@ -146,6 +147,7 @@ def build(i: int) -> dict:
         "mma": sorted(set(MMA.findall(code))),
         "async": "cp.async" in code,
         "wide": wide,
+        "chained": len(CHAINED.findall(binary.asm["ttgir"])),
         "seconds": seconds,
     }
     return row | {"faults": faults(launch, row)}
@@ -186,6 +188,8 @@ def faults(launch: Launch, row: dict) -> list[str]:
     cuda = launch.options.backend_name == "cuda"
     if meant == "rounds" and row["mma"] and cuda:
         found.append("tensor cores, which truncate sums")
+    if name.startswith("product") and row["chained"]:
+        found.append("sums that go on from tile to tile")
     aligned = launch.arguments.get("r", 16) % 16 == 0 and launch.arguments.get("GRAIN", 16) == 16
     if meant == "wide" and not row["wide"] and cuda and aligned:
         found.append("no 16-byte loads")

@@ -150,21 +150,23 @@ if triton is not None:
         inner_ptr += (matrix * (r // TILE) + own) * 2 * BAND * BAND + c[:, None] * BAND + c[None, :]
         v = tl.load(V_ptr + rows[:, None] * BAND + c[None, :])
         tl.store(inner_ptr + BAND * BAND, tl.dot(tl.trans(v), v, input_precision="ieee"))
+        # Each tile's sums begin at zero. Added up, they would be made one long chain of sums by the compiler, of which
+        # small eigenvalues erred by two to three times as much (LOG.md#sums-of-tiles); it leaves differences alone.
         total = tl.zeros([TILE, BAND], A_ptr.dtype.element_ty)
         for tile in range(begin, own):  # as columns
             other = tile * TILE + n
             a = tl.load(A_ptr + other[:, None] * r + rows[None, :])
             v = tl.load(V_ptr + other[:, None] * BAND + c[None, :])
-            total += tl.dot(tl.trans(a), v, input_precision="ieee")
+            total -= tl.dot(tl.trans(a), v, input_precision="ieee")
         for tile in range(own + 1, r // TILE):
             other = tile * TILE + n
             a = tl.load(A_ptr + rows[:, None] * r + other[None, :])
             v = tl.load(V_ptr + other[:, None] * BAND + c[None, :])
-            total += tl.dot(a, v, input_precision="ieee")
+            total -= tl.dot(a, v, input_precision="ieee")
         a = tl.load(A_ptr + rows[:, None] * r + rows[None, :])
         a = tl.where(n[:, None] <= n[None, :], a, tl.trans(a))
         v = tl.load(V_ptr + rows[:, None] * BAND + c[None, :])
-        total += tl.dot(a, v, input_precision="ieee")
+        total = tl.dot(a, v, input_precision="ieee") - total
         total = tl.where((rows >= k + BAND)[:, None], total, 0.0)
         tl.store(Z_ptr + matrix * r * BAND + rows[:, None] * BAND + c[None, :], total)
         tl.store(inner_ptr, tl.dot(tl.trans(v), total, input_precision="ieee"))
