@@ -73,10 +73,8 @@ if triton is not None:
                     ahead = tl.minimum(turn + 2 * SWEEPS, (r - 2 - group * SWEEPS + SWEEPS) // BAND + 2 * SWEEPS - 1)
                     if (group > 0) & (seen < ahead):
                         last_ptr = counter_ptr + group - 1
-                        while tl.atomic_add(last_ptr, 0, sem="relaxed", scope="gpu") < ahead:
-                            pass
-                        # once: an acquire for each look would empty the multiprocessor's first cache
-                        seen = tl.atomic_add(last_ptr, 0, sem="acquire", scope="gpu")
+                        while seen < ahead:
+                            seen = tl.atomic_add(last_ptr, 0, sem="acquire", scope="gpu")
                 tl.debug_barrier()
                 step = turn - 2 * q
                 start = sweep + 1 + step * BAND  # the first row of the square, and of the diagonal block
