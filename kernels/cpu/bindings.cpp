@@ -122,7 +122,8 @@ ErrorModel to_model(const py::object& given) {
         {"spread_least", &m.spread_least},
         {"spread_float64", &m.spread_float64},
         {"reduced", &m.reduced},               {"reduced_small", &m.reduced_small},
-        {"reduced_first", &m.reduced_first},
+        {"reduced_first", &m.reduced_first},   {"near", &m.near},
+        {"nearest", &m.nearest},
         {"direct_root", &m.direct_root},       {"direct_inner", &m.direct_inner},
         {"direct_bidiag32", &m.direct_bidiag32},
         {"safety", &m.safety},                 {"common", &m.common},
@@ -136,7 +137,7 @@ ErrorModel to_model(const py::object& given) {
     return m;
 }
 
-// For tests: the bound that decides, on any (r,) float64 spectrum whose squares stay in range.
+// The bound that decides, on any (r,) float64 spectrum whose squares stay in range.
 double sd_error(const py::object& S, const std::string& method, int64_t inner, double drift, double noise, const py::object& model) {
     const Tensor values(S, "S");
     if (values.dims() != 1 || values.size[0] < 1) refuse("sd_error: expected S of shape (r,).");

@@ -16,7 +16,7 @@ constexpr bool squares(Method method) { return method == Method::gram32 || metho
 // The constants of sosd_fast/spectra/precision.py, which says what they mean and hands them over.
 struct ErrorModel {
     double value_root, value_base, value_linear, value_inner, value_float64, spread, spread_least, spread_float64,
-        reduced, reduced_small, reduced_first, direct_root, direct_inner, direct_bidiag32, safety, common, common_root, tolerance;
+        reduced, reduced_small, reduced_first, near, nearest, direct_root, direct_inner, direct_bidiag32, safety, common, common_root, tolerance;
 };
 
 constexpr double eps_of(Method method) { return method < Method::gram64 ? 0x1p-24 : 0x1p-53; }
@@ -31,11 +31,27 @@ inline double root_error(double s, double dl) {
 
 constexpr double kUnknown = std::numeric_limits<double>::infinity();
 
-// The root mean square error of a small eigenvalue of a Gram matrix in float32: `all` sums the squared norms of what each step of
-// its reduction leaves, `whole` is the squared norm of the Gram matrix (LOG.md#reduction-noise).
-inline double reduction_noise(double all, double whole, int64_t r, const ErrorModel& model) {
-    return eps_of(Method::gram32) * (model.reduced + model.reduced_small / double(r)) *
-           std::sqrt(model.reduced_first * whole + all) / double(r);
+// How large what rounding adds to a matrix is while it is reduced, by a row of it and a unit of rounding: `all` sums the squared
+// norms of what each step leaves, `whole` is the squared norm of the Gram matrix (LOG.md#reduction-noise).
+inline double row_noise(double all, double whole, int64_t r, const ErrorModel& model) {
+    return std::sqrt(model.reduced_first * whole + all) / double(r);
+}
+
+// That, as far as values tell, descending: steps take the largest eigenvalues out first, one in three steps. 1.1 to 1.4 times what
+// the tridiagonal matrix says, for 22 kinds of matrices.
+inline double row_noise(const double* S, int64_t r, const ErrorModel& model) {
+    double all = 0, whole = 0;
+    for (int64_t i = 0; i < r; ++i) {
+        const double square = S[i] * S[i] * S[i] * S[i];
+        whole += square;
+        all += square * double(std::min(r, 3 * i + 11));
+    }
+    return row_noise(all, whole, r, model);
+}
+
+// The root mean square error of a small eigenvalue of a Gram matrix in float32, at most, from its noise.
+inline double reduction_noise(double row, int64_t r, const ErrorModel& model) {
+    return eps_of(Method::gram32) * (model.reduced + model.reduced_small / double(r)) * row;
 }
 
 // That error, from the tridiagonal matrix of a reduction in one stage: what a step leaves has the norm of what follows it there.
@@ -46,19 +62,7 @@ template <class T> double reduction_noise(const T* d, const T* e, int64_t r, con
         left += across * across + 2 * beside * beside;
         all += left;
     }
-    return reduction_noise(all, left, r, model);
-}
-
-// That error, as far as values tell, descending: steps take the largest eigenvalues out first, one in three steps. 1.1 to 1.4
-// times what the tridiagonal matrix says, for 22 kinds of matrices.
-inline double reduction_noise(const double* S, int64_t r, const ErrorModel& model) {
-    double all = 0, whole = 0;
-    for (int64_t i = 0; i < r; ++i) {
-        const double square = S[i] * S[i] * S[i] * S[i];
-        whole += square;
-        all += square * double(std::min(r, 3 * i + 11));
-    }
-    return reduction_noise(all, whole, r, model);
+    return reduction_noise(row_noise(all, left, r, model), r, model);
 }
 
 // The bound on ||error of S / sum(S)||_2 of r values, descending: `sd_error` of precision.py. K is the long side; drift is by how
@@ -70,38 +74,37 @@ inline double sd_error(const double* S, int64_t r, int64_t K, Method method, dou
     for (int64_t i = 0; i < r; ++i) sum += S[i], square += S[i] * S[i];
     const double mean = square / rd, sd_norm = std::sqrt(square) / sum;
     const double common = (model.common + model.common_root * root) * eps * sd_norm;
-    const auto bound = [&](auto error_of, auto lost) {
-        double squares = 0, sums = 0;
-        for (int64_t i = 0; i < r; ++i) {
-            const double ds = error_of(i);
-            squares += ds * ds;
-            if (lost(i)) sums += ds;
-        }
-        return model.safety * (std::sqrt(squares) + sd_norm * sums) / sum + common;
-    };
+    const auto total = [&](double errors, double lost) { return (std::sqrt(errors) + sd_norm * lost) / sum + common; };
     if (!squares(method)) {
         double direct = (1 + model.direct_root * root + model.direct_inner * std::sqrt(double(K))) * eps * S[0];
         if (method == Method::bidiag32) direct *= model.direct_bidiag32;
-        return bound([&](int64_t) { return direct; }, [&](int64_t i) { return S[i] < 4 * direct; });
+        int64_t lost = 0;
+        for (int64_t i = 0; i < r; ++i) lost += S[i] < 4 * direct;
+        direct *= model.safety;
+        return total(rd * direct * direct, double(lost) * direct);
     }
-    double dl = std::max(model.spread / root, model.spread_least) * eps * std::max(S[0] * S[0], 16 * mean * mean / (S[0] * S[0]));
-    if (method == Method::gram64) dl *= model.spread_float64;
-    if (method == Method::gram32 && noise < dl) {
-        // n eigenvalues that lie closer together than the noise could move them are moved as those of a random matrix, by sqrt(n) of it.
-        double of = 0;
-        int64_t above = 0, below = 0;
-        const auto error_of = [&](int64_t i) {
-            const double here = S[i] * S[i], near = noise * root;
-            while (S[above] * S[above] > here + near) ++above;
-            while (below < r && S[below] * S[below] >= here - near) ++below;
-            of = std::hypot(std::min(dl, noise * std::sqrt(double(below - above))), drift * mean);
-            return root_error(S[i], of);
-        };
-        const double narrow = bound(error_of, [&](int64_t i) { return S[i] * S[i] < 4 * of; });
+    // Eigenvalues err by `apart` in root mean square; n neighbours nearer than noise moves them, as those of a random matrix.
+    const auto bound = [&](double apart, double noise) {
+        const double near = std::max(model.near * noise, model.nearest * eps * S[0] * S[0]);
+        double errors = 0, lost = 0;
+        for (int64_t first = 0, end; first < r; first = end) {
+            for (end = first + 1; end < r && S[end - 1] * S[end - 1] - S[end] * S[end] <= near;) ++end;
+            const double dl = std::hypot(std::max(apart, noise * std::sqrt(double(end - first))), drift * mean);
+            for (int64_t i = first; i < end; ++i) {
+                const double error = std::max(model.safety * root_error(S[i], dl), root_error(S[i], model.safety * dl));
+                errors += error * error;
+                if (S[i] * S[i] < 4 * dl) lost += error;
+            }
+        }
+        return total(errors, lost);
+    };
+    double apart = std::max(model.spread / root, model.spread_least) * eps * std::max(S[0] * S[0], 16 * mean * mean / (S[0] * S[0]));
+    if (method == Method::gram64) apart *= model.spread_float64;
+    if (method == Method::gram32 && noise < apart) {
+        const double narrow = bound(0, noise);
         if (narrow <= model.tolerance) return narrow;
     }
-    dl = std::hypot(dl, drift * mean);
-    return bound([&](int64_t i) { return root_error(S[i], dl); }, [&](int64_t i) { return S[i] * S[i] < 4 * dl; });
+    return bound(apart, eps * row_noise(S, r, model));
 }
 
 }  // namespace sosd_fast

@@ -3,25 +3,34 @@ r"""Which precision a spectrum needs: one planner and one error model for C++, T
 The eigenvalues of a Gram matrix G = W W^T err by dl = units * u * max(a, (4 mean(sigma^2))^2 / a), a = sigma_1^2,
 in root mean square (flat spectra, those of long matrices, err by more of their largest eigenvalue than square ones),
 u = eps / 2, so a singular value errs by about dl / (2 sigma), or by up to sqrt(dl) where it is lost in the noise.
-Summed up, that predicts the error of SD = S / sum(S). What rounding did to all eigenvalues together (equal products, as
-those of signs or quantised weights, round alike) is measured for each matrix and added (`sosd_fast.spectra.gram`).
+What rounding did to all eigenvalues together (equal products, as those of signs or quantised weights, round alike) is
+measured for each matrix and added (`sosd_fast.spectra.gram`).
 
-    sd_error = 3 predicted + (5 + 0.1 sqrt(r)) u |SD|_2      a bound on |SD - SD_true|_2; a method stands up to 1e-6
+n eigenvalues that lie closer together than rounding moves them are moved as those of a random matrix, by sqrt(n) of
+what one of its rows is: dl >= sqrt(n) u x, where x is the norm of what is left of G at each step of a reduction,
 
-The C++ kernels know more of a Gram matrix in float32 that they reduce in one stage: a step of the reduction rounds what
-is left of the matrix, and what that is, the tridiagonal matrix T tells. There dl is at most
+    x = sqrt(16 |G|^2 + sum_k |T[k:, k:]|^2) / r      (T tridiagonal, Frobenius norms; LOG.md#clusters)
 
-    u (3 + 32 / r) sqrt(16 |T|^2 + sum_k |T[k:, k:]|^2) / r      (Frobenius norms)
+and, as far as values tell, min(r, 3 i + 11) + 16 times the i-th square is summed, i from 0. A lone value errs by up to
+three times the root mean square, so
 
-a quarter of the above for a trained matrix, whose few large directions are taken out first; sqrt(n) times that for n
-eigenvalues too close together to keep their places. It counts where the bound then meets the tolerance. A guess, by
-an earlier spectrum, takes eigenvalues for the norms (kernels/cpu/error_model.hpp, LOG.md#reduction-noise).
+    sd_error = |errors at 3 dl|_2 / sum(S) + (5 + 0.1 sqrt(r)) u |SD|_2      a bound on |SD - SD_true|_2
+
+and what values at the noise floor add to the sum: they err upwards only. A method stands up to 1e-6.
+
+The C++ kernels know T of a Gram matrix in float32 that they reduce in one stage, and that dl is there at most
+(3 + 32 / r) u x, a quarter of the above for a trained matrix, whose few large directions are taken out first. It counts
+where the bound then meets the tolerance. A guess, by an earlier spectrum, takes eigenvalues for the norms
+(kernels/cpu/error_model.hpp, LOG.md#reduction-noise).
 
 The constants of SD are the same for all backends, whichever errs most; C++ is handed them. So the same spectrum gets
 the same method on every path, but for C++, which may stay with a cheaper one. Only the bound on single values has a
 constant of each backend. All were calibrated against float64 (LOG.md#gram-error, LOG.md#sd-error-float64,
 LOG.md#one-planner) and are tested; they are no proof.
 """
+
+# The extension has no types.
+# pyright: reportUnknownMemberType=false, reportPrivateUsage=false
 
 import math
 from collections.abc import Callable, Sequence
@@ -31,6 +40,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sosd_fast import kernels
 from sosd_fast.kernels import Backend, power_of_two
 
 ALONE = 2**15 - 1  # elements that torch leaves to one thread
@@ -76,9 +86,11 @@ class ErrorModel(NamedTuple):
     spread: float = 6.0  # over sqrt(r): root mean square error of a small eigenvalue of a Gram matrix
     spread_least: float = 0.2  # degenerate spectra, whose errors do not shrink with r
     spread_float64: float = 4.0  # times as much in float64 (LOG.md#float64-drift)
-    reduced: float = 3.0  # of the norms that a reduction in C++ rounds, see above
+    reduced: float = 3.0  # of x above, by a reduction in C++
     reduced_small: float = 32.0  # over r, added to it: fewer values average less
     reduced_first: float = 16.0  # times that the whole Gram matrix counts, which is rounded when it is formed as well
+    near: float = 4.0  # of u x, nearer than which neighbouring eigenvalues are moved together
+    nearest: float = 1 / 4  # of the largest one, at least: bisection finds equal ones up to an eighth apart
     direct_root: float = 1 / 4  # of sqrt(r): root mean square error of a value found without a Gram matrix, 1 +
     direct_inner: float = 1 / 8  # of sqrt(K)
     direct_bidiag32: float = 0.2  # times as much; what rounding does to all values alike is in `common`
@@ -96,10 +108,10 @@ MODELS = {
 _SD = MODELS[Backend.TORCH]  # any: only value_root differs
 
 
-def predicted_sd_error(
+def sd_error(
     S: Tensor, method: Method, inner: int | Tensor, *, dtype: torch.dtype, drift: Tensor | None = None
 ) -> Tensor:
-    """Predicts the root mean square of |SD - SD_true|_2.
+    """The bound on |SD - SD_true|_2 that records carry.
 
     Args:
         S: (B, r) float64, singular values, descending.
@@ -115,32 +127,39 @@ def predicted_sd_error(
     r, u, model = S.shape[-1], torch.finfo(dtype).eps / 2, _SD
     x = S / power_of_two(S[:, :1])
     squares, total = x.square(), x.sum(-1)
-    mean = squares.mean(-1, keepdim=True)
     if method.squares:
-        units = max(model.spread / math.sqrt(r), model.spread_least)
-        apart = units * u * torch.maximum(squares[:, :1], 16 * mean.square() / squares[:, :1])
-        if dtype == torch.float64:
-            apart = apart * model.spread_float64
-        dl = apart if drift is None else torch.hypot(apart, drift[:, None] * mean)
-        ds, lost = _roots(x, dl), squares < 4 * dl
+        dl = _moved(squares, u, dtype)
+        if drift is not None:
+            dl = torch.hypot(dl, drift[:, None] * squares.mean(-1, keepdim=True))
+        error = torch.maximum(model.safety * _roots(x, dl), _roots(x, model.safety * dl))
+        lost = squares < 4 * dl
     else:
         units = 1 + model.direct_root * math.sqrt(r) + model.direct_inner * math.sqrt(inner)
         units *= model.direct_bidiag32 if method is Method.BIDIAG32 else 1
-        ds = (units * u * x[:, :1]).expand_as(x)
-        lost = x < 4 * ds
+        error = (model.safety * units * u * x[:, :1]).expand_as(x)
+        lost = x < 4 / model.safety * error
+    sd_norm = _norm(x) / total
+    common = (model.common + model.common_root * math.sqrt(r)) * u * sd_norm
     # Values at the noise floor err upwards only, so their errors add up in the sum instead of averaging out.
-    return (_norm(ds) + _norm(x) / total * (ds * lost).sum(-1)) / total
+    return (_norm(error) + sd_norm * (error * lost).sum(-1)) / total + common
 
 
-def sd_error(
-    S: Tensor, method: Method, inner: int | Tensor, *, dtype: torch.dtype, drift: Tensor | None = None
-) -> Tensor:
-    """The bound on |SD - SD_true|_2 that records carry, (B,); arguments as of `predicted_sd_error`."""
-    x = S / power_of_two(S[:, :1])
-    sd_norm = _norm(x) / x.sum(-1)
-    u = torch.finfo(dtype).eps / 2
-    common = (_SD.common + _SD.common_root * math.sqrt(S.shape[-1])) * u * sd_norm
-    return _SD.safety * predicted_sd_error(S, method, inner, dtype=dtype, drift=drift) + common
+def _moved(squares: Tensor, u: float, dtype: torch.dtype) -> Tensor:
+    """The root mean square error of eigenvalues (B, r) of Gram matrices, descending, from the noise about them."""
+    r, model, a, mean = squares.shape[-1], _SD, squares[:, :1], squares.mean(-1, keepdim=True)
+    apart = max(model.spread / math.sqrt(r), model.spread_least) * u * torch.maximum(a, 16 * mean.square() / a)
+    if dtype == torch.float64:
+        apart = apart * model.spread_float64
+    i = torch.arange(r, dtype=squares.dtype, device=squares.device)
+    steps = (3 * i + 11).clamp(max=r) + model.reduced_first
+    noise = u * (squares.square() @ steps)[:, None].sqrt() / r
+    # Eigenvalues whose neighbours are nearer than noise moves them are moved as those of a random matrix.
+    new = squares[:, :-1] - squares[:, 1:] > torch.maximum(model.near * noise, model.nearest * u * a)
+    none = new.new_ones(len(new), 1)
+    at = torch.arange(r, device=squares.device).expand_as(squares)
+    first = torch.where(torch.cat([none, new], -1), at, 0).cummax(-1).values
+    last = torch.where(torch.cat([new, none], -1), at, r).flip(-1).cummin(-1).values.flip(-1)
+    return torch.maximum(apart, noise * (last - first + 1).to(noise.dtype).sqrt())
 
 
 def lapack_error(S: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -215,21 +234,26 @@ def choose(previous: Tensor | None, count: int, dtype: torch.dtype, *, on_host: 
         return chosen
     previous = previous.cpu()
     todo = [i for i, positive in enumerate(previous[:, 0] > 0) if positive]
-    # some at a time: torch gives more elements to several threads, which take milliseconds to wake between two steps
-    some = max(1, ALONE // previous.shape[1])
     for method in LADDER[LADDER.index(lowest) :]:
-        left: list[int] = []
-        for at in (todo[first : first + some] for first in range(0, len(todo), some)):
-            errors = [SD_TOLERANCE] * len(at)
-            if method != LADDER[-1]:
-                errors = [float(e) for e in sd_error(previous[at], method, 0, dtype=method.dtype(dtype))]
-            for i, error in zip(at, errors, strict=True):
-                if error <= SD_TOLERANCE:
-                    chosen[i] = method
-                elif math.isfinite(error):
-                    left.append(i)
-        todo = left
+        errors = [SD_TOLERANCE] * len(todo)
+        if method != LADDER[-1]:
+            errors = _foretold(previous[todo], method, method.dtype(dtype))
+        for i, error in zip(todo, errors, strict=True):
+            if error <= SD_TOLERANCE:
+                chosen[i] = method
+        todo = [i for i, error in zip(todo, errors, strict=True) if SD_TOLERANCE < error < math.inf]
     return chosen
+
+
+def _foretold(S: Tensor, method: Method, dtype: torch.dtype) -> list[float]:
+    """`sd_error` on the host, by the function of C++ where it is there: a third of the time, between two steps."""
+    if kernels._C is not None:
+        x = S / power_of_two(S[:, :1])
+        return [kernels._C.sd_error(row, method.value, 0, 0.0, math.inf, MODELS[Backend.CPP]) for row in x]
+    # some at a time: torch gives more elements to several threads, which take milliseconds to wake between two steps
+    some = max(1, ALONE // S.shape[1])
+    parts = (S[first : first + some] for first in range(0, len(S), some))
+    return [float(e) for part in parts for e in sd_error(part, method, 0, dtype=dtype)]
 
 
 def climb(

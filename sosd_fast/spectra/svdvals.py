@@ -57,10 +57,9 @@ def svdvals(W: Tensor, *, method: str = "auto", return_bound: bool = False) -> T
         and leaves the others as they are.
 
     Accuracy:
-        "auto": |SD - SD_true|_2 <= 1e-6 for SD = S / sum(S), because a precision stands only where its bound on that,
-        3 predicted + (5 + 0.1 sqrt(r)) u |SD|, u = eps / 2, is at most 1e-6 (LOG.md#one-planner; the prediction is
-        `sosd_fast.spectra.precision.predicted_sd_error`, and less where C++ knows that it rounded less,
-        LOG.md#reduction-noise). On CUDA, where nothing is redone, 2e-6 for deficient rank.
+        "auto": |SD - SD_true|_2 <= 1e-6 for SD = S / sum(S), because a precision stands only where its bound on that
+        is at most 1e-6 (`sosd_fast.spectra.precision.sd_error`, LOG.md#one-planner, LOG.md#clusters; less where C++
+        knows that it rounded less, LOG.md#reduction-noise). On CUDA, where nothing is redone, 2e-6 for deficient rank.
         "gram32", "gram64": with d = c * u * S[0]**2, a value s errs by at most d / (s + sqrt(max(s**2 - d, 0))), so
         values below about sqrt(u) * S[0] are lost. With K = max(m, n), c = 32 + max(a sqrt(r), r / 12) + sqrt(K) / 8,
         4 times as much in float64; a is 2 for the C++ kernels (LOG.md#gram-error), 4 for the Triton ones

@@ -70,7 +70,7 @@ static const ErrorModel model = [] {
     ErrorModel m{};
     m.value_root = 2, m.value_base = 32, m.value_linear = 1 / 12.0, m.value_inner = 0.125, m.value_float64 = 4;
     m.spread = 6, m.spread_least = 0.2, m.spread_float64 = 4;
-    m.reduced = 3, m.reduced_small = 32, m.reduced_first = 16;
+    m.reduced = 3, m.reduced_small = 32, m.reduced_first = 16, m.near = 4, m.nearest = 0.25;
     m.direct_root = 0.25, m.direct_inner = 0.125, m.direct_bidiag32 = 0.2;
     m.safety = 3, m.common = 5, m.common_root = 0.1, m.tolerance = 1e-6;
     return m;

@@ -185,6 +185,48 @@ def test_equal_values_err_by_more_than_single_ones(r, K, size, apart):
     assert sd_distance(found.S[0], truth(W)) <= 0.5 * found.sd_error[0]
 
 
+def several(sizes, r, K, seed=0):
+    """Singular values in lots of equal ones: each lot's value and its share of r."""
+    g = torch.Generator().manual_seed(seed)
+    U, V = (torch.linalg.qr(torch.randn(n, r, generator=g, dtype=torch.float64))[0] for n in (r, K))
+    counts = [max(1, round(share * r)) for _, share in sizes]
+    counts[-1] += r - sum(counts)
+    S = torch.cat([torch.full((n,), value, dtype=torch.float64) for n, (value, _) in zip(counts, sizes, strict=True)])
+    return ((U * S) @ V.mT).float()
+
+
+LOTS = {
+    "half": ((1, 0.5), (1e-3, 0.5)),
+    "quarter": ((1, 0.25), (3e-3, 0.75)),
+    "thirds": ((1, 0.33), (0.1, 0.33), (1e-3, 0.34)),
+    "few and equal": ((50, 0.01), (1, 0.99)),
+    "flat": ((1, 1.0),),
+}
+
+
+@pytest.mark.parametrize(("r", "K"), [(64, 64), (512, 512), (768, 800)], ids=str)
+def test_lots_of_equal_values_err_as_those_of_a_random_matrix(path, r, K):
+    """By the root of how many there are, which single values do not: half a matrix of small ones had 1.4 its bound."""
+    matrices = {name: several(lots, r, K) for name, lots in LOTS.items()}
+    for method in ("gram32", "gram64"):
+        found = spectra(list(matrices.values()), method)
+        for name, S, error, W in zip(matrices, found.S, found.sd_error, matrices.values(), strict=True):
+            assert sd_distance(S, truth(W)) <= 0.8 * error, (name, method)
+
+
+@pytest.mark.parametrize("times", [0.5, 1, 1.8, 2.5, 3])
+def test_a_lone_value_may_err_by_three_times_the_root_mean_square(times):
+    """A smallest value that is zero, and is found to be the root of some times that of the eigenvalues."""
+    r, u = 600, 2.0**-24
+    S = torch.cat([torch.ones(1, dtype=torch.float64), torch.linspace(0.5, 1e-3, r - 1, dtype=torch.float64)])
+    S[-1] = math.sqrt(times * 6 / math.sqrt(r) * u)
+    for error in (
+        float(sd_error(S[None], Method.GRAM32, r, dtype=torch.float32)),
+        kernels._C.sd_error(S, "gram32", r, 0.0, math.inf, MODELS[Backend.CPP]) if kernels._C else math.inf,
+    ):
+        assert error >= float(S[-1] / S.sum())
+
+
 @needs_C
 def test_a_trained_matrix_stays_in_float32_with_its_last_spectrum():
     for r in (224, 256):
@@ -324,7 +366,11 @@ def test_spectra_are_chosen_for_some_at_a_time(monkeypatch, on_host):
     monkeypatch.setattr(
         precision, "sd_error", lambda S, *a, do=precision.sd_error, **k: asked.append(S.numel()) or do(S, *a, **k)
     )
+    compiled = choose(S, len(S), torch.float32, on_host=on_host)
+    assert not asked  # where the extension is there
+    monkeypatch.setattr(kernels, "_C", None)
     whole = choose(S, len(S), torch.float32, on_host=on_host)
+    assert compiled == whole
     assert set(whole) == {Method.GRAM32, Method.GRAM64, Method.BIDIAG64} and max(asked) > 48
     default = Method.GRAM32 if on_host else Method.GRAM64
     assert whole[0] == whole[6] == Method.GRAM32 and whole[3] == whole[4] == default and whole[2] == Method.BIDIAG64
