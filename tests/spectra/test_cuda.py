@@ -20,8 +20,10 @@ native = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def truth(W):
-    W = W.double().cpu()
-    return torch.linalg.svdvals(W if W.shape[0] >= W.shape[1] else W.mT)
+    """On a GPU where there is one: beside others' threads LAPACK takes up to a minute there."""
+    W = W.double().cpu() if not torch.cuda.is_available() or min(W.shape) < 256 else W.double().cuda()
+    W = W if W.shape[0] >= W.shape[1] else W.mT
+    return torch.linalg.svdvals(W, driver="gesvd" if W.is_cuda else None).cpu()
 
 
 @functools.cache
@@ -187,6 +189,34 @@ def test_full_sizes(shape, dtype):
             assert sd_distance(S.cpu(), expected) <= min(float(sd_error), SD_TOLERANCE)
 
 
+def lots(S, r):
+    """Matrices (4, r, r + 8) of singular values S (r,), on the GPU."""
+    U, V = (torch.linalg.qr(torch.randn(4, n, r, device="cuda", dtype=torch.float64))[0] for n in (r, r + 8))
+    return (U * S.cuda()) @ V.mT
+
+
+@native
+@pytest.mark.parametrize("r", [96, 256, 512, 768, 1280])
+def test_bounds_of_kinds(r):
+    """Square Gaussian matrices, whose smallest values are lost at times, and values in lots of equal ones."""
+    i, one = torch.arange(r), torch.ones(r, dtype=torch.float64)
+    kinds = {
+        "gaussian": torch.randn(24, r, r, device="cuda"),
+        "half": lots(torch.where(i < r // 2, one, 1e-3), r),
+        "few and equal": lots(torch.where(i < 4, 50 * one, one), r),
+        "flat": lots(one, r),
+        "steps": lots(10.0 ** -(i * 3 // r).double(), r),
+        "power": lots((1 + i.double()) ** -0.7, r),
+    }
+    for name, W in kinds.items():
+        W = W.float()
+        expected = torch.linalg.eigvalsh(W.double() @ W.double().mT).clamp(min=0).sqrt().flip(-1)
+        found = spectra([*W], "gram32")
+        assert ((found.S - expected).abs() <= found.bound).all(), name
+        for S, T, error in zip(found.S, expected, found.sd_error, strict=True):
+            assert sd_distance(S, T) <= error, name
+
+
 @native
 @pytest.mark.parametrize("r", [4096])
 def test_one_large_matrix(r):
@@ -224,8 +254,8 @@ def test_programs_of_a_matrix_wait_for_one_another(count):
     G = torch.randn(count, 200, 220, device="cuda")
     G = G @ G.mT
     d, e = kernels.tridiagonal.tridiagonal(G)
-    expected = torch.linalg.eigvalsh(G.double().cpu())
-    found = kernels.sturm.sturm(d, e).cpu()
+    expected = torch.linalg.eigvalsh(G.double())
+    found = kernels.sturm.sturm(d, e)
     assert ((found - expected).abs() <= 64 * 2.0**-24 * expected[:, -1:]).all()
     for _ in range(20):
         again = kernels.tridiagonal.tridiagonal(G)
