@@ -2,17 +2,19 @@
 
 On a device the results go to pinned memory, and the probe takes them from there in a later step: nothing in a step
 waits for them. A measurement must have read the weights before the next optimizer step changes them. `hold` sees to
-that on the device alone.
+that on the device alone. Now and then training waits, on the device too, for a measurement that is timed alone.
 """
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from sosd_fast.probe.account import AloneTimes
 
 
 class Results(Protocol):
@@ -50,8 +52,13 @@ class Executor(Protocol):
         """Surrounds the operations that read weights, which are as the current stream leaves them."""
         ...
 
-    def fetch(self, tensors: Sequence[Tensor | None]) -> Results:
-        """Sends tensors to the host, None for None; called inside `measuring`."""
+    def fetch(self, tensors: Sequence[Tensor | None], work: Hashable) -> Results:
+        """Sends tensors to the host; called inside `measuring`.
+
+        Args:
+            tensors: what was computed, with None for what is not known.
+            work: equal for measurements that take equally long.
+        """
         ...
 
     def hold(self) -> None:
@@ -89,7 +96,7 @@ class HostExecutor:
         self._began = time.perf_counter()
         yield
 
-    def fetch(self, tensors: Sequence[Tensor | None]) -> HostResults:
+    def fetch(self, tensors: Sequence[Tensor | None], work: Hashable) -> HostResults:  # noqa: ARG002
         """Copies tensors to the host where they are not there."""
         return HostResults([None if t is None else t.cpu() for t in tensors], time.perf_counter() - self._began)
 
@@ -98,12 +105,35 @@ class HostExecutor:
 
 
 class StreamResults:
-    """Results on their way from a CUDA device."""
+    """Results on their way from a CUDA device.
+
+    Args:
+        tensors: on the host, where their copies are not done yet.
+        began: recorded before the measurement, with a time.
+        done: recorded after the copies, with a time.
+        times: of the measurements on the device that ran alone.
+        work: the kind of work that this one is.
+        alone: whether it runs alone, too.
+
+    Attributes:
+        seconds: how long the measurement took on the device, by `times`; 0 before `get`.
+        device_seconds: the same.
+    """
 
     late = True
 
-    def __init__(self, tensors: Sequence[Tensor | None], began: torch.cuda.Event, done: torch.cuda.Event):
+    def __init__(
+        self,
+        tensors: Sequence[Tensor | None],
+        began: torch.cuda.Event,
+        done: torch.cuda.Event,
+        times: AloneTimes,
+        work: Hashable,
+        alone: bool,
+    ):
+        self.seconds = self.device_seconds = 0.0
         self._tensors, self._began, self._done = tensors, began, done
+        self._times, self._work, self._alone = times, work, alone
 
     def ready(self) -> bool:
         """Whether the copies to the host are done."""
@@ -112,14 +142,11 @@ class StreamResults:
     def get(self) -> Sequence[Tensor | None]:
         """Returns the tensors, and waits for their copies."""
         self._done.synchronize()
+        elapsed = 1e-3 * self._began.elapsed_time(self._done)
+        if self._alone:
+            self._times.note(self._work, elapsed)
+        self.seconds = self.device_seconds = self._times.least(self._work, elapsed)
         return self._tensors
-
-    @property
-    def seconds(self) -> float:
-        """How long the measurement took on the device, the work of other streams beside it included."""
-        return 1e-3 * self._began.elapsed_time(self._done)
-
-    device_seconds = seconds
 
 
 class StreamExecutor:
@@ -129,6 +156,8 @@ class StreamExecutor:
         self._device, self._stream = device, torch.cuda.Stream(device)
         self._began: torch.cuda.Event | None = None
         self._done: torch.cuda.Event | None = None
+        self._times = AloneTimes()
+        self._alone = False  # whether training waits for the measurement under way
 
     @contextlib.contextmanager
     def measuring(self, weights: Iterable[Tensor]) -> Generator[None]:
@@ -145,8 +174,10 @@ class StreamExecutor:
                 self._done = torch.cuda.Event()
                 self._done.record()
                 raise
+        if self._alone:
+            self.hold()
 
-    def fetch(self, tensors: Sequence[Tensor | None]) -> StreamResults:
+    def fetch(self, tensors: Sequence[Tensor | None], work: Hashable) -> StreamResults:
         """Queues the copies to the host."""
         host = [
             None if t is None
@@ -156,7 +187,8 @@ class StreamExecutor:
         assert self._began is not None
         self._done = torch.cuda.Event(enable_timing=True)
         self._done.record()
-        return StreamResults(host, self._began, self._done)
+        self._alone = self._times.next_alone(work)
+        return StreamResults(host, self._began, self._done, self._times, work, self._alone)
 
     def hold(self) -> None:
         """Lets the current stream wait, on the device, until all weights have been read."""

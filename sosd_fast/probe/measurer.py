@@ -1,6 +1,7 @@
 """Launches measurements of matrices, those that belong together at once, and reads their results."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -146,11 +147,11 @@ class Measurer:
     def _launch_group(self, pending: PendingStep, step: int, kind: Kind, states: list[MatrixState]):
         """Begins the measurement of matrices that belong together; where that raises, of each of them alone."""
         try:
-            executor = self._executor(states[0])
+            executor, fresh = self._executor(states[0]), _fresh(kind, states[0])
             with executor.measuring(t.matrix.parameter.detach() for t in states if t.matrix.read is None):
                 launch = FullGroup.launch if kind == "full" else LeadingGroup.launch
                 group = launch(states, step, self._every, self._k)
-                results = executor.fetch(group.tensors)
+                results = executor.fetch(group.tensors, _work(group, fresh))
             pending.add(group, results)
         except Exception as error:
             if states[0].shards is not None:
@@ -185,8 +186,23 @@ class Measurer:
             form = p.dtype, p.device, t.method
             if (by_side := sides.get(form)) is None:
                 sides[form] = by_side = FullGroup.together(t) if kind == "full" else p.is_cuda and t.shards is None
-            fresh = t.S is None if kind == "full" else t.shards is None and t.subspace is None
             alone = t.place if (t.lost or t.matrix.read) and t.shards is None else None
-            key = (min(t.shape) if by_side else t.shape, *form, fresh, alone)
+            key = (min(t.shape) if by_side else t.shape, *form, _fresh(kind, t), alone)
             groups.setdefault(key, []).append(t)
         return [sorted(group, key=lambda t: t.shape) for group in groups.values()]
+
+
+def _fresh(kind: Kind, state: MatrixState) -> bool:
+    """Whether a matrix starts anew, and does not go on from its last measurement."""
+    return state.S is None if kind == "full" else state.shards is None and state.subspace is None
+
+
+def _work(group: FullGroup | LeadingGroup, fresh: bool) -> Hashable:
+    """What tells how long a measurement takes: groups of which it is equal take equally long."""
+    first = group.states[0]
+    # Which full spectra are taken in float64 changes from step to step; the leading values know no methods.
+    methods = frozenset(Counter(group.methods).items() if isinstance(group, FullGroup) else ())
+    # A matrix whose values are converted comes alone; the first of a stack is charged with the conversion of them all.
+    converted = first.place if first.matrix.read else None
+    sizes = min(first.shape), len(group.states), sum(max(t.shape) for t in group.states)
+    return *sizes, first.matrix.parameter.dtype, fresh, converted, methods

@@ -32,7 +32,7 @@ class Late:
     def measuring(self, weights):  # noqa: ARG002
         yield
 
-    def fetch(self, tensors):
+    def fetch(self, tensors, work):  # noqa: ARG002
         return LateResults([t if t is None else t.clone() for t in tensors])
 
     def hold(self):
@@ -119,8 +119,8 @@ def test_flush_waits_and_state_is_whole():
 @pytest.mark.parametrize(("topk_ms", "most"), [(1.0, "topk"), (20.0, "full")])
 def test_auto_takes_what_is_cheaper_by_the_devices_clock(topk_ms, most):
     class Clocked(Late):
-        def fetch(self, tensors):
-            found = super().fetch(tensors)
+        def fetch(self, tensors, work):
+            found = super().fetch(tensors, work)
             each = topk_ms if isinstance(tensors, LeadingTensors) else 10.0
             found.seconds = found.device_seconds = 1e-3 * each * len(tensors.S)
             found.looks = 2  # there a step later: many steps' costs on their way would not be counted
@@ -142,8 +142,8 @@ def test_auto_takes_what_is_cheaper_by_the_devices_clock(topk_ms, most):
 
 def test_auto_learns_what_measurements_cost():
     class Cheaper(Late):
-        def fetch(self, tensors):
-            found = super().fetch(tensors)
+        def fetch(self, tensors, work):
+            found = super().fetch(tensors, work)
             found.seconds = found.device_seconds = seconds[0] * len(tensors.S)
             found.looks = 3
             return found
@@ -196,8 +196,8 @@ def test_results_change_what_the_host_knows_only_when_they_are_kept():
 @pytest.mark.parametrize("method", ["full", "topk"])
 def test_a_late_result_that_cannot_be_read_is_lost_alone(method, caplog):
     class Torn(Late):
-        def fetch(self, tensors):
-            found = super().fetch(tensors)
+        def fetch(self, tensors, work):
+            found = super().fetch(tensors, work)
             if torn:
                 found.get = lambda: [t if t is None else t[:1] for t in found.tensors]
             return found
