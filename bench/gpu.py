@@ -34,8 +34,8 @@ TESTS = [*(f"tests/kernels/test_{name}.py" for name in KERNELS), "tests/spectra/
 # Compiling takes most of the tests' time: a process for each two cores compiles beside the others.
 WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2)) if importlib.util.find_spec("xdist") else 1
 APART = ["-n", str(WORKERS), "--dist=worksteal"] if WORKERS > 1 else []
-# Each process's threads for all cores would be too many: on 16 cores an eigenvalue problem of 513 rows took 40 s.
-THREADS = {"tests": max(1, (os.cpu_count() or 1) // WORKERS)}
+# Threads of several processes that wait for one another on the same cores: an eigenvalue problem of 513 rows took 40 s.
+THREADS = {"tests": 1}
 PARTS = {  # name -> (seconds, arguments of python)
     "compile": (60, ["-m", "bench.compile_report", "--warm", "--json", "compile_report.json"]),
     "reduction": (110, [*PYTEST, *FIRST, "-k", WAITS]),
