@@ -11,7 +11,7 @@ import torch
 
 
 def card() -> dict:
-    """Names the machine, the versions and the commit, with -dirty where the working tree differs from it."""
+    """Names the machine, the versions and the commit, with -dirty where the working tree but for results differs from it."""
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
@@ -29,10 +29,12 @@ def card() -> dict:
 
 
 def commit() -> str:
-    """The commit of this checkout, or "unknown" outside of one."""
-    command = ["git", "describe", "--always", "--dirty"]
+    """The commit of this checkout, -dirty where files but results differ from it, or "unknown" outside of one."""
+    folder = Path(__file__).parent
     try:
-        said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        said = subprocess.run(["git", "describe", "--always"], cwd=folder, capture_output=True, text=True)
+        changed = ["git", "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)bench/results"]
+        differs = subprocess.run(changed, cwd=folder, capture_output=True).returncode == 1
     except OSError:  # git is not installed
         return "unknown"
-    return said.stdout.strip() or "unknown"
+    return said.stdout.strip() + "-dirty" * differs if said.stdout.strip() else "unknown"
