@@ -20,7 +20,7 @@ from training.optimizers import DEFAULT_LR, build_optimizers
 
 BARS = {"full": 1.5, "fast": 0.5}  # percent of the step, on a GPU
 ERROR_GATE = 1e-6  # on the singular distribution
-WARM = 4  # steps of a tracker before its account is read: spectra begin in float64, and the third is timed alone
+WARM = 4  # steps of a tracker before its account is read: spectra begin in float64, and the next ones are timed alone
 
 
 class Loop:

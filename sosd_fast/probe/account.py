@@ -4,8 +4,8 @@ from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-_SECOND = 2  # the first of a kind of work may compile kernels, and its launches come late
-_AGAIN = 64  # measurements of one kind of work from one that runs alone to the next
+_FIRST = 2  # measurements of a kind of work that run alone, for the very first may compile kernels
+_AGAIN = 64  # from one that runs alone to the next, afterwards
 _FIGURES = 3  # that are kept: launches that came late lengthen one of them
 _KINDS = 256  # of work that are known: matrices that take turns make many
 
@@ -74,7 +74,7 @@ class AloneTimes:
         if len(self._seen) > _KINDS:
             del self._seen[next(iter(self._seen))]
         seen.times += 1
-        return seen.times % _AGAIN == _SECOND
+        return seen.times <= _FIRST or seen.times % _AGAIN == _FIRST
 
     def note(self, work: Hashable, seconds: float):
         """Takes the seconds of a measurement that ran alone."""

@@ -1,6 +1,5 @@
 """Launches measurements of matrices, those that belong together at once, and reads their results."""
 
-from collections import Counter
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -12,6 +11,7 @@ from sosd_fast.probe.leading import LeadingGroup
 from sosd_fast.probe.measurement import FullValues, Kind, LeadingValues, Measurement
 from sosd_fast.probe.planner import Cost, Plan
 from sosd_fast.probe.state import MatrixState
+from sosd_fast.spectra.precision import Method
 from sosd_fast.stored import keeping_stack
 
 _NAMES = {"auto": "gram32", "exact64": "exact"}  # of methods, in the records of matrices that cannot be measured
@@ -200,9 +200,11 @@ def _fresh(kind: Kind, state: MatrixState) -> bool:
 def _work(group: FullGroup | LeadingGroup, fresh: bool) -> Hashable:
     """What tells how long a measurement takes: groups of which it is equal take equally long."""
     first = group.states[0]
-    # Which full spectra are taken in float64 changes from step to step; the leading values know no methods.
-    methods = frozenset(Counter(group.methods).items() if isinstance(group, FullGroup) else ())
+    # Some full spectra are taken in float64 at one step and not at the next, so only eighths count.
+    share = None  # leading values know no methods
+    if isinstance(group, FullGroup):
+        share = 8 * sum(m != Method.GRAM32 for m in group.methods) // len(group.states)
     # A matrix whose values are converted comes alone; the first of a stack is charged with the conversion of them all.
     converted = first.place if first.matrix.read else None
     sizes = min(first.shape), len(group.states), sum(max(t.shape) for t in group.states)
-    return *sizes, first.matrix.parameter.dtype, fresh, converted, methods
+    return *sizes, first.matrix.parameter.dtype, fresh, converted, share

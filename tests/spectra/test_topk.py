@@ -1,8 +1,6 @@
 import math
 import sys
 
-import array_api_compat.numpy
-import array_api_strict
 import numpy as np
 import pytest
 import torch
@@ -126,9 +124,10 @@ def test_numpy_and_torch_give_the_same():
     assert topk_svdvals(W.double().numpy(), 5).S.dtype == np.float64
 
 
-@pytest.mark.parametrize("library", [array_api_strict, array_api_compat.numpy], ids=["strict", "numpy"])
+@pytest.mark.parametrize("library", ["array_api_strict", "array_api_compat.numpy"])
 def test_arrays_of_other_libraries_need_standard_functions_alone(library, monkeypatch):
     """The way of CuPy's arrays, on a namespace that has no other function, and on NumPy's."""
+    library = pytest.importorskip(library)
     monkeypatch.setattr(topk, "namespace", lambda _: library)  # NumPy's would become tensors
     W = torch.stack([matrix("power", 40, 60, seed=i) for i in range(3)])
     W[1, 3, 4] = math.nan
@@ -154,9 +153,10 @@ def steps_of_torch(W, before, monkeypatch):
 
 
 def test_other_arrays_without_array_api_compat(monkeypatch):
+    strict = pytest.importorskip("array_api_strict")
     monkeypatch.setitem(sys.modules, "array_api_compat", None)
     with pytest.raises(ImportError, match=r"topk_svdvals: .*pip install array-api-compat"):
-        topk_svdvals(array_api_strict.ones((4, 5)), 2)
+        topk_svdvals(strict.ones((4, 5)), 2)
     assert topk_svdvals(np.ones((4, 5)), 2).S.shape == topk_svdvals(torch.ones(4, 5), 2).S.shape
 
 
