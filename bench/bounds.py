@@ -22,6 +22,7 @@ DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.flo
 ORDINARY = ("gaussian", "uniform", "power", "log4", "spikes", "half_zeros")
 SIZES = ((48, 64), (200, 20), (640, 6))  # short side at most, long side over short at most
 SHARES = (0.94, 0.055, 0.005)
+LARGE = (256, 1024, 1.5)  # short side from, to; long side over short at most
 BATCH = 16  # of one shape and dtype, of different kinds
 
 
@@ -60,13 +61,16 @@ def few_values(m: int, n: int, g: torch.Generator) -> dict[str, Tensor]:
     }
 
 
-def batches(count: int, ordinary: bool, seed: int) -> Iterator[tuple[int, torch.dtype, list[str], list[Tensor]]]:
+def batches(
+    count: int, ordinary: bool, seed: int, large: bool = False
+) -> Iterator[tuple[int, torch.dtype, list[str], list[Tensor]]]:
     """Yields (seed, dtype, kinds, matrices of one shape and dtype) until `count` matrices were drawn."""
     drawn = 0
     while drawn < count:
         g = torch.Generator().manual_seed(seed)
         largest, ratio = SIZES[int(torch.multinomial(torch.tensor(SHARES), 1, generator=g))]
-        r = round(math.exp(float(torch.rand(1, generator=g)) * math.log(largest)))
+        least, largest, ratio = LARGE if large else (1, largest, ratio)
+        r = round(least * math.exp(float(torch.rand(1, generator=g)) * math.log(largest / least)))
         K = round(r * math.exp(float(torch.rand(1, generator=g)) * math.log(ratio)))
         m, n = (r, K) if torch.rand(1, generator=g) < 0.5 else (K, r)
         dtype = DTYPES[int(torch.randint(len(DTYPES), (1,), generator=g))]
@@ -133,9 +137,9 @@ def compare(found: Spectra, i: int, truth: Tensor, own: float) -> tuple[float, f
     return error, error / (float(found.sd_error[i]) + own), float(value)
 
 
-def check(matrices: list[Tensor]) -> list[tuple[str, float, float, float]]:
+def check(matrices: list[Tensor], method: str = "auto") -> list[tuple[str, float, float, float]]:
     """Returns (method, SD error, SD error over its bound, the worst value's error over its bound) of each matrix."""
-    found = spectra(matrices)
+    found = spectra(matrices, method)
     W = torch.stack(matrices).double()
     truth = torch.linalg.svdvals(W if W.shape[1] >= W.shape[2] else W.mT)
     unit = 2.0**-53
@@ -160,21 +164,34 @@ def main():
     p.add_argument(
         "--ordinary", type=int, default=100_000, help="The number of ordinary matrices to draw, %(default)s by default."
     )
+    p.add_argument(
+        "--large",
+        type=int,
+        default=0,
+        help="The number of ordinary matrices of 256 to 1024 rows to draw, seconds each, %(default)s by default.",
+    )
+    p.add_argument(
+        "--method",
+        default="auto",
+        choices=("auto", "gram32", "gram64"),
+        help="How spectra are computed, %(default)s by default; only that one is to be within 1e-6.",
+    )
     p.add_argument("--seed", type=int, default=0, help="The seed of the first batch, %(default)s by default.")
     args = p.parse_args()
     print("  ".join(f"{k} {v}" for k, v in card().items() if v))
     torch.set_num_threads(1)  # small matrices
     worst: dict[str, list] = defaultdict(lambda: [0, 0.0, 0.0, 0.0, 0, 0])
     beyond, largest, began = [], 0.0, time.perf_counter()
-    for ordinary, count in ((False, args.few), (True, args.ordinary)):
-        for seed, dtype, kinds, matrices in batches(count, ordinary, args.seed):
-            for kind, W, (method, error, sd, value) in zip(kinds, matrices, check(matrices), strict=True):
+    most = 1e-6 if args.method == "auto" else math.inf
+    for ordinary, count, large in ((False, args.few, False), (True, args.ordinary, False), (True, args.large, True)):
+        for seed, dtype, kinds, matrices in batches(count, ordinary, args.seed, large):
+            for kind, W, (method, error, sd, value) in zip(kinds, matrices, check(matrices, args.method), strict=True):
                 row = worst[kind.rstrip(" 01")]
                 row[0] += 1
                 row[1], row[2], row[3] = max(row[1], error), max(row[2], sd), max(row[3], value)
                 row[4] += method == "gram32"
                 largest = max(largest, error)
-                if sd > 1 or value > 1 or error > 1e-6:
+                if sd > 1 or value > 1 or error > most:
                     row[5] += 1
                     beyond.append([seed, kind, list(W.shape), str(dtype)[6:], method, error, sd, value])
     columns = ["kind", "matrices", "SD error", "over its bound", "a value's", "in float32", "beyond"]
@@ -185,7 +202,8 @@ def main():
     show("worst of each kind", columns, table)
     for row in beyond[:20]:
         print("beyond:", *row)
-    print(f"{len(beyond)} of {args.few + args.ordinary} beyond a bound or 1e-6; largest SD error {largest:.1e}")
+    total = args.few + args.ordinary + args.large
+    print(f"{len(beyond)} of {total} beyond a bound or, by auto, 1e-6; largest SD error {largest:.1e}")
     finish(
         {
             "benchmark": "bounds",
