@@ -11,7 +11,7 @@ import torch
 
 
 def card() -> dict:
-    """Names the machine, the versions and the commit, with -dirty where the working tree but for results differs from it."""
+    """Names the machine, the versions and the commit, as of `commit`."""
     cpu = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists():
         names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
