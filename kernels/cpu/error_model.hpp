@@ -21,12 +21,11 @@ struct ErrorModel {
 
 constexpr double eps_of(Method method) { return method < Method::gram64 ? 0x1p-24 : 0x1p-53; }
 
-// How far s may be off where s^2 may be off by dl.
+// How far s may be off where s^2 may be off by dl: most downwards, unless it may be all of it.
 inline double root_error(double s, double dl) {
     const double s2 = s * s;
-    const double up = dl > 0 ? dl / (std::sqrt(s2 + dl) + s) : 0;
-    const double down = s2 > 0 ? std::min(s2, dl) / (s + std::sqrt(std::max(s2 - dl, 0.0))) : 0;
-    return std::max(up, down);
+    if (s2 >= dl) return s2 > 0 ? dl / (s + std::sqrt(s2 - dl)) : 0;
+    return std::max(s, dl / (std::sqrt(s2 + dl) + s));
 }
 
 constexpr double kUnknown = std::numeric_limits<double>::infinity();
@@ -91,9 +90,12 @@ inline double sd_error(const double* S, int64_t r, int64_t K, Method method, dou
             for (end = first + 1; end < r && S[end - 1] * S[end - 1] - S[end] * S[end] <= near;) ++end;
             const double dl = std::hypot(std::max(apart, noise * std::sqrt(double(end - first))), drift * mean);
             for (int64_t i = first; i < end; ++i) {
-                const double error = std::max(model.safety * root_error(S[i], dl), root_error(S[i], model.safety * dl));
+                double error = root_error(S[i], model.safety * dl);
+                if (S[i] * S[i] < 4 * dl) {  // beyond, the other one is smaller
+                    error = std::max(error, model.safety * root_error(S[i], dl));
+                    lost += error;
+                }
                 errors += error * error;
-                if (S[i] * S[i] < 4 * dl) lost += error;
             }
         }
         return total(errors, lost);
