@@ -79,8 +79,17 @@ def test_values_beyond_a_bound_are_told(monkeypatch):
     assert all(max(row[2:]) <= 1 for row in bounds.check(matrices))
     wrong = spectra(matrices)
     wrong.S[1, 0] *= 1 + 1e-4
-    monkeypatch.setattr(bounds, "spectra", lambda _: wrong)
+    monkeypatch.setattr(bounds, "spectra", lambda *_: wrong)
     assert [max(row[2:]) > 1 for row in bounds.check(matrices)] == [False, True, False]
+
+
+def test_large_matrices_and_forced_methods_are_drawn():
+    drawn = [m for *_, matrices in bounds.batches(14, True, 3, large=True) for m in matrices]
+    assert len(drawn) == 14 and all(256 <= min(m.shape) <= 1024 and max(m.shape) <= 1.5 * min(m.shape) for m in drawn)
+    small = [matrices for *_, matrices in bounds.batches(40, True, 3)]
+    assert min(min(m.shape) for matrices in small for m in matrices) < 48
+    for method in ("gram32", "gram64"):
+        assert {row[0] for row in bounds.check(small[0], method)} == {method}
 
 
 def test_the_benchmark_of_peers_runs():
