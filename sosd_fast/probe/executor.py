@@ -52,12 +52,12 @@ class Executor(Protocol):
         """Surrounds the operations that read weights, which are as the current stream leaves them."""
         ...
 
-    def fetch(self, tensors: Sequence[Tensor | None], work: Hashable) -> Results:
+    def fetch(self, tensors: Sequence[Tensor | None], work: Callable[[], Hashable]) -> Results:
         """Sends tensors to the host; called inside `measuring`.
 
         Args:
             tensors: what was computed, with None for what is not known.
-            work: equal for measurements that take equally long.
+            work: gives what is equal for measurements that take equally long; asked for on devices only.
         """
         ...
 
@@ -96,7 +96,7 @@ class HostExecutor:
         self._began = time.perf_counter()
         yield
 
-    def fetch(self, tensors: Sequence[Tensor | None], work: Hashable) -> HostResults:  # noqa: ARG002
+    def fetch(self, tensors: Sequence[Tensor | None], work: Callable[[], Hashable]) -> HostResults:  # noqa: ARG002
         """Copies tensors to the host where they are not there."""
         return HostResults([None if t is None else t.cpu() for t in tensors], time.perf_counter() - self._began)
 
@@ -177,7 +177,7 @@ class StreamExecutor:
         if self._alone:
             self.hold()
 
-    def fetch(self, tensors: Sequence[Tensor | None], work: Hashable) -> StreamResults:
+    def fetch(self, tensors: Sequence[Tensor | None], work: Callable[[], Hashable]) -> StreamResults:
         """Queues the copies to the host."""
         host = [
             None if t is None
@@ -187,8 +187,9 @@ class StreamExecutor:
         assert self._began is not None
         self._done = torch.cuda.Event(enable_timing=True)
         self._done.record()
-        self._alone = self._times.next_alone(work)
-        return StreamResults(host, self._began, self._done, self._times, work, self._alone)
+        kind = work()
+        self._alone = self._times.next_alone(kind)
+        return StreamResults(host, self._began, self._done, self._times, kind, self._alone)
 
     def hold(self) -> None:
         """Lets the current stream wait, on the device, until all weights have been read."""

@@ -1,5 +1,6 @@
 """Launches measurements of matrices, those that belong together at once, and reads their results."""
 
+import functools
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -151,7 +152,7 @@ class Measurer:
             with executor.measuring(t.matrix.parameter.detach() for t in states if t.matrix.read is None):
                 launch = FullGroup.launch if kind == "full" else LeadingGroup.launch
                 group = launch(states, step, self._every, self._k)
-                results = executor.fetch(group.tensors, _work(group, fresh))
+                results = executor.fetch(group.tensors, functools.partial(_work, group, fresh))
             pending.add(group, results)
         except Exception as error:
             if states[0].shards is not None:

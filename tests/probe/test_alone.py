@@ -76,7 +76,7 @@ def measure(device, executor, work, seconds, training=0.0):
     begun = device.training.time
     with executor.measuring([]):
         device.current.time += seconds
-        results = executor.fetch([None], work)
+        results = executor.fetch([None], lambda: work)
     return results, device.training.time > begun
 
 
@@ -201,7 +201,7 @@ def works_of(net, plans, change=lambda _: None):
 
     class Noting(HostExecutor):
         def fetch(self, tensors, work):
-            found[-1].append(work)
+            found[-1].append(work())
             return super().fetch(tensors, work)
 
     found = []
