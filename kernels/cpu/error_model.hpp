@@ -16,7 +16,8 @@ constexpr bool squares(Method method) { return method == Method::gram32 || metho
 // The constants of sosd_fast/spectra/precision.py, which says what they mean and hands them over.
 struct ErrorModel {
     double value_root, value_base, value_linear, value_inner, value_float64, spread, spread_least, spread_float64,
-        reduced, reduced_small, reduced_first, near, nearest, direct_root, direct_inner, direct_bidiag32, safety, common, common_root, tolerance;
+        reduced, reduced_small, reduced_first, near, nearest, direct_root, direct_inner, direct_bidiag32, safety, common,
+        common_root, tolerance;
 };
 
 constexpr double eps_of(Method method) { return method < Method::gram64 ? 0x1p-24 : 0x1p-53; }

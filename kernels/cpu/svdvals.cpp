@@ -82,7 +82,8 @@ bool fits_together(const SvdvalsTask& t, Method method);
 double expected_noise(const SvdvalsTask& t, const double* S) {
     const int64_t r = std::min(t.m, t.n);
     if (fits_lanes(t) || !in_one_stage<float>(r, t.band_from)) return kUnknown;
-    return std::hypot(reduction_noise(row_noise(S, r, *t.model), r, *t.model), fits_together(t, Method::gram32) ? 0 : kBisected * S[0] * S[0]);
+    const double bisected = fits_together(t, Method::gram32) ? 0 : kBisected * S[0] * S[0];
+    return std::hypot(reduction_noise(row_noise(S, r, *t.model), r, *t.model), bisected);
 }
 
 // The method that a task starts with.

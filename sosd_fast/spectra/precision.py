@@ -172,7 +172,7 @@ def lapack_error(S: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def value_bound(S: Tensor, method: Method, inner: int | Tensor, backend: Backend, *, dtype: torch.dtype) -> Tensor:
-    """The bound on |S - S_true| of each value, (B, r); arguments as of `predicted_sd_error`."""
+    """The bound on |S - S_true| of each value, (B, r); arguments as of `sd_error`."""
     r, u, model = S.shape[-1], torch.finfo(dtype).eps / 2, MODELS[backend]
     top = S[:, :1]
     if not method.squares:
