@@ -50,7 +50,7 @@ gpu-proof: install  ## compiled kernels run without a GPU: races, bounds, plante
 	PYTHONPATH=$(CURDIR)/build/gpu-proof $(PYTHON) -m pytest -q -n 2 --dist=worksteal tests/kernels/test_proof.py
 
 # 20,000 calls for each instruction set under AddressSanitizer and UndefinedBehaviorSanitizer, 3,000 under ThreadSanitizer.
-sanitize: install  ## the C++ kernels under the sanitizers: checks, planted faults, a fuzz (about 10 minutes)
+sanitize: install  ## the C++ kernels under the sanitizers: checks, planted faults, a fuzz (about 25 minutes on 2 cores)
 	$(PYTHON) -m pip install --quiet cmake ninja
 	for kind in address,undefined thread; do \
 	  $(VENV)/bin/cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DSOSD_SANITIZE=$$kind >/dev/null && \
