@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sosd_fast import kernels
 from sosd_fast.kernels import tl, triton
-from sosd_fast.kernels.launch import launch
+from sosd_fast.kernels.launch import Launcher
 
 BAND = 32  # columns beside the diagonal
 ALIGNED = 64  # what sides are padded to a multiple of, and so of each TILE
@@ -275,39 +275,32 @@ def banded(A: Tensor) -> Tensor:
     tiles = r // tile
     band = torch.zeros(B, r + 2 * BAND, 2 * BAND, dtype=torch.float64, device=A.device)
     V, W = (A.new_empty(B, r, BAND) for _ in range(2))
-    tau, inner, sums = A.new_empty(B, BAND), A.new_empty(B, tiles, 2, BAND, BAND), A.new_empty(B, 2, BAND)
-    factors = A.new_empty(B, 3, BAND, BAND)
+    launch = Launcher(
+        A_ptr=A, band_ptr=band, V_ptr=V, W_ptr=W, done_ptr=W, Z_ptr=W, tau_ptr=A.new_empty(B, BAND),
+        inner_ptr=A.new_empty(B, tiles, 2, BAND, BAND), sums_ptr=A.new_empty(B, 2, BAND),
+        factor_ptr=A.new_empty(B, 3, BAND, BAND),
+    )  # fmt: skip
     sizes = {"r": r, "BAND": BAND, "TILE": tile}
     shared = sizes | {"num_warps": config["num_warps"], "num_stages": 3}
-    # fmt: off
+    hopper = kernels.is_hopper(A.device)
+    factor = kernels.options_of(FACTOR) | {"NEGLIGIBLE": NEGLIGIBLE[A.dtype]} | sizes
+    update = kernels.options_of(UPDATE if hopper else MOST_REGISTERS) | shared
     for panel in range(panels):
-        launch(
-            _factor_kernel, (B,), A_ptr=A, band_ptr=band, V_ptr=V, done_ptr=W, tau_ptr=tau, sums_ptr=sums, panel=panel,
-            NEGLIGIBLE=NEGLIGIBLE[A.dtype], **_passes(A, panel), **kernels.options_of(FACTOR), **sizes,
-        )
-        if panel + 1 < panels:
+        rows = r - (panel + 1) * BAND
+        launch(_factor_kernel, (B,), panel=panel, **_passes(A.dtype, rows, hopper), **factor)
+        if rows:
             count = tiles - (panel + 1) * BAND // tile
-            launch(_product_kernel, (count, B), A_ptr=A, V_ptr=V, Z_ptr=W, inner_ptr=inner, panel=panel, **shared)
-            launch(
-                _triangle_kernel, (B,), inner_ptr=inner, tau_ptr=tau, factor_ptr=factors, panel=panel,
-                **TRIANGLE, **sizes,
-            )
-            launch(
-                _other_factor_kernel, (count, B), V_ptr=V, W_ptr=W, factor_ptr=factors, panel=panel, num_warps=4,
-                **sizes,
-            )
-            launch(
-                _update_kernel, (count * (count + 1) // 2, B), A_ptr=A, V_ptr=V, W_ptr=W, panel=panel,
-                **kernels.options_of(UPDATE if kernels.is_hopper(A.device) else MOST_REGISTERS), **shared,
-            )
-    # fmt: on
+            launch(_product_kernel, (count, B), panel=panel, **shared)
+            launch(_triangle_kernel, (B,), panel=panel, **TRIANGLE, **sizes)
+            launch(_other_factor_kernel, (count, B), panel=panel, num_warps=4, **sizes)
+            launch(_update_kernel, (count * (count + 1) // 2, B), panel=panel, **update)
     return band
 
 
-def _passes(A: Tensor, panel: int) -> dict:
-    """How `_factor_kernel` reads a panel: all of its rows at once where they fit, and as few as hold them."""
-    width, rows = CONFIGS[A.dtype]["WIDTH"], A.shape[-1] - (panel + 1) * BAND
+def _passes(dtype: torch.dtype, rows: int, hopper: bool) -> dict:
+    """How `_factor_kernel` reads the rows of a panel: all at once where they fit, and as few as hold them."""
+    width = CONFIGS[dtype]["WIDTH"]
     if rows > width:
-        return {"ROWS": CONFIGS[A.dtype]["ROWS"], "WIDTH": width, "ONCE": False}
-    more = A.dtype == torch.float32 and kernels.is_hopper(A.device)  # else they spill
+        return {"ROWS": CONFIGS[dtype]["ROWS"], "WIDTH": width, "ONCE": False}
+    more = dtype == torch.float32 and hopper  # else they spill
     return {"ROWS": 16 if more else 8, "WIDTH": width if 2 * rows > width else width // 2, "ONCE": True}

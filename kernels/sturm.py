@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sosd_fast import kernels
 from sosd_fast.kernels import Backend, tl, triton
+from sosd_fast.kernels.launch import Launcher
 
 # Eigenvalues to a program of one warp, four chains of products to a thread; half as many where a GPU's schedulers have
 # no more than a program each, which waits for its own products then: 72 x 768 in float64 1.3 ms instead of 1.8 on an
@@ -170,31 +171,12 @@ def sturm(d: Tensor, e: Tensor) -> Tensor:
     few = B * triton.cdiv(r, BLOCK) <= SCHEDULERS * kernels.multiprocessors(d.device)
     block = BLOCK // 2 if few else BLOCK
     with torch.cuda.device_of(d):
-        _scale_kernel[(B,)](
-            d_ptr=d,
-            e_ptr=e,
-            scaled_ptr=scaled,
-            limits_ptr=limits,
-            r=r,
-            pitch=pitch,
-            stride_d=d.stride(0),
-            step_d=d.stride(1),
-            stride_e=e.stride(0),
-            step_e=e.stride(1),
-            BLOCK=SCALE_BLOCK,
-            num_warps=4,
-        )
-        _sturm_kernel[(B, triton.cdiv(r, block))](
-            scaled_ptr=scaled,
-            limits_ptr=limits,
-            values_ptr=values,
-            r=r,
-            pitch=pitch,
-            iterations=ITERATIONS[d.dtype],
-            RESCALE=RESCALE[d.dtype],
-            BLOCK=block,
-            num_warps=1,
-        )
+        launch = Launcher(d_ptr=d, e_ptr=e, scaled_ptr=scaled, limits_ptr=limits, values_ptr=values)
+        sizes = {"r": r, "pitch": pitch}
+        strides = {"stride_d": d.stride(0), "step_d": d.stride(1), "stride_e": e.stride(0), "step_e": e.stride(1)}
+        launch(_scale_kernel, (B,), **sizes, **strides, BLOCK=SCALE_BLOCK, num_warps=4)
+        search = {"iterations": ITERATIONS[d.dtype], "RESCALE": RESCALE[d.dtype], "BLOCK": block, "num_warps": 1}
+        launch(_sturm_kernel, (B, triton.cdiv(r, block)), **sizes, **search)
     return values
 
 

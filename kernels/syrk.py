@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sosd_fast import kernels
 from sosd_fast.kernels import Backend, tl, triton
+from sosd_fast.kernels.launch import launch
 
 # Shipped configurations, by input dtype.
 CONFIGS = {
@@ -251,7 +252,9 @@ def _launch(A: Tensor, B: Tensor, C: Tensor | None, scale: Tensor | None, out: T
     # the batch is the second dimension of the grid, which ends at 65535
     for first in range(0, batch, 65535):
         some = slice(first, first + 65535)
-        _syrk_kernel[(tiles * (tiles + 1) // 2, A[some].shape[0])](
+        launch(
+            _syrk_kernel,
+            (tiles * (tiles + 1) // 2, A[some].shape[0]),
             A_ptr=A[some],
             B_ptr=B[some],
             C_ptr=A if C is None else C[some],

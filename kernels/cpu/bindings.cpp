@@ -137,13 +137,24 @@ ErrorModel to_model(const py::object& given) {
     return m;
 }
 
-// The bound that decides, on any (r,) float64 spectrum whose squares stay in range.
-double sd_error(const py::object& S, const std::string& method, int64_t inner, double drift, double noise, const py::object& model) {
+// The bounds that decide, on any spectra S (B, r) float64, contiguous. noise is of the values as they are.
+std::vector<double> sd_error(const py::object& S, const std::string& method, int64_t inner, double drift, double noise,
+                             const py::object& model) {
     const Tensor values(S, "S");
-    if (values.dims() != 1 || values.size[0] < 1) refuse("sd_error: expected S of shape (r,).");
+    if (values.dims() != 2 || values.size[1] < 1) refuse("sd_error: expected S of shape (B, r).");
     values.expect("S", DType::f64, values.size);
-    return sosd_fast::sd_error(values.as<double>(), values.size[0], inner, to_method("sd_error", method), drift, noise,
-                               to_model(model));
+    const Method asked = to_method("sd_error", method);
+    const ErrorModel constants = to_model(model);
+    const int64_t r = values.size[1];
+    std::vector<double> found(static_cast<size_t>(values.size[0])), scaled(static_cast<size_t>(r));
+    const py::gil_scoped_release release;
+    for (size_t i = 0; i < found.size(); ++i) {
+        const double* const row = values.as<double>() + int64_t(i) * r;
+        const double unit = sosd_fast::unit_of(row[0]);
+        for (size_t j = 0; j < scaled.size(); ++j) scaled[j] = row[j] * unit;
+        found[i] = sosd_fast::sd_error(scaled.data(), r, inner, asked, drift, noise * unit * unit, constants);
+    }
+    return found;
 }
 
 // matrices: B tensors (m, n) of one dtype and one short side r, any strides, or one (B, m, n): to open tensors takes longer

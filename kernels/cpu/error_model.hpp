@@ -65,6 +65,11 @@ template <class T> double reduction_noise(const T* d, const T* e, int64_t r, con
     return reduction_noise(row_noise(all, left, r, model), r, model);
 }
 
+// A power of two, times which values that are at most `largest` have squares in range; 1 where it is not finite.
+inline double unit_of(double largest) {
+    return std::isfinite(largest) && largest > 0 ? std::ldexp(1.0, -std::clamp(std::ilogb(largest), -900, 1022)) : 1;
+}
+
 // The bound on ||error of S / sum(S)||_2 of r values, descending: `sd_error` of precision.py. K is the long side; drift is by how
 // much the eigenvalues moved together, relative to their mean; noise is their root mean square error, as of `reduction_noise`, if that
 // is known. It counts where the bound that follows is within the tolerance: others are lost to squaring, and need none so narrow.

@@ -96,7 +96,7 @@ Method first_method(const SvdvalsTask& t) {
         if (fits_lanes(t)) return Method::gram64;
         return method == Method::gram32 && r <= kDirectAtOnce ? next(method, r, std::max(t.m, t.n)) : method;
     }
-    const double unit = std::ldexp(1.0, -std::ilogb(t.previous[0]));  // whose squares stay in range
+    const double unit = unit_of(t.previous[0]);
     std::vector<double> previous(t.previous, t.previous + r);
     for (double& value : previous) value *= unit;
     const int64_t K = std::max(t.m, t.n);

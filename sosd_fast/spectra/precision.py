@@ -233,11 +233,12 @@ def choose(previous: Tensor | None, count: int, dtype: torch.dtype, *, on_host: 
     if previous is None:
         return chosen
     previous = previous.cpu()
-    todo = [i for i, positive in enumerate(previous[:, 0] > 0) if positive]
+    todo = [i for i, largest in enumerate(previous[:, 0].tolist()) if largest > 0]
     for method in LADDER[LADDER.index(lowest) :]:
         errors = [SD_TOLERANCE] * len(todo)
         if method != LADDER[-1]:
-            errors = _foretold(previous[todo], method, method.dtype(dtype))
+            some = previous if len(todo) == len(previous) else previous[todo]
+            errors = _foretold(some, method, method.dtype(dtype))
         for i, error in zip(todo, errors, strict=True):
             if error <= SD_TOLERANCE:
                 chosen[i] = method
@@ -248,8 +249,7 @@ def choose(previous: Tensor | None, count: int, dtype: torch.dtype, *, on_host: 
 def _foretold(S: Tensor, method: Method, dtype: torch.dtype) -> list[float]:
     """`sd_error` on the host, by the function of C++ where it is there: a third of the time, between two steps."""
     if kernels._C is not None:
-        x = S / power_of_two(S[:, :1])
-        return [kernels._C.sd_error(row, method.value, 0, 0.0, math.inf, MODELS[Backend.CPP]) for row in x]
+        return kernels._C.sd_error(S.contiguous(), method.value, 0, 0.0, math.inf, MODELS[Backend.CPP])
     # some at a time: torch gives more elements to several threads, which take milliseconds to wake between two steps
     some = max(1, ALONE // S.shape[1])
     parts = (S[first : first + some] for first in range(0, len(S), some))

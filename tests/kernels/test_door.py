@@ -170,10 +170,10 @@ def test_outputs_of_another_size_are_refused(changes):
 
 def test_the_constants_are_those_of_each_call():
     """Although the extension keeps the last ones that it read."""
-    S = torch.linspace(2, 1, 9, dtype=torch.float64)
+    S = torch.linspace(2, 1, 9, dtype=torch.float64)[None]
 
     def bound(model):
-        return kernels._C.sd_error(S=S, method="gram32", inner=40, drift=0.0, noise=1.0, model=model)
+        return kernels._C.sd_error(S=S, method="gram32", inner=40, drift=0.0, noise=1.0, model=model)[0]
 
     class Changing:
         factor = 1.0

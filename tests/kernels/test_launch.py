@@ -31,7 +31,7 @@ class Code:
         self.taken.append((given[:3], given[-len(NAMES) :]))
 
     def __getitem__(self, grid):
-        return lambda *given: self.run(*grid, *given)
+        return lambda *given, stream: self.run(*grid, stream, *given)
 
 
 @pytest.fixture
