@@ -41,7 +41,7 @@ CHAINED = re.compile(r"tt\.dot %\w+, %\w+, %(?!cst)")  # in TTGIR: a product who
 MEANT = {
     "syrk": "mma", "thin": "mma",
     "product fp32": "rounds", "update fp32": "rounds", "tridiagonal": "wide", "eigh": "wide", "factor": "wide",
-    "squares": "wide", "divide": "wide", "convert": "wide", "symmetrise": "wide",
+    "elements": "wide", "squares": "wide", "divide": "wide", "convert": "wide", "symmetrise": "wide",
 }  # fmt: skip
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 

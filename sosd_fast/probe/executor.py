@@ -179,11 +179,7 @@ class StreamExecutor:
 
     def fetch(self, tensors: Sequence[Tensor | None], work: Callable[[], Hashable]) -> StreamResults:
         """Queues the copies to the host."""
-        host = [
-            None if t is None
-            else torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True).copy_(t, non_blocking=True)
-            for t in tensors
-        ]  # fmt: skip
+        host = _sent(tensors)
         assert self._began is not None
         self._done = torch.cuda.Event(enable_timing=True)
         self._done.record()
@@ -195,6 +191,21 @@ class StreamExecutor:
         """Lets the current stream wait, on the device, until all weights have been read."""
         if self._done is not None:
             torch.cuda.current_stream(self._device).wait_event(self._done)
+
+
+def _sent(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Tensors in pinned memory, to which their copies are under way: those that are alike in one copy."""
+    alike: dict[Hashable, dict[int, Tensor]] = {}
+    for i, t in enumerate(tensors):
+        if t is not None:
+            alike.setdefault((t.dtype, t.shape), {})[i] = t
+    host: list[Tensor | None] = [None] * len(tensors)
+    for at in alike.values():
+        some = torch.stack([*at.values()]) if len(at) > 1 else next(iter(at.values()))[None]
+        pinned = torch.empty(some.shape, dtype=some.dtype, device="cpu", pin_memory=True)
+        for i, t in zip(at, pinned.copy_(some, non_blocking=True), strict=True):
+            host[i] = t
+    return host
 
 
 ExecutorOf = Callable[[torch.device], Executor]  # returns a new executor for the matrices on a device

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from sosd_fast import kernels
 from sosd_fast.kernels import backend_of
+from sosd_fast.kernels.drift import Products, correct, products
 from sosd_fast.kernels.syrk import syrk
-from sosd_fast.spectra.gram import PAIRS, Products, correct, gram_eigenvalues_all, singular_values
-from sosd_fast.spectra.precision import Method, finished
+from sosd_fast.spectra.gram import gram_eigenvalues_all, singular_values
+from sosd_fast.spectra.precision import Method, finished, unit_of
 
 CHUNK_BYTES = 2**30  # of copies of weights and of Gram matrices at a time
 
@@ -27,7 +28,7 @@ def launched(matrices: Sequence[Tensor], methods: list[Method]) -> tuple[Tensor,
 
     def reduce():
         order.extend(i for parts in waiting.values() for part in parts for i in part.at)
-        found.extend(_reduced(waiting, matrices[0].dtype))
+        found.append(_reduced(waiting, matrices[0].dtype))
         waiting.clear()
 
     for method in sorted(set(methods)):
@@ -42,8 +43,7 @@ def launched(matrices: Sequence[Tensor], methods: list[Method]) -> tuple[Tensor,
     reduce()
     S, bound, sd_error = map(_joined, zip(*found, strict=True))
     if order != sorted(order):
-        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), pin_memory=S.is_cuda, device="cpu")
-        back = back.to(S.device, non_blocking=True)  # from other memory it would wait for the device
+        back = _on_device(sorted(range(len(order)), key=order.__getitem__), S.device, torch.int64)
         S, bound, sd_error = (t.index_select(0, back) for t in (S, bound, sd_error))
     return S, bound, sd_error
 
@@ -61,10 +61,9 @@ def _chunks(at: list[int], sizes: list[int]) -> Iterator[list[int]]:
 
 
 def _copied(W: Tensor, dtype: torch.dtype) -> int:
-    """Bytes of what is copied of a matrix: as it is, in another `dtype`, and the rows that `Products` multiplies."""
-    short, long = sorted(W.shape)
-    more = dtype.itemsize * short if torch.float64 in (dtype, W.dtype) and dtype != W.dtype else 0
-    return (W.itemsize * short + more + 8 * min(short, PAIRS + 1)) * long
+    """Bytes of what is copied of a matrix: as it is, and in another `dtype`."""
+    more = dtype.itemsize if torch.float64 in (dtype, W.dtype) and dtype != W.dtype else 0
+    return (W.itemsize + more) * W.numel()
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -100,35 +99,43 @@ def _grams(matrices: Sequence[Tensor], at: list[int], method: Method) -> list[_P
         first, scale = own.stop, scales[own]
         W = torch.stack(every[own])  # (B, m, n)
         W = W if m <= n else W.mT
+        if dtype == torch.float32 and W.dtype == torch.float64:
+            W = W.float()
+        scale = scale.clone()  # aligned, or kernels would be compiled for it once more
+        known = products(W, scale)
         if dtype == torch.float32:
-            W = W.float() if W.dtype == torch.float64 else W
-            G = syrk(W, scale=scale.clone())  # aligned, or the kernel would be compiled for it once more
+            G = syrk(W, scale=scale)
         else:
             W = W * scale[:, None, None]  # float64
             G = W @ W.mT  # `syrk` would copy one triangle to the other; either is as good
-        parts.append(_Part(some, max(m, n), G, *Products.of(W), scale, finite[own]))
+        parts.append(_Part(some, max(m, n), G, *known, scale, finite[own]))
     return parts
 
 
-def _reduced(waiting: dict[Method, list[_Part]], given: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _reduced(waiting: dict[Method, list[_Part]], given: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """S, bound and sd_error by each method, part by part, from one reduction: two take nearly twice as long.
 
     `given` is the dtype of the matrices.
     """
-    whole = []
-    for method, parts in waiting.items():
-        _, inners, *columns = zip(*parts, strict=True)
-        G, squares, cross, scale, finite = map(_joined, columns)
-        inner: int | Tensor = inners[0]
-        if len(set(inners)) > 1:
-            inner = torch.cat([part.scale.new_full(part.scale.shape, part.inner) for part in parts])
-        dtype, known = method.dtype(given), Products(squares, cross)
-        if dtype == torch.float32:
-            known = Products(*(t * scale[:, None].square() for t in known))
-        whole.append((method, inner, dtype, G, known, correct(G, known, inner), scale, finite))
-    found = []
-    eigenvalues = gram_eigenvalues_all([G for _, _, _, G, *_ in whole])
-    for (method, inner, dtype, G, known, drift, scale, finite), values in zip(whole, eigenvalues, strict=True):
-        S, drift = singular_values(values.double() / (1 + drift[:, None]), known.squares, drift)
-        found.append(finished(S, method, inner, backend_of("tridiagonal", G), dtype, drift, scale, finite))
-    return found
+    every = [part for parts in waiting.values() for part in parts]
+    inners = [part.inner for part in every for _ in part.at]
+    units = [unit_of(m.dtype(given)) for m, parts in waiting.items() for part in parts for _ in part.at]
+    inner, unit = _on_device([inners, units], every[0].G.device, torch.float64)
+    Gs, drifts, squares, first = [], [], [], 0
+    for parts in waiting.values():
+        G, own, cross = map(_joined, zip(*[(part.G, part.squares, part.cross) for part in parts], strict=True))
+        drifts.append(correct(G, Products(own, cross), inner[first : first + len(G)].clone()))
+        first += len(G)
+        Gs.append(G)
+        squares.append(own)
+    backend = backend_of("tridiagonal", Gs[0])
+    drift, eigenvalues = _joined(drifts), _joined([values.double() for values in gram_eigenvalues_all(Gs)])
+    S, drift = singular_values(eigenvalues / (1 + drift[:, None]), _joined(squares), drift)
+    scale, finite = _joined([part.scale for part in every]), _joined([part.finite for part in every])
+    return finished(S, [*waiting][0], inner, backend, unit, drift, scale, finite)
+
+
+def _on_device(numbers: list, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Numbers on a device, which the host does not wait for: from memory that is not pinned it would."""
+    pinned = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)

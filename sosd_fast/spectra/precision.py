@@ -30,7 +30,7 @@ LOG.md#one-planner) and are tested; they are no proof.
 """
 
 # The extension has no types.
-# pyright: reportUnknownMemberType=false, reportPrivateUsage=false
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportPrivateUsage=false
 
 import math
 from collections.abc import Callable, Sequence
@@ -108,8 +108,23 @@ MODELS = {
 _SD = MODELS[Backend.TORCH]  # any: only value_root differs
 
 
+def unit_of(dtype: torch.dtype) -> float:
+    """The unit u = eps / 2 of rounding."""
+    return torch.finfo(dtype).eps / 2
+
+
+def _unit(dtype: torch.dtype | Tensor) -> float | Tensor:
+    """The same; of units (B,) that differ a column, (B, 1)."""
+    return dtype[:, None] if isinstance(dtype, Tensor) else unit_of(dtype)
+
+
+def _in_float64(u: float | Tensor, factor: float) -> float | Tensor:
+    """A factor where u is that of float64, else 1."""
+    return torch.where(u < 2.0**-40, factor, 1.0) if isinstance(u, Tensor) else factor if u < 2.0**-40 else 1.0
+
+
 def sd_error(
-    S: Tensor, method: Method, inner: int | Tensor, *, dtype: torch.dtype, drift: Tensor | None = None
+    S: Tensor, method: Method, inner: int | Tensor, *, dtype: torch.dtype | Tensor, drift: Tensor | None = None
 ) -> Tensor:
     """The bound on |SD - SD_true|_2 that records carry.
 
@@ -117,18 +132,18 @@ def sd_error(
         S: (B, r) float64, singular values, descending.
         method: that found them, or that is to find them.
         inner: the long side K; (B,) float64 where it differs, for methods that square.
-        dtype: that the method computes in.
+        dtype: that the method computes in; for methods that square also (B,) float64, the units of their dtypes.
         drift: (B,) float64, by how much the eigenvalues of the Gram matrix were seen to move together, relative to
             their mean; None for no more than usual.
 
     Returns:
         (B,) float64; NaN for a spectrum of zeros, which has no distribution, or that is not finite.
     """
-    r, u, model = S.shape[-1], torch.finfo(dtype).eps / 2, _SD
+    r, u, model = S.shape[-1], _unit(dtype), _SD
     x = S / power_of_two(S[:, :1])
     squares, total = x.square(), x.sum(-1)
     if method.squares:
-        dl = _moved(squares, u, dtype)
+        dl = _moved(squares, u)
         if drift is not None:
             dl = torch.hypot(dl, drift[:, None] * squares.mean(-1, keepdim=True))
         error = torch.maximum(model.safety * _roots(x, dl), _roots(x, model.safety * dl))
@@ -139,17 +154,16 @@ def sd_error(
         error = (model.safety * units * u * x[:, :1]).expand_as(x)
         lost = x < 4 / model.safety * error
     sd_norm = _norm(x) / total
-    common = (model.common + model.common_root * math.sqrt(r)) * u * sd_norm
+    common = (model.common + model.common_root * math.sqrt(r)) * sd_norm * (u[:, 0] if isinstance(u, Tensor) else u)
     # Values at the noise floor err upwards only, so their errors add up in the sum instead of averaging out.
     return (_norm(error) + sd_norm * (error * lost).sum(-1)) / total + common
 
 
-def _moved(squares: Tensor, u: float, dtype: torch.dtype) -> Tensor:
+def _moved(squares: Tensor, u: float | Tensor) -> Tensor:
     """The root mean square error of eigenvalues (B, r) of Gram matrices, descending, from the noise about them."""
     r, model, a, mean = squares.shape[-1], _SD, squares[:, :1], squares.mean(-1, keepdim=True)
     apart = max(model.spread / math.sqrt(r), model.spread_least) * u * torch.maximum(a, 16 * mean.square() / a)
-    if dtype == torch.float64:
-        apart = apart * model.spread_float64
+    apart = apart * _in_float64(u, model.spread_float64)
     i = torch.arange(r, dtype=squares.dtype, device=squares.device)
     steps = (3 * i + 11).clamp(max=r) + model.reduced_first
     noise = u * (squares.square() @ steps)[:, None].sqrt() / r
@@ -171,15 +185,17 @@ def lapack_error(S: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return most, 2 * most[:, 0] / S.sum(-1)
 
 
-def value_bound(S: Tensor, method: Method, inner: int | Tensor, backend: Backend, *, dtype: torch.dtype) -> Tensor:
+def value_bound(
+    S: Tensor, method: Method, inner: int | Tensor, backend: Backend, *, dtype: torch.dtype | Tensor
+) -> Tensor:
     """The bound on |S - S_true| of each value, (B, r); arguments as of `sd_error`."""
-    r, u, model = S.shape[-1], torch.finfo(dtype).eps / 2, MODELS[backend]
+    r, u, model = S.shape[-1], _unit(dtype), MODELS[backend]
     top = S[:, :1]
     if not method.squares:
         return ((model.value_base + 8 * math.sqrt(r) + math.sqrt(inner)) * u * top).expand_as(S)
     units = model.value_base + max(model.value_root * math.sqrt(r), model.value_linear * r)
     root = inner.sqrt()[:, None] if isinstance(inner, Tensor) else math.sqrt(inner)
-    units = (units + model.value_inner * root) * (model.value_float64 if dtype == torch.float64 else 1)
+    units = (units + model.value_inner * root) * _in_float64(u, model.value_float64)
     return _roots(S, units * u * top.square())
 
 
@@ -188,15 +204,18 @@ def finished(
     method: Method,
     inner: int | Tensor,
     backend: Backend,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Tensor,
     drift: Tensor | None,
     scale: Tensor,
     finite: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """S, bound and sd_error of matrices as they are, from the values S (B, r) of scaled ones; NaN where not finite."""
+    """S, bound and sd_error of matrices as they are, from the values S (B, r) of scaled ones; NaN where not finite.
+
+    Of methods that square any will do; `dtype` tells them apart, as in `sd_error`.
+    """
     bound = value_bound(S, method, inner, backend, dtype=dtype)
     error = sd_error(S, method, inner, dtype=dtype, drift=drift)
-    if not method.squares:
+    if not method.squares and not isinstance(dtype, Tensor):
         more, more_sd = lapack_error(S, dtype=dtype)
         bound, error = bound + more, error + more_sd
     values, bound = (torch.where(finite[:, None], t / scale[:, None], torch.nan) for t in (S, bound))
@@ -233,7 +252,8 @@ def choose(previous: Tensor | None, count: int, dtype: torch.dtype, *, on_host: 
     if previous is None:
         return chosen
     previous = previous.cpu()
-    todo = [i for i, largest in enumerate(previous[:, 0].tolist()) if largest > 0]
+    largest: list[float] = previous[:, 0].tolist()
+    todo = [i for i, value in enumerate(largest) if value > 0]
     for method in LADDER[LADDER.index(lowest) :]:
         errors = [SD_TOLERANCE] * len(todo)
         if method != LADDER[-1]:
@@ -249,7 +269,8 @@ def choose(previous: Tensor | None, count: int, dtype: torch.dtype, *, on_host: 
 def _foretold(S: Tensor, method: Method, dtype: torch.dtype) -> list[float]:
     """`sd_error` on the host, by the function of C++ where it is there: a third of the time, between two steps."""
     if kernels._C is not None:
-        return kernels._C.sd_error(S.contiguous(), method.value, 0, 0.0, math.inf, MODELS[Backend.CPP])
+        found: list[float] = kernels._C.sd_error(S.contiguous(), method.value, 0, 0.0, math.inf, MODELS[Backend.CPP])
+        return found
     # some at a time: torch gives more elements to several threads, which take milliseconds to wake between two steps
     some = max(1, ALONE // S.shape[1])
     parts = (S[first : first + some] for first in range(0, len(S), some))

@@ -21,7 +21,8 @@ from torch.autograd import forward_ad
 
 from sosd_fast import kernels
 from sosd_fast.kernels import Backend, backend_of
-from sosd_fast.spectra.gram import Products, correct, gram_eigenvalues, singular_values, whole
+from sosd_fast.kernels.drift import Products, correct, products
+from sosd_fast.spectra.gram import gram_eigenvalues, singular_values, whole
 from sosd_fast.spectra.launched import launched
 from sosd_fast.spectra.precision import MODELS, Method, choose, climb, finished
 
@@ -268,7 +269,7 @@ def _by_torch(matrices: Sequence[Tensor], method: Method) -> tuple[Tensor, Tenso
                 W = ready(i)
                 W = W if m <= n else W.mT
                 torch.mm(W, W.mT, out=G[i])
-                known.append(Products.of(W))
+                known.append(products(W))
             known = Products(*map(torch.stack, zip(*known, strict=True)))
             drift = correct(G, known, max(m, n))
             S, drift = singular_values(gram_eigenvalues(G).double() / (1 + drift[:, None]), known.squares, drift)

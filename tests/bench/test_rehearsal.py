@@ -65,7 +65,7 @@ with stub_gpu.installed(TARGET) as launches:
             raise AssertionError("operands on two devices")
     found = spectra([W], "gram32")  # its launches, and the references' results
     assert [x.kernel.__name__ for x in launches] == [
-        "_syrk_kernel", "_tridiagonal_kernel", "_scale_kernel", "_sturm_kernel"
+        "_elements_kernel", "_syrk_kernel", "_correct_kernel", "_tridiagonal_kernel", "_scale_kernel", "_sturm_kernel"
     ]
     torch.testing.assert_close(found.S[0].cpu().float(), torch.linalg.svdvals(W.cpu()), rtol=1e-4, atol=1e-4)
     torch.cuda.set_sync_debug_mode("error")

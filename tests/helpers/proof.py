@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 
 from bench.compile_report import around_cublas, recorded, target_of
 from bench.stub_gpu import Launch, launches, put_on
+from sosd_fast.kernels import drift
 from sosd_fast.kernels.chase import chase
 from sosd_fast.kernels.distribution import singular_distribution, singular_distribution_ref
 from sosd_fast.kernels.eigh import eigh, eigh_ref
@@ -129,6 +130,12 @@ def products(A: Tensor, C: Tensor | None = None, **factors) -> float:
     return error(syrk(A, None, C, **factors), syrk_ref(plain(A), None, None if C is None else plain(C), **wide))
 
 
+def elements(W: Tensor, scale: Tensor | None) -> float:
+    """Of those of W W^T that are computed in float64."""
+    found, truth = drift.products(W, scale), drift.products_ref(plain(W), None if scale is None else plain(scale))
+    return max(error(a, b) for a, b in zip(found, truth, strict=True))
+
+
 def polar(*shape: int, dtype: torch.dtype) -> float:
     """Of an iteration in half precision."""
     G = normal(*shape, dtype=dtype)
@@ -191,6 +198,10 @@ CASES: dict[str, tuple[Callable[[], float], float]] = {  # what its result may e
                  products(normal(2, 80, 96)[:, ::2, ::2], symmetric(2, 40, 40), beta=0.5, shift=2.0),
                  products(normal(2, 45, 45), scale=SCALE.cuda(), alpha=2.0)), 1e-5),
     "products, split": (lambda: products(normal(1, 16, 3100)), 1e-5),
+    "products in float64": (lambda: max(elements(W, s) for d in (FLOAT32, BFLOAT16, FLOAT16) for W in
+                            (normal(2, 48, 80, dtype=d), normal(2, 80, 48, dtype=d).mT, normal(2, 37, 74, dtype=d),
+                             normal(2, 74, 37, dtype=d).mT) for s in (None, SCALE.cuda())), 1e-14),
+    "products in float64, shared": (lambda: elements(normal(1, 5, 4200), None), 1e-14),
     "products, half precision": (lambda: max(products(W, scale=s) for d in (BFLOAT16, FLOAT16) for W in
                                  (normal(2, 48, 336, dtype=d), normal(2, 336, 144, dtype=d).mT,
                                   normal(2, 48, 128, dtype=d), normal(2, 128, 48, dtype=d).mT,

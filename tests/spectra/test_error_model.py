@@ -12,8 +12,9 @@ import torch
 from bench.bounds import few_values
 from sosd_fast import kernels
 from sosd_fast.kernels import Backend
+from sosd_fast.kernels.drift import correct, products
 from sosd_fast.kernels.tridiagonal import tridiagonal_ref
-from sosd_fast.spectra.gram import Products, correct, singular_values
+from sosd_fast.spectra.gram import singular_values
 from sosd_fast.spectra.precision import (
     LADDER,
     MODELS,
@@ -297,7 +298,7 @@ def tensor_core_gram(W, block=32, step=8):
 
 def by_tensor_cores(W):
     """S, what is left of the drift, and the drift taken out, as the Triton path has them of a GPU."""
-    G, known = tensor_core_gram(W)[None], Products.of(W[None])
+    G, known = tensor_core_gram(W)[None], products(W[None])
     drift = correct(G, known, W.shape[1])
     d, e = tridiagonal_ref(G)
     T = sum(torch.diag_embed(t.double(), k) for t, k in ((d, 0), (e, 1), (e, -1)))
@@ -321,7 +322,7 @@ def test_the_arithmetic_of_tensor_cores_stays_in_the_bounds(name):
 
 def test_a_drift_is_seen_and_taken_out():
     W = matrix("uniform", 60, 90)
-    known = Products.of(W[None])
+    known = products(W[None])
     G = (W.double() @ W.double().mT)[None]
     moved = (1 + 1e-6) * G
     drift = correct(moved, known, 90)
