@@ -12,6 +12,7 @@ them alike, bit for bit, so that they need to wait for one another once a column
 Source: Dongarra, Hammarling & Sorensen (1989); LAPACK sytrd and latrd.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from sosd_fast import kernels
 from sosd_fast.kernels import Backend, band, tl, triton
 from sosd_fast.kernels.chase import chase
-from sosd_fast.kernels.turns import cooperative, places
+from sosd_fast.kernels.turns import at_once, cooperative, places
 
 PANEL = 16
 ALIGNED = 32  # elements: passes over rows begin at a multiple, and matrices are padded to one; rows of a strip
@@ -302,7 +303,11 @@ def tridiagonal_all(batches: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     ):
         return [tridiagonal(A, overwrite=True) for A in batches]
     with torch.cuda.device_of(batches[0]):
-        bands = [band.banded(_workspace(A, band.ALIGNED, True)) for A in batches]
+        # A few matrices take as long as many: each panel waits for the one before.
+        order = sorted(range(len(batches)), key=lambda i: len(batches[i]), reverse=True)
+        work = [_workspace(batches[i], band.ALIGNED, True) for i in order]
+        found = at_once([functools.partial(band.banded, A) for A in work], work[0].device)
+        bands = [found[order.index(i)] for i in range(len(batches))]
         d, e = (t.split([len(A) for A in batches]) for t in chase(torch.cat(bands), r))
     return [(x.to(A.dtype), y[:, : r - 1].to(A.dtype)) for A, x, y in zip(batches, d, e, strict=True)]
 

@@ -1,12 +1,16 @@
-"""Launches whose programs wait for one another: all of them run at once, and two such launches one after the other."""
+"""Launches that take turns, since their programs wait for one another, and launches that run beside others.
+
+All programs that wait for one another run at once, and two such launches one after the other.
+"""
 
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sosd_fast import kernels
 
@@ -39,6 +43,37 @@ def cooperative(launch: Callable, arguments: dict[str, Any], device: torch.devic
             _warn_alone(str(error))
             return False
     return True
+
+
+def at_once(calls: Sequence[Callable[[], Tensor]], device: torch.device) -> list[Tensor]:
+    """Calls functions that launch much and leave most of a GPU idle, each on a stream of its own but for the first.
+
+    What is queued afterwards waits for them all. While a graph is captured they go one after the other.
+
+    Args:
+        calls: independent of one another, the longest first; each returns what it computes.
+        device: where they launch.
+    """
+    if len(calls) == 1 or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return [call() for call in calls]
+    current = torch.cuda.current_stream(device)
+    ready = current.record_event()
+    found = [calls[0]()]
+    for i, call in enumerate(calls[1:]):
+        stream = _beside(device, i)
+        stream.wait_event(ready)
+        try:
+            with torch.cuda.stream(stream):
+                found.append(call())
+        finally:  # what it read may be freed from here on
+            current.wait_stream(stream)
+        found[-1].record_stream(current)
+    return found
+
+
+@functools.cache
+def _beside(device: torch.device, number: int) -> torch.cuda.Stream:  # noqa: ARG001
+    return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager

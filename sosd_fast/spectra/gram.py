@@ -12,6 +12,7 @@ from sosd_fast.kernels.drift import Products, correct, products
 from sosd_fast.kernels.eigh import library
 from sosd_fast.kernels.sturm import sturm
 from sosd_fast.kernels.tridiagonal import tridiagonal, tridiagonal_all
+from sosd_fast.kernels.turns import at_once
 
 DRIFT_LEFT = 0.5  # of what is taken out; less was seen
 
@@ -107,4 +108,5 @@ def gram_eigenvalues_all(batches: Sequence[Tensor]) -> list[Tensor]:
     """`gram_eigenvalues` of batches (B, r, r) of one r and several dtypes."""
     if len(batches) == 1 or backend_of("tridiagonal", batches[0]) is not Backend.TRITON:
         return [gram_eigenvalues(G) for G in batches]
-    return [sturm(d, e) for d, e in tridiagonal_all(batches)]
+    # Their bisections leave as much of the GPU idle.
+    return at_once([functools.partial(sturm, d, e) for d, e in tridiagonal_all(batches)], batches[0].device)
