@@ -78,6 +78,7 @@ class Loop:
 
     def account(self, name: str) -> tuple[float, float]:
         """Seconds that a tracker says it took, and seconds of its clock, so far."""
+        self.probes[name].records()  # waits for what is under way, which then counts to the steps that began it
         return self.probes[name].seconds, self.clocks[name]()
 
     def synchronize(self):
@@ -100,8 +101,15 @@ class forbidding:  # noqa: N801
             torch.cuda.set_sync_debug_mode("default")
 
 
+def measured(probe: sosd_fast.Probe) -> dict:
+    """The shares of the matrices that a step measured in full, and by leading values only, once a tracker was warm."""
+    records = [r for r in probe.records() if r.step > WARM]
+    count, full = (probe.step_count - WARM) * len(probe.matrices), sum(r.spectrum is not None for r in records)
+    return {"in_full": full / count, "leading": (len(records) - full) / count}
+
+
 def measure(args) -> tuple[dict, dict, dict]:
-    """Returns seconds a step by name and turn, the gate, and each tracker's own account."""
+    """Returns seconds a step by name and turn, the gate, and of each tracker its own account and what it measured."""
     loop = Loop(args)
     began = time.perf_counter()
     loop.steps("off", 2)  # compiles
@@ -119,6 +127,10 @@ def measure(args) -> tuple[dict, dict, dict]:
             loop.steps(name, 1)  # what it is switched on in
             seconds[name].append(loop.steps(name, args.steps))
         print(f"turn {turn + 1}: " + ", ".join(f"{n} {1e3 * s[-1]:.1f} ms" for n, s in seconds.items()), flush=True)
+    own = {}
+    for name, (taken, passed) in accounts.items():
+        taken_now, passed_now = loop.account(name)
+        own[name] = {"own_percent": 100 * (taken_now - taken) / (passed_now - passed)} | measured(loop.probes[name])
     gate = {}
     if loop.device.type == "cuda":
         for name in args.trackers:
@@ -143,10 +155,6 @@ def measure(args) -> tuple[dict, dict, dict]:
         gate[f"SD error <= {ERROR_GATE:g} and within its bound ({worst:.0e})"] = (
             0 < worst <= ERROR_GATE and errors.bound_ratio <= 1
         )
-    own = {}
-    for name, (taken, passed) in accounts.items():
-        taken_now, passed_now = loop.account(name)
-        own[name] = 100 * (taken_now - taken) / (passed_now - passed)
     gate["every tracker still measures"] = all(p.alive for p in loop.probes.values())
     if loop.device.type == "cuda":
         print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
@@ -182,13 +190,14 @@ def main():
         over = [100 * (t / off - 1) for t, off in zip(times, seconds["off"], strict=True)]
         results[name] = {"step_ms": 1e3 * statistics.median(times)}
         if name != "off":
-            results[name] |= {"over_percent": statistics.median(over), "turns_percent": over, "own_percent": own[name]}
-        rows.append([
-            name, f"{results[name]['step_ms']:.1f}",
-            *((f"{statistics.median(over):.2f}", f"{min(over):.2f}..{max(over):.2f}", f"{own[name]:.2f}")
-              if name != "off" else ("", "", "")),
-        ])  # fmt: skip
-    columns = ["tracker", "step ms", "over %, by step times", "turns", "over %, own account"]
+            results[name] |= {"over_percent": statistics.median(over), "turns_percent": over} | own[name]
+        row = results[name]
+        cells = [f"{row['step_ms']:.1f}"]
+        if name != "off":
+            cells += [f"{row['over_percent']:.2f}", f"{min(over):.2f}..{max(over):.2f}", f"{row['own_percent']:.2f}"]
+            cells += [f"{100 * row['in_full']:.0f}", f"{100 * row['leading']:.0f}"]
+        rows.append([name, *cells, *[""] * (6 - len(cells))])
+    columns = ["tracker", "step ms", "over %, by step times", "turns", "over %, own account", "in full %", "leading %"]
     show(f"{args.model}, {args.tokens} tokens a step", columns, rows)
     if torch.cuda.is_available():
         for name, most in BARS.items():
