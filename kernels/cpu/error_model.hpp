@@ -91,10 +91,14 @@ inline double sd_error(const double* S, int64_t r, int64_t K, Method method, dou
     // Eigenvalues err by `apart` in root mean square; n neighbours nearer than noise moves them, as those of a random matrix.
     const auto bound = [&](double apart, double noise) {
         const double near = std::max(model.near * noise, model.nearest * eps * S[0] * S[0]);
+        const double together = drift * mean * drift * mean;
+        const auto error_of = [&](double own) { return std::sqrt(own * own + together); };  // far from the ends of the range
+        const double alone = error_of(std::max(apart, noise));
         double errors = 0, lost = 0;
         for (int64_t first = 0, end; first < r; first = end) {
             for (end = first + 1; end < r && S[end - 1] * S[end - 1] - S[end] * S[end] <= near;) ++end;
-            const double dl = std::hypot(std::max(apart, noise * std::sqrt(double(end - first))), drift * mean);
+            const int64_t n = end - first;
+            const double dl = n == 1 ? alone : error_of(std::max(apart, noise * std::sqrt(double(n))));
             for (int64_t i = first; i < end; ++i) {
                 double error = root_error(S[i], model.safety * dl);
                 if (S[i] * S[i] < 4 * dl) {  // beyond, the other one is smaller

@@ -55,9 +55,10 @@ constexpr double kDriftLeft = 0.5;  // of what `correct_gram` takes out; less wa
 
 // Takes the drift out of eigenvalues; returns how far rounding moved them together, relative to their mean.
 double settle(double* ascending, int64_t r, const GramSums& sums) {
-    for (int64_t i = 0; i < r; ++i) ascending[i] /= 1 + sums.drift;
-    const double shift = std::accumulate(ascending, ascending + r, -sums.trace) / sums.trace;
-    return std::hypot(shift, kDriftLeft * sums.drift);
+    const double factor = 1 / (1 + sums.drift);
+    for (int64_t i = 0; i < r; ++i) ascending[i] *= factor;
+    const double shift = std::accumulate(ascending, ascending + r, -sums.trace) / sums.trace, left = kDriftLeft * sums.drift;
+    return std::sqrt(shift * shift + left * left);
 }
 
 bool fits_lanes(const SvdvalsTask& t) {
