@@ -42,9 +42,14 @@ def launched(matrices: Sequence[Tensor], methods: list[Method]) -> tuple[Tensor,
             size += more
     reduce()
     S, bound, sd_error = map(_joined, zip(*found, strict=True))
-    if order != sorted(order):
-        back = _on_device(sorted(range(len(order)), key=order.__getitem__), S.device, torch.int64)
-        S, bound, sd_error = (t.index_select(0, back) for t in (S, bound, sd_error))
+    back, ordered = sorted(range(len(order)), key=order.__getitem__), order == sorted(order)
+    if not ordered and S.is_cuda and torch.cuda.is_current_stream_capturing():
+        # A graph would read the indices from the host's memory each time, long after others have it.
+        S, bound, sd_error = (torch.stack([t[i] for i in back]) for t in (S, bound, sd_error))
+    elif not ordered:
+        at = torch.tensor(back, pin_memory=S.is_cuda, device="cpu")
+        at = at.to(S.device, non_blocking=True)  # from other memory it would wait for the device
+        S, bound, sd_error = (t.index_select(0, at) for t in (S, bound, sd_error))
     return S, bound, sd_error
 
 
@@ -118,24 +123,27 @@ def _reduced(waiting: dict[Method, list[_Part]], given: torch.dtype) -> tuple[Te
     `given` is the dtype of the matrices.
     """
     every = [part for parts in waiting.values() for part in parts]
-    inners = [part.inner for part in every for _ in part.at]
-    units = [unit_of(m.dtype(given)) for m, parts in waiting.items() for part in parts for _ in part.at]
-    inner, unit = _on_device([inners, units], every[0].G.device, torch.float64)
-    Gs, drifts, squares, first = [], [], [], 0
+    dtypes = [method.dtype(given) for method, parts in waiting.items() for _ in parts]
+    dtype = dtypes[0] if len(waiting) == 1 else _spread([unit_of(d) for d in dtypes], every)
+    Gs, drifts, squares = [], [], []
     for parts in waiting.values():
         G, own, cross = map(_joined, zip(*[(part.G, part.squares, part.cross) for part in parts], strict=True))
-        drifts.append(correct(G, Products(own, cross), inner[first : first + len(G)].clone()))
-        first += len(G)
+        drifts.append(correct(G, Products(own, cross), _inner(parts)))
         Gs.append(G)
         squares.append(own)
     backend = backend_of("tridiagonal", Gs[0])
     drift, eigenvalues = _joined(drifts), _joined([values.double() for values in gram_eigenvalues_all(Gs)])
     S, drift = singular_values(eigenvalues / (1 + drift[:, None]), _joined(squares), drift)
     scale, finite = _joined([part.scale for part in every]), _joined([part.finite for part in every])
-    return finished(S, [*waiting][0], inner, backend, unit, drift, scale, finite)
+    return finished(S, next(iter(waiting)), _inner(every), backend, dtype, drift, scale, finite)
 
 
-def _on_device(numbers: list, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Numbers on a device, which the host does not wait for: from memory that is not pinned it would."""
-    pinned = torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
-    return pinned.to(device, non_blocking=True)
+def _inner(parts: list[_Part]) -> int | Tensor:
+    """The long side of the matrices, as of `sd_error`."""
+    inners = [part.inner for part in parts]
+    return _spread(inners, parts) if len(set(inners)) > 1 else inners[0]
+
+
+def _spread(values: Sequence[float], parts: list[_Part]) -> Tensor:
+    """One value of each part for all matrices of it, (B,) float64."""
+    return torch.cat([part.scale.new_full(part.scale.shape, x) for x, part in zip(values, parts, strict=True)])

@@ -120,7 +120,9 @@ def _unit(dtype: torch.dtype | Tensor) -> float | Tensor:
 
 def _in_float64(u: float | Tensor, factor: float) -> float | Tensor:
     """A factor where u is that of float64, else 1."""
-    return torch.where(u < 2.0**-40, factor, 1.0) if isinstance(u, Tensor) else factor if u < 2.0**-40 else 1.0
+    if isinstance(u, Tensor):
+        return 1 + (factor - 1) * (u < 2.0**-40).to(u.dtype)  # numbers alone would be float32
+    return factor if u < 2.0**-40 else 1.0
 
 
 def sd_error(

@@ -130,3 +130,27 @@ def test_a_bar_that_was_not_reached_is_said():
     assert len(gpu.not_reached("svdvals", said)) == 2
     assert all(line.endswith("not reached") for line in gpu.not_reached("svdvals", said))
     assert set(gpu.BARS) <= set(gpu.PARTS) and not gpu.not_reached("compile", [])
+
+
+def test_a_graph_reads_nothing_from_the_host():
+    """What is captured runs again when the host's memory is others'."""
+    fresh(
+        """
+import torch
+from bench import stub_gpu
+from bench.rehearse import TARGET
+with stub_gpu.installed(TARGET):
+    from sosd_fast.spectra.svdvals import spectra
+    shapes = (8, 12), (8, 8), (12, 8), (8, 12)  # those of one shape come together, and go back to their places
+    matrices = [torch.randn(*shape, device="cuda") for shape in shapes]
+    expected = spectra(matrices, "gram32")
+    def refuse(*_, **__):
+        raise AssertionError("numbers from the host")
+    torch.cuda.is_current_stream_capturing, tensor, torch.tensor = lambda: True, torch.tensor, refuse
+    found = spectra(matrices, "gram32")
+    torch.tensor = tensor
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], expected[:3], strict=True))
+    truth = torch.stack([torch.linalg.svdvals(W.cpu()) for W in matrices])
+    torch.testing.assert_close(found.S.cpu().float(), truth, rtol=1e-4, atol=1e-4)
+"""
+    )

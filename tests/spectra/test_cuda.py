@@ -133,6 +133,8 @@ def test_one_reduction_takes_both_precisions(device, monkeypatch):
     for i, method in enumerate(found.methods):
         alone = spectra(matrices[i : i + 1], method)
         torch.testing.assert_close(found.S[i], alone.S[0], rtol=1e-12 if method == "gram64" else 0, atol=0)
+        for name in ("bound", "sd_error"):
+            torch.testing.assert_close(getattr(found, name)[i], getattr(alone, name)[0], rtol=1e-12, atol=0)
 
 
 def test_sides_up_to_8192_are_reduced_by_the_kernel(device, monkeypatch):
