@@ -150,9 +150,9 @@ std::vector<double> sd_error(const py::object& S, const std::string& method, int
     const py::gil_scoped_release release;
     for (size_t i = 0; i < found.size(); ++i) {
         const double* const row = values.as<double>() + int64_t(i) * r;
-        const double unit = sosd_fast::unit_of(row[0]);
-        for (size_t j = 0; j < scaled.size(); ++j) scaled[j] = row[j] * unit;
-        found[i] = sosd_fast::sd_error(scaled.data(), r, inner, asked, drift, noise * unit * unit, constants);
+        const double factor = sosd_fast::scale_of(row[0]);
+        for (size_t j = 0; j < scaled.size(); ++j) scaled[j] = row[j] * factor;
+        found[i] = sosd_fast::sd_error(scaled.data(), r, inner, asked, drift, noise * factor * factor, constants);
     }
     return found;
 }

@@ -66,7 +66,7 @@ template <class T> double reduction_noise(const T* d, const T* e, int64_t r, con
 }
 
 // A power of two, times which values that are at most `largest` have squares in range; 1 where it is not finite.
-inline double unit_of(double largest) {
+inline double scale_of(double largest) {
     return std::isfinite(largest) && largest > 0 ? std::ldexp(1.0, -std::clamp(std::ilogb(largest), -900, 1022)) : 1;
 }
 

@@ -97,9 +97,9 @@ Method first_method(const SvdvalsTask& t) {
         if (fits_lanes(t)) return Method::gram64;
         return method == Method::gram32 && r <= kDirectAtOnce ? next(method, r, std::max(t.m, t.n)) : method;
     }
-    const double unit = unit_of(t.previous[0]);
+    const double factor = scale_of(t.previous[0]);
     std::vector<double> previous(t.previous, t.previous + r);
-    for (double& value : previous) value *= unit;
+    for (double& value : previous) value *= factor;
     const int64_t K = std::max(t.m, t.n);
     const double noise = expected_noise(t, previous.data());
     while (method != Method::bidiag64 && sd_error(previous.data(), r, K, method, 0, noise, *t.model) > t.model->tolerance)
