@@ -61,7 +61,9 @@ def around_cublas(G: torch.Tensor) -> torch.Tensor:
 def calls() -> dict[str, Callable[[], object]]:
     """What is launched, by a name: bodies of models, sides that are no multiples of 16, and few and many matrices."""
     found: dict[str, Callable[[], object]] = {}
-    for dtype, method in ((FLOAT32, "gram32"), (FLOAT32, "gram64"), (BFLOAT16, "gram32"), (FLOAT16, "gram32")):
+    for dtype, method in (
+        (FLOAT32, "gram32"), (FLOAT32, "gram64"), (FLOAT64, "gram64"), (BFLOAT16, "gram32"), (FLOAT16, "gram32")
+    ):  # fmt: skip
         for name, matrices in (
             ("GPT-2 small", [((768, 768), 48), ((768, 3072), 12), ((3072, 768), 12)]),
             ("embedding", [((50257, 768), 1)]),

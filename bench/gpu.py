@@ -29,7 +29,7 @@ PYTEST = ["-m", "pytest", "-q", "-W", "default", "-o", "faulthandler_timeout=40"
 # Of the first files those whose programs wait for one another, and what runs on streams.
 FIRST = ["tests/kernels/test_tridiagonal.py", "tests/spectra/test_cuda.py", "tests/probe/test_side.py"]
 WAITS = "tridiagonal or (test_side and cuda) or wait or stream"
-KERNELS = ("syrk", "sturm", "eigh", "distribution", "newton_schulz")
+KERNELS = ("syrk", "drift", "sturm", "eigh", "distribution", "newton_schulz")
 TESTS = [*(f"tests/kernels/test_{name}.py" for name in KERNELS), "tests/spectra/test_topk.py", "tests/test_muon.py"]
 # Compiling takes most of the tests' time: a process for each two cores compiles beside the others.
 WORKERS = max(1, min(8, (os.cpu_count() or 1) // 2)) if importlib.util.find_spec("xdist") else 1
@@ -39,7 +39,7 @@ THREADS = {"tests": 1}
 PARTS = {  # name -> (seconds, arguments of python)
     "compile": (60, ["-m", "bench.compile_report", "--warm", "--json", "compile_report.json"]),
     "reduction": (110, [*PYTEST, *FIRST, "-k", WAITS]),
-    "tests": (110, [*PYTEST, *TESTS, FIRST[1], *APART, "-k", f"not cold_start and not ({WAITS})"]),
+    "tests": (130, [*PYTEST, *TESTS, FIRST[1], *APART, "-k", f"not cold_start and not ({WAITS})"]),
     "svdvals": (70, ["-m", "bench.svdvals", "--json", "svdvals.json"]),
     "topk": (45, ["-m", "bench.topk", "--json", "topk.json"]),
     "end_to_end": (170, ["-m", "bench.end_to_end", "--compile", "--trackers", "full", "fast", "--turns", "3",

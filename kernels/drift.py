@@ -50,9 +50,8 @@ if triton is not None:
         r *= GRAIN
         k *= GRAIN
         length *= GRAIN
-        stride_b *= GRAIN
-        stride_r = 1 if UNIT == 1 else stride_r * GRAIN
-        stride_k = 1 if UNIT == 2 else stride_k * GRAIN
+        stride_r = 1 if UNIT == 1 else stride_r.to(tl.int64) * GRAIN
+        stride_k = 1 if UNIT == 2 else stride_k.to(tl.int64) * GRAIN
         tiles = tl.cdiv(r, ROWS)
         batch = (tl.program_id(0) // tiles).to(tl.int64)
         first = tl.program_id(0) % tiles * ROWS
@@ -60,7 +59,8 @@ if triton is not None:
         columns = tl.arange(0, BLOCK)
         begin = tl.program_id(1) * length
         end = tl.minimum(begin + length, k)
-        W_ptr += batch * stride_b + rows[:, None].to(tl.int64) * stride_r + columns[None, :].to(tl.int64) * stride_k
+        W_ptr += batch * stride_b * GRAIN
+        W_ptr += rows[:, None].to(tl.int64) * stride_r + columns[None, :].to(tl.int64) * stride_k
         if HAS_SCALE:
             scale = tl.load(scale_ptr + batch)
         squares = tl.zeros([ROWS, BLOCK], tl.float64)
@@ -147,9 +147,9 @@ def products(W: Tensor, scale: Tensor | None = None) -> Products:
     with torch.cuda.device_of(W):
         launch(
             _elements_kernel, (B * triton.cdiv(r, ROWS["ROWS"]), parts),
-            W_ptr=W, scale_ptr=squares if scale is None else scale.reshape(-1), squares_ptr=squares, cross_ptr=cross,
-            r=r // grain, k=k // grain, pairs=pairs, length=min(k, LONGEST) // grain, HAS_SCALE=scale is not None,
-            UNIT=unit, GRAIN=grain, **{f"stride_{x}": n // grain for x, n in zip("brk", strides, strict=True)}, **ROWS,
+            W_ptr=W, scale_ptr=squares if scale is None else scale.reshape(-1).contiguous(), squares_ptr=squares,
+            cross_ptr=cross, r=r // grain, k=k // grain, pairs=pairs, length=min(k, LONGEST) // grain,
+            HAS_SCALE=scale is not None, UNIT=unit, GRAIN=grain, **{f"stride_{x}": n // grain for x, n in zip("brk", strides, strict=True)}, **ROWS,
         )  # fmt: skip
     squares, cross = (t[0] if parts == 1 else t.sum(0) for t in (squares, cross))
     return Products(squares.view(*batch, r), cross.view(*batch, pairs))
@@ -190,7 +190,7 @@ def correct(G: Tensor, known: Products, inner: int | Tensor) -> Tensor:
     with torch.cuda.device_of(G):
         call = Launcher(
             G_ptr=G, squares_ptr=known.squares.contiguous(), cross_ptr=known.cross.contiguous(), drift_ptr=drift,
-            inner_ptr=inner if isinstance(inner, Tensor) else torch.full_like(drift, inner),
+            inner_ptr=inner.contiguous() if isinstance(inner, Tensor) else torch.full_like(drift, inner),
         )  # fmt: skip
         call(_correct_kernel, (B,), r=r, pairs=known.cross.shape[-1], MOST=MOST_DRIFT, **CORRECT)
     return drift

@@ -16,7 +16,7 @@ _known: dict[tuple, tuple[Any, list[str], Any]] = {}  # the kernel lives on, so 
 
 
 class Launcher:
-    """Launches kernels that share tensors, on the device and stream that are current when it is made.
+    """Launches kernels that share tensors; called on the device and stream that are current when it is made.
 
     Args:
         tensors: by the names of the kernels' arguments. A kernel takes those that it has names for.

@@ -205,7 +205,7 @@ def syrk(
     C = None if C is None else C.detach().reshape(-1, m, m)
     out = torch.empty(*batch, m, m, dtype=out_dtype, device=A.device)
     parts = 1 if C is not None or shift or out_dtype is not torch.float32 else _parts(A)
-    some = None if scale is None else scale.reshape(-1)
+    some = None if scale is None else scale.reshape(-1).contiguous()
     with torch.cuda.device_of(A):
         if parts == 1:
             _launch(A, B, C, some, out.view(-1, m, m), alpha, beta, shift, rounded)

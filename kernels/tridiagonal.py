@@ -303,11 +303,9 @@ def tridiagonal_all(batches: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     ):
         return [tridiagonal(A, overwrite=True) for A in batches]
     with torch.cuda.device_of(batches[0]):
+        work = [_workspace(A, band.ALIGNED, True) for A in batches]
         # A few matrices take as long as many: each panel waits for the one before.
-        order = sorted(range(len(batches)), key=lambda i: len(batches[i]), reverse=True)
-        work = [_workspace(batches[i], band.ALIGNED, True) for i in order]
-        found = at_once([functools.partial(band.banded, A) for A in work], work[0].device)
-        bands = [found[order.index(i)] for i in range(len(batches))]
+        bands = at_once([functools.partial(band.banded, A) for A in work], [len(A) for A in work], work[0].device)
         d, e = (t.split([len(A) for A in batches]) for t in chase(torch.cat(bands), r))
     return [(x.to(A.dtype), y[:, : r - 1].to(A.dtype)) for A, x, y in zip(batches, d, e, strict=True)]
 

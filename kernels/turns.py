@@ -45,30 +45,35 @@ def cooperative(launch: Callable, arguments: dict[str, Any], device: torch.devic
     return True
 
 
-def at_once(calls: Sequence[Callable[[], Tensor]], device: torch.device) -> list[Tensor]:
-    """Calls functions that launch much and leave most of a GPU idle, each on a stream of its own but for the first.
+def at_once(calls: Sequence[Callable[[], Tensor]], sizes: Sequence[int], device: torch.device) -> list[Tensor]:
+    """Calls functions that launch much and leave most of a GPU idle, the largest first, the others on further streams.
 
     What is queued afterwards waits for them all. While a graph is captured they go one after the other.
 
     Args:
-        calls: independent of one another, the longest first; each returns what it computes.
+        calls: independent of one another; each returns what it computes.
+        sizes: how much each computes. The largest has the device from the start, while the host queues the others.
         device: where they launch.
+
+    Returns:
+        What each returned.
     """
     if len(calls) == 1 or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return [call() for call in calls]
     current = torch.cuda.current_stream(device)
     ready = current.record_event()
-    found = [calls[0]()]
-    for i, call in enumerate(calls[1:]):
-        stream = _beside(device, i)
+    largest, *others = sorted(range(len(calls)), key=lambda i: -sizes[i])
+    found = {largest: calls[largest]()}
+    for number, i in enumerate(others):
+        stream = _beside(device, number)
         stream.wait_event(ready)
         try:
             with torch.cuda.stream(stream):
-                found.append(call())
+                found[i] = calls[i]()
         finally:  # what it read may be freed from here on
             current.wait_stream(stream)
-        found[-1].record_stream(current)
-    return found
+        found[i].record_stream(current)
+    return [found[i] for i in range(len(calls))]
 
 
 @functools.cache

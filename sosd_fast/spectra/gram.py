@@ -108,5 +108,6 @@ def gram_eigenvalues_all(batches: Sequence[Tensor]) -> list[Tensor]:
     """`gram_eigenvalues` of batches (B, r, r) of one r and several dtypes."""
     if len(batches) == 1 or backend_of("tridiagonal", batches[0]) is not Backend.TRITON:
         return [gram_eigenvalues(G) for G in batches]
-    # Their bisections leave as much of the GPU idle.
-    return at_once([functools.partial(sturm, d, e) for d, e in tridiagonal_all(batches)], batches[0].device)
+    # The bisections of a few matrices take as long as those of many.
+    calls = [functools.partial(sturm, d, e) for d, e in tridiagonal_all(batches)]
+    return at_once(calls, [len(G) for G in batches], batches[0].device)

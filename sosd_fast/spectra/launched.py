@@ -118,7 +118,7 @@ def _grams(matrices: Sequence[Tensor], at: list[int], method: Method) -> list[_P
 
 
 def _reduced(waiting: dict[Method, list[_Part]], given: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """S, bound and sd_error by each method, part by part, from one reduction: two take nearly twice as long.
+    """S, bound and sd_error of all parts in their order. Both precisions share what takes long for few matrices, too.
 
     `given` is the dtype of the matrices.
     """

@@ -4,7 +4,7 @@ The eigenvalues of a Gram matrix G = W W^T err by dl = units * u * max(a, (4 mea
 in root mean square (flat spectra, those of long matrices, err by more of their largest eigenvalue than square ones),
 u = eps / 2, so a singular value errs by about dl / (2 sigma), or by up to sqrt(dl) where it is lost in the noise.
 What rounding did to all eigenvalues together (equal products, as those of signs or quantised weights, round alike) is
-measured for each matrix and added (`sosd_fast.spectra.gram`).
+measured for each matrix and added (`sosd_fast.kernels.drift`).
 
 n eigenvalues that lie closer together than rounding moves them are moved as those of a random matrix, by sqrt(n) of
 what one of its rows is: dl >= sqrt(n) u x, where x is the norm of what is left of G at each step of a reduction,
@@ -114,7 +114,7 @@ def unit_of(dtype: torch.dtype) -> float:
 
 
 def _unit(dtype: torch.dtype | Tensor) -> float | Tensor:
-    """The same; of units (B,) that differ a column, (B, 1)."""
+    """The unit of a dtype; units (B,), one for each matrix, become a column (B, 1)."""
     return dtype[:, None] if isinstance(dtype, Tensor) else unit_of(dtype)
 
 
@@ -213,11 +213,12 @@ def finished(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """S, bound and sd_error of matrices as they are, from the values S (B, r) of scaled ones; NaN where not finite.
 
-    Of methods that square any will do; `dtype` tells them apart, as in `sd_error`.
+    Where `dtype` holds units, as in `sd_error`, `method` may be any method that squares.
     """
     bound = value_bound(S, method, inner, backend, dtype=dtype)
     error = sd_error(S, method, inner, dtype=dtype, drift=drift)
-    if not method.squares and not isinstance(dtype, Tensor):
+    if not method.squares:
+        assert not isinstance(dtype, Tensor)
         more, more_sd = lapack_error(S, dtype=dtype)
         bound, error = bound + more, error + more_sd
     values, bound = (torch.where(finite[:, None], t / scale[:, None], torch.nan) for t in (S, bound))

@@ -36,7 +36,10 @@ for name in gpu.BARS:
     for part in said.split("\npart ")[1:] or [said]:
         name, *lines = part.removeprefix("part ").splitlines()
         bars = [line for line in lines if line.startswith("bar: ")]
-        assert bars and not gpu.not_reached(name, bars), name
+        missing = gpu.not_reached(name, bars)
+        if "fast measured nothing in these steps" in part:  # within its budget, which holds nothing then
+            missing = [bar for bar in missing if "fast, " not in bar]
+        assert bars and not missing, name
         assert all("not measured" in line for line in bars)
         assert json.loads(next(line for line in lines if line.startswith("{")))["gate"]
         assert int(next(line for line in lines if "to compile" in line).split()[0]) > 0  # kernels were launched

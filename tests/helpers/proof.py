@@ -198,7 +198,7 @@ CASES: dict[str, tuple[Callable[[], float], float]] = {  # what its result may e
                  products(normal(2, 80, 96)[:, ::2, ::2], symmetric(2, 40, 40), beta=0.5, shift=2.0),
                  products(normal(2, 45, 45), scale=SCALE.cuda(), alpha=2.0)), 1e-5),
     "products, split": (lambda: products(normal(1, 16, 3100)), 1e-5),
-    "products in float64": (lambda: max(elements(W, s) for d in (FLOAT32, BFLOAT16, FLOAT16) for W in
+    "products in float64": (lambda: max(elements(W, s) for d in (FLOAT64, FLOAT32, BFLOAT16, FLOAT16) for W in
                             (normal(2, 48, 80, dtype=d), normal(2, 80, 48, dtype=d).mT, normal(2, 37, 74, dtype=d),
                              normal(2, 74, 37, dtype=d).mT) for s in (None, SCALE.cuda())), 1e-14),
     "products in float64, shared": (lambda: elements(normal(1, 5, 4200), None), 1e-14),

@@ -44,6 +44,11 @@ def test_products_of_any_strides(device, dtype):
     for view in (W.mT, W[:, ::2, 1::3], W.transpose(0, 1), W[1:, :, :70], W[:1].expand(2, -1, -1), W[:, 1:], W[0].mT):
         assert_close(view)
         assert_close(view, powers(len(view), device) if view.ndim == 3 else None)
+    for scale in (powers(6, device)[::2], powers(1, device).expand(3)):
+        assert_close(W, scale)
+    G = W.float() @ W.float().mT
+    expected = correct_ref(G.clone(), products(W), powers(6, device)[1::2])
+    torch.testing.assert_close(correct(G, products(W), powers(6, device)[1::2]), expected, rtol=1e-9, atol=1e-18)
 
 
 def test_long_rows_are_shared(device, monkeypatch):

@@ -16,34 +16,47 @@ def _kernel(parts_ptr, firsts_ptr, out_ptr, size, BLOCK: "tl.constexpr"):  # noq
     pass
 
 
+def _short_kernel(out_ptr, size):  # noqa: ARG001
+    pass
+
+
 class Code:
     """Compiled code on the stub: what it is launched with."""
 
     packed_metadata, function = (), None
 
     def __init__(self):
-        self.taken = []
+        self.taken, self.streams = [], []
 
     def launch_metadata(self, *_):
         return None
 
     def run(self, *given):
         self.taken.append((given[:3], given[-len(NAMES) :]))
+        self.streams.append(given[3])
 
     def __getitem__(self, grid):
         return lambda *given, stream: self.run(*grid, stream, *given)
 
 
+def compiled(function):
+    """A kernel with a list of the codes that Triton was asked to compile."""
+    from triton.runtime.jit import JITFunction
+
+    found = JITFunction(function)
+    found.codes = []  # pyright: ignore[reportAttributeAccessIssue]
+    return found
+
+
 @pytest.fixture
 def kernel(monkeypatch):
-    """A kernel on a stub of a GPU, with a list of the codes that Triton was asked to compile."""
+    """A kernel on a stub of a GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
     from bench import stub_gpu
 
-    found = JITFunction(_kernel)
-    found.codes = []  # pyright: ignore[reportAttributeAccessIssue]
+    found = compiled(_kernel)
 
     def compile(self, key, *_):
         self.codes.append(Code())
@@ -83,3 +96,21 @@ def test_what_code_is_compiled_for_is_told_apart(kernel):
     assert asked(parts_ptr=torch.empty(8, dtype=torch.float64)) == 3
     assert asked(BLOCK=512) == 4 and asked(num_warps=8) == 5
     assert asked() == 5 and [len(code.taken) for code in kernel.codes] == [4, 1, 1, 1, 1]
+
+
+def test_kernels_share_tensors_and_the_stream_of_their_launcher(kernel, monkeypatch):
+    """Of kernels that were launched before; each takes the tensors that it has names for."""
+    short, module = compiled(_short_kernel), sys.modules["sosd_fast.kernels.launch"]
+    tensors = {"parts_ptr": torch.empty(8), "firsts_ptr": torch.zeros(2, dtype=torch.int64), "out_ptr": torch.empty(8)}
+    driver = type(sys.modules["triton"].runtime.driver.active)
+    for stream in (0, 5, 7):
+        monkeypatch.setattr(driver, "get_current_stream", lambda *_, stream=stream: stream)
+        both = module.Launcher(**tensors)
+        both(kernel, (3,), size=7, BLOCK=1024, num_warps=4)
+        both(short, (2, 4), size=9)
+        assert len(kernel.codes) == len(short.codes) == 1
+        (long_code,), (short_code,) = kernel.codes, short.codes
+        assert long_code.streams[-1] == short_code.streams[-1] == stream
+        (grid, given), (short_grid, rest) = long_code.taken[-1], short_code.taken[-1]
+        assert grid == (3, 1, 1) and [*map(id, given)] == [*map(id, [*tensors.values(), 7, 1024])]
+        assert short_grid == (2, 4, 1) and rest[-2] is tensors["out_ptr"] and rest[-1] == 9

@@ -11,7 +11,7 @@ from sosd_fast.kernels import turns
 def test_on_the_host_calls_follow_one_another():
     order = []
     calls = [functools.partial(lambda i: order.append(i) or torch.tensor(i), i) for i in range(3)]
-    assert [int(t) for t in turns.at_once(calls, torch.device("cpu"))] == order == [0, 1, 2]
+    assert [int(t) for t in turns.at_once(calls, [1, 3, 2], torch.device("cpu"))] == order == [0, 1, 2]
 
 
 class Streams:
@@ -85,30 +85,30 @@ class Result:
 DEVICE = torch.device("cuda", 0)
 
 
-def test_calls_run_beside_the_first_one(monkeypatch):
+def test_calls_run_beside_the_largest_one(monkeypatch):
     streams = Streams(monkeypatch)
     for _ in range(2):  # by the same streams
         del streams.said[:]
-        found = turns.at_once([streams.call(x) for x in "abc"], DEVICE)
+        found = turns.at_once([streams.call(x) for x in "abc"], [5, 9, 7], DEVICE)
         assert [r.name for r in found] == ["a", "b", "c"]
         assert streams.said == [
-            "current records", "a on current",
-            "side 0 waits", "b on side 0", "current waits for side 0", "b is kept for current",
-            "side 1 waits", "c on side 1", "current waits for side 1", "c is kept for current",
+            "current records", "b on current",
+            "side 0 waits", "c on side 0", "current waits for side 0", "c is kept for current",
+            "side 1 waits", "a on side 1", "current waits for side 1", "a is kept for current",
         ]  # fmt: skip
 
 
 def test_an_error_leaves_nothing_behind_that_is_not_waited_for(monkeypatch):
     streams = Streams(monkeypatch)
     with pytest.raises(MemoryError, match="b"):
-        turns.at_once([streams.call("a"), streams.call("b", fails=True), streams.call("c")], DEVICE)
+        turns.at_once([streams.call("a"), streams.call("b", fails=True), streams.call("c")], [3, 2, 1], DEVICE)
     assert streams.said[-2:] == ["b on side 0", "current waits for side 0"]
 
 
 def test_one_call_and_a_graph_take_the_current_stream(monkeypatch):
     streams = Streams(monkeypatch)
-    turns.at_once([streams.call("a")], DEVICE)
+    turns.at_once([streams.call("a")], [1], DEVICE)
     assert streams.said == ["a on current"]
     streams = Streams(monkeypatch, capturing=True)
-    turns.at_once([streams.call("a"), streams.call("b")], DEVICE)
+    turns.at_once([streams.call("a"), streams.call("b")], [1, 2], DEVICE)
     assert streams.said == ["a on current", "b on current"]

@@ -65,14 +65,16 @@ def by_function(S, dtype, error):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("r", SIZES)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_spectrum_gets_the_same_method(name, r, dtype):
+def test_the_same_spectrum_gets_the_same_method(name, r, dtype, monkeypatch):
     """By the function of C++, by that of torch, Triton and row shards on the host, and on a device."""
     S = known_spectrum(name, r)
     model = MODELS[Backend.CPP]
     in_cpp = by_function(S, dtype, lambda S, m: kernels._C.sd_error(S, m.value, r, 0.0, math.inf, model)[0])
-    assert choose(S, 1, dtype, on_host=True) == [in_cpp]
-    if name != "zero":
-        assert choose(S, 1, dtype, on_host=False) == [in_cpp]
+    for extension in (kernels._C, None):
+        monkeypatch.setattr(kernels, "_C", extension)
+        assert choose(S, 1, dtype, on_host=True) == [in_cpp]
+        if name != "zero":
+            assert choose(S, 1, dtype, on_host=False) == [in_cpp]
 
 
 @pytest.mark.parametrize("r", [1, 5, 64, 700])
