@@ -144,12 +144,13 @@ def products(W: Tensor, scale: Tensor | None = None) -> Products:
     grain = ALIGNED if not any(value % ALIGNED for value in (r, k, *others)) else 1
     parts = triton.cdiv(k, LONGEST)
     squares, cross = (W.new_empty(parts, B, n, dtype=torch.float64) for n in (r, pairs))
+    steps = {f"stride_{x}": n // grain for x, n in zip("brk", strides, strict=True)}
     with torch.cuda.device_of(W):
         launch(
             _elements_kernel, (B * triton.cdiv(r, ROWS["ROWS"]), parts),
             W_ptr=W, scale_ptr=squares if scale is None else scale.reshape(-1).contiguous(), squares_ptr=squares,
-            cross_ptr=cross, r=r // grain, k=k // grain, pairs=pairs, length=min(k, LONGEST) // grain,
-            HAS_SCALE=scale is not None, UNIT=unit, GRAIN=grain, **{f"stride_{x}": n // grain for x, n in zip("brk", strides, strict=True)}, **ROWS,
+            cross_ptr=cross, r=r // grain, k=k // grain, pairs=pairs, length=min(k, LONGEST) // grain, **steps,
+            HAS_SCALE=scale is not None, UNIT=unit, GRAIN=grain, **ROWS,
         )  # fmt: skip
     squares, cross = (t[0] if parts == 1 else t.sum(0) for t in (squares, cross))
     return Products(squares.view(*batch, r), cross.view(*batch, pairs))
