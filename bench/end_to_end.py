@@ -108,10 +108,10 @@ def warm(name: str) -> int:
     return WARM.get(name, WARM["full"])
 
 
-def measured(probe: sosd_fast.Probe, warm: int) -> dict:
-    """The shares of the matrices that a step measured in full, and by leading values only, once a tracker was warm."""
-    records = [r for r in probe.records() if r.step > warm]
-    count, full = (probe.step_count - warm) * len(probe.matrices), sum(r.spectrum is not None for r in records)
+def measured(probe: sosd_fast.Probe, after: int) -> dict:
+    """The shares of the matrices that a step measured in full, and by leading values only, after some steps."""
+    records = [r for r in probe.records() if r.step > after]
+    count, full = (probe.step_count - after) * len(probe.matrices), sum(r.spectrum is not None for r in records)
     return {"in_full": full / count, "leading": (len(records) - full) / count}
 
 

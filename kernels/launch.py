@@ -61,5 +61,7 @@ class Launcher:
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any):
     """Launches `kernel[grid](**arguments)` on the current device and stream, as a `Launcher` does."""
-    tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
-    Launcher(**tensors)(kernel, grid, **{name: value for name, value in arguments.items() if name not in tensors})
+    tensors, numbers = {}, {}
+    for name, value in arguments.items():
+        (tensors if isinstance(value, Tensor) else numbers)[name] = value
+    Launcher(**tensors)(kernel, grid, **numbers)
