@@ -51,3 +51,17 @@ dist.destroy_process_group()
 raise SystemExit(int(x))
 """
     assert prepared.run_ranks(2, code).returncode == 3
+
+
+def test_no_line_of_a_process_is_cut_by_another_one(tmp_path):
+    code = """
+import os, pathlib
+pathlib.Path(os.environ["RANK"]).touch()
+while len(os.listdir()) < 2:
+    pass
+for i in range(2000):
+    for piece in ("of ", os.environ["RANK"], "\\n"):
+        os.write(1 + i % 2, piece.encode())
+"""
+    done = prepared.run(code, folder=tmp_path, processes=[{"RANK": "0"}, {"RANK": "1"}])
+    assert done.stdout == done.stderr == "of 0\n" * 1000 + "of 1\n" * 1000

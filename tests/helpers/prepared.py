@@ -183,9 +183,9 @@ class Process:
             self.wait()
 
 
-def _drain(descriptor: int, into: list):
+def _drain(descriptor: int, texts: list[str], i: int):
     with open(descriptor, errors="replace") as file:
-        into.append(file.read())
+        texts[i] = file.read()
 
 
 def run(script, *arguments, timeout: float = 120, processes=None, **options) -> subprocess.CompletedProcess:
@@ -195,31 +195,31 @@ def run(script, *arguments, timeout: float = 120, processes=None, **options) -> 
         script: a path, or code.
         arguments: what follows it on the command line.
         timeout: seconds until it is killed and TimeoutError raised.
-        processes: the environments of several processes that run it together, with one stdout and one stderr; by
-            default one process. The status is that of the first that failed.
+        processes: the environments of several processes that run it together; by default one process. What each wrote
+            to stdout and stderr follows what the one before it wrote, so that no line of one is cut by another's. The
+            status is that of the first that failed.
         **options: as of `Process`.
     """
-    pipes, texts = [os.pipe(), os.pipe()], ([], [])
-    readers = [threading.Thread(target=_drain, args=(read, text)) for (read, _), text in zip(pipes, texts, strict=True)]
-    started = []
+    started, readers, texts = [], [], [""] * (2 * len(processes or [{}]))
     try:
         for environment in processes or [{}]:
-            (_, stdout), (_, stderr) = pipes
-            started.append(Process(script, *arguments, stdout=stdout, stderr=stderr, **options, **environment))
+            pipes = [os.pipe(), os.pipe()]
+            try:
+                (_, stdout), (_, stderr) = pipes
+                started.append(Process(script, *arguments, stdout=stdout, stderr=stderr, **options, **environment))
+            finally:
+                for read, write in pipes:
+                    os.close(write)
+                    readers.append(threading.Thread(target=_drain, args=(read, texts, len(readers))))
+                    readers[-1].start()
+        statuses = [process.wait(timeout) for process in started]
     finally:
-        for _, write in pipes:
-            os.close(write)
+        for process in started:
+            process.kill()
         for reader in readers:
-            reader.start()
-        try:
-            statuses = [process.wait(timeout) for process in started]
-        finally:
-            for process in started:
-                process.kill()
-            for reader in readers:
-                reader.join()
-    out, err = (text[0] for text in texts)
-    return subprocess.CompletedProcess(script, next(filter(None, statuses), 0), out, err)
+            reader.join()
+    status = next(filter(None, statuses), 0)
+    return subprocess.CompletedProcess(script, status, "".join(texts[::2]), "".join(texts[1::2]))
 
 
 def run_ranks(count: int, script, *arguments, **options) -> subprocess.CompletedProcess:

@@ -22,5 +22,6 @@ for step in range(3):
     optimizer.step()
     optimizer.zero_grad()
 probe.close()
-print(f"loss {loss.item():.6f}", sum(hasattr(p, "placements") for p in model.parameters()), "DTensors", flush=True)
+spread = sum(hasattr(p, "placements") for p in model.parameters())
+print(f"loss {loss.item():.6f} {spread} DTensors\n", end="", flush=True)  # in one piece, for two ranks share a pipe
 dist.destroy_process_group()
