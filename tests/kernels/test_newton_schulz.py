@@ -5,14 +5,8 @@ import pytest
 import torch
 
 from sosd_fast import kernels
-from sosd_fast.kernels.newton_schulz import (
-    COEFFICIENTS,
-    _normalised,
-    iterate,
-    newton_schulz,
-    newton_schulz_ref,
-    triples_of,
-)
+from sosd_fast.kernels.newton_schulz import COEFFICIENTS, iterate, newton_schulz, newton_schulz_ref, triples_of
+from sosd_fast.kernels.normalised import normalised_by_torch
 from sosd_fast.testing import matrix
 
 module = sys.modules["sosd_fast.kernels.newton_schulz"]
@@ -155,7 +149,7 @@ def test_float16_by_kernels_around_cublas(device, small_pays, shape, name, limit
     error = (X.double() - truth).norm() / truth.norm()
     top = torch.linalg.matrix_norm(X.double(), 2).max() / torch.linalg.matrix_norm(truth, 2).max()
     assert error <= limit and 1 - 5e-2 <= top <= 1 + 5e-2
-    X = _normalised(G.mT if shape[-2] > shape[-1] else G, 1e-7, torch.float16)
+    X = normalised_by_torch(G.mT if shape[-2] > shape[-1] else G, 1e-7, torch.float16)
     for a, b, c in triples:  # with every product rounded once, as by cuBLAS
         A = (X.float() @ X.float().mT).half().float()
         X = (a * X.float() + (b * A + c * A @ A).half().float() @ X.float()).half()
