@@ -52,7 +52,7 @@ if triton is not None:
         previous_ptr,  # (B, r), S where there is none
         reference_ptr,  # (B, r), S where there is none
         sd_ptr,  # (B, r)
-        statistics_ptr,  # (B, 12) float64
+        statistics_ptr,  # (B, 13) float64, of which the last is not written
         r,
         LONG: tl.constexpr,  # r > BLOCK; where not, each loop is one turn, and the compiler merges their loads
         BLOCK: tl.constexpr,
@@ -122,7 +122,7 @@ if triton is not None:
         value = tl.where(k == 11, square * square, value)
         divisor = tl.where(k == 3, root, tl.where(k == 8, p_max * p_max, tl.where(k == 11, fourth, 1.0)))
         value = value / divisor * tl.where((k == 4) | (k == 5), power, 1.0)
-        tl.store(statistics_ptr + row * 12 + k, value, mask=k < 12)
+        tl.store(statistics_ptr + row * 13 + k, value, mask=k < 12)
 
 
 class Distribution(NamedTuple):
@@ -166,28 +166,61 @@ def singular_distribution(S: Tensor, previous: Tensor | None = None, reference: 
     for name, other in (("previous", previous), ("reference", reference)):
         if other is not None:
             _check(name, other, S)
-    backend = kernels.backend_of("singular_distribution", S)
-    if backend is Backend.TORCH:
-        return singular_distribution_ref(S, previous, reference)
-
     sd = torch.empty_like(S, memory_format=torch.contiguous_format, requires_grad=False)
-    columns = len(Distribution._fields) - 1
-    statistics = torch.empty(*S.shape[:-1], columns, dtype=torch.float64, device=S.device)
-    if backend is Backend.TRITON:
-        _launch(S, previous, reference, sd, statistics)
-    else:
-        rows = sd.view(-1, S.shape[-1])
-        spectra = (
-            t if t is None else t.detach().to(S.dtype).reshape(rows.shape).contiguous()
-            for t in (S, previous, reference)
-        )
-        kernels._C.singular_distribution(*spectra, rows, statistics.view(-1, columns))
-    found = Distribution(sd, *statistics.unbind(-1))
+    found = Distribution(sd, *statistics_of(S, previous, reference, sd=sd).unbind(-1)[:-1])
     if previous is None:
         found = found._replace(variation_l2=None, variation_l1=None, variation_linf=None)
     if reference is None:
         found = found._replace(cosine=None)
     return found
+
+
+STATISTICS = (*Distribution._fields[1:], "variation_topk")
+
+
+def statistics_of(
+    S: Tensor,
+    previous: Tensor | None = None,
+    reference: Tensor | None = None,
+    k: int = 0,
+    sd: Tensor | None = None,
+) -> Tensor:
+    """The statistics that `singular_distribution` returns, of tensors that need no check, in one tensor.
+
+    Args:
+        S: as there, and the next two.
+        previous: its variations are NaN or anything without.
+        reference: its cosine is NaN or anything without.
+        k: of how many leading values the part in the variation is asked for, of descending spectra.
+        sd: shaped like S, contiguous, takes the distributions.
+
+    Returns:
+        (..., 13) float64, in the order of `STATISTICS`: after those of `Distribution` what of the L2 variation lies in
+        the k leading values, NaN or anything where that is not asked for.
+    """
+    backend = kernels.backend_of("singular_distribution", S)
+    if backend is Backend.CPP:
+        rows = S.shape if S.ndim == 2 else (-1, S.shape[-1])
+        spectra = (
+            t if t is None else t.detach().to(S.dtype).reshape(rows).contiguous() for t in (S, previous, reference, sd)
+        )
+        statistics = torch.empty(*S.shape[:-1], len(STATISTICS), dtype=torch.float64, device="cpu")
+        kernels._C.singular_distribution(*spectra, statistics.view(-1, len(STATISTICS)), k)
+        return statistics
+    if sd is None:
+        sd = torch.empty_like(S, memory_format=torch.contiguous_format, requires_grad=False)
+    if backend is Backend.TRITON:
+        statistics = torch.empty(*S.shape[:-1], len(STATISTICS), dtype=torch.float64, device=S.device)
+        _launch(S, previous, reference, sd, statistics)
+    else:
+        found = singular_distribution_ref(S, previous, reference)
+        sd.copy_(found.sd)
+        unknown = torch.full_like(found.nuclear_norm, torch.nan)
+        statistics = torch.stack([unknown if t is None else t for t in (*found[1:], None)], dim=-1)
+    if k and previous is not None:
+        before = previous[..., :k] / previous.sum(-1, keepdim=True)
+        torch.linalg.vector_norm(sd[..., :k].double() - before, dim=-1, out=statistics[..., -1])
+    return statistics
 
 
 def _launch(S: Tensor, previous: Tensor | None, reference: Tensor | None, sd: Tensor, statistics: Tensor):

@@ -70,31 +70,34 @@ std::vector<Tensor> open_optional(const py::object& given, const char* name) {
 
 template <class T>
 void singular_distribution(const Tensor& S, const std::vector<Tensor>& previous, const std::vector<Tensor>& reference,
-                           const Tensor& sd, const Tensor& statistics) {
+                           const std::vector<Tensor>& sd, const Tensor& statistics, int64_t k) {
     const int64_t rows = S.size[0], r = S.size[1];
     const T* before = previous.empty() ? nullptr : previous[0].as<T>();
     const T* fixed = reference.empty() ? nullptr : reference[0].as<T>();
+    T* out = sd.empty() ? nullptr : sd[0].as<T>();
     py::gil_scoped_release release;
-    sosd_fast::singular_distribution(S.as<T>(), before, fixed, rows, r, sd.as<T>(), statistics.as<double>());
+    sosd_fast::singular_distribution(S.as<T>(), before, fixed, rows, r, out, statistics.as<double>(), k);
 }
 
-// S, previous, reference and sd are (B, r) of one dtype, contiguous; statistics is (B, kStatistics) float64.
+// S, previous, reference and sd are (B, r) of one dtype, contiguous, the last three or None; statistics is (B, kStatistics)
+// float64.
 void any_distribution(const py::object& S, const py::object& previous, const py::object& reference, const py::object& sd,
-                      const py::object& statistics) {
-    const Tensor spectra(S, "S"), out(sd, "sd"), summary(statistics, "statistics");
+                      const py::object& statistics, int64_t k) {
+    const Tensor spectra(S, "S"), summary(statistics, "statistics");
     const std::vector<Tensor> before = open_optional(previous, "previous"), fixed = open_optional(reference, "reference");
+    const std::vector<Tensor> out = open_optional(sd, "sd");
     if (spectra.dims() != 2 || spectra.size[1] < 1 || (spectra.dtype != DType::f32 && spectra.dtype != DType::f64))
         refuse("singular_distribution: expected S of shape (B, r) in float32 or float64, got shape " +
                sosd_fast::to_string(spectra.size) + ".");
     spectra.expect("S", spectra.dtype, spectra.size);
-    out.expect("sd", spectra.dtype, spectra.size);
+    for (const Tensor& t : out) t.expect("sd", spectra.dtype, spectra.size);
     for (const Tensor& t : before) t.expect("previous", spectra.dtype, spectra.size);
     for (const Tensor& t : fixed) t.expect("reference", spectra.dtype, spectra.size);
     summary.expect("statistics", DType::f64, {spectra.size[0], int64_t(sosd_fast::kStatistics)});
     if (spectra.dtype == DType::f32)
-        singular_distribution<float>(spectra, before, fixed, out, summary);
+        singular_distribution<float>(spectra, before, fixed, out, summary, k);
     else
-        singular_distribution<double>(spectra, before, fixed, out, summary);
+        singular_distribution<double>(spectra, before, fixed, out, summary, k);
 }
 
 constexpr std::array<std::pair<const char*, Method>, 4> kMethods{{{"gram32", Method::gram32},
@@ -340,5 +343,5 @@ PYBIND11_MODULE(_C, m) {
     m.def("advance_subspaces", &advance_subspaces, py::arg("matrices"), py::arg("pace"), py::arg("V"), py::arg("P"),
           py::arg("next_V"), py::arg("next_P"), py::arg("squares"), py::arg("residual"), py::arg("threads"));
     m.def("singular_distribution", &any_distribution, py::arg("S"), py::arg("previous"), py::arg("reference"),
-          py::arg("sd"), py::arg("statistics"));
+          py::arg("sd"), py::arg("statistics"), py::arg("k"));
 }

@@ -267,7 +267,8 @@ class FollowedMatrices:
             if isinstance(reference, Mapping):
                 spectrum = reference.get(t.name)
                 if spectrum is None and reference and not t.mine:
-                    spectrum = t.S  # another rank records this matrix; it is measured here with others of its shape
+                    # Another rank records this matrix; it is measured here with others of its shape.
+                    spectrum = None if t.last is None else t.last.tensor
                 if spectrum is not None and len(spectrum) != min(t.shape):
                     raise ValueError(
                         f"track: expected {min(t.shape)} singular values for {t.name}, got a reference with "

@@ -7,38 +7,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sosd_fast.kernels.distribution import Distribution, singular_distribution
+from sosd_fast.kernels.distribution import STATISTICS, statistics_of
 from sosd_fast.probe.measurement import FullValues, Kind, of_each
-from sosd_fast.probe.state import MatrixState
+from sosd_fast.probe.state import MatrixState, Row
 from sosd_fast.spectra.bounds import theory_bound
 from sosd_fast.spectra.precision import Method
 from sosd_fast.spectra.svdvals import mixes_shapes, spectra
 
 
 class FullTensors(NamedTuple):
-    """What is computed of B matrices where they are, float64; but for S as `FullValues` has them, in its order."""
+    """What is computed of B matrices where they are, float64."""
 
-    S: Tensor  # (B, r) descending; the others (B,)
-    sd_error: Tensor
-    nuclear_norm: Tensor
-    frobenius_norm: Tensor
-    sigma_max: Tensor
-    sigma_min: Tensor
-    stable_rank: Tensor
-    effective_rank: Tensor
-    spectral_entropy: Tensor
-    participation_ratio: Tensor
-    cosine: Tensor | None  # to the references
-    sd_variation: Tensor | None  # since the last spectra
-    sd_variation_topk: Tensor | None  # what of it lies in the k leading values
-    theory_bound: Tensor | None  # on the variation, by the size of the update
+    S: Tensor  # (B, r) descending
+    sd_error: Tensor  # (B,)
+    statistics: Tensor  # (B, 13), in the order of `STATISTICS`
+    theory_bound: Tensor | None  # (B,), on the variation, by the size of the update
 
 
-_SUMMARIES = tuple(name for name in FullTensors._fields if name in Distribution._fields)
-_CHANGES = 3  # the last fields: of a change since the last spectra
+_NUCLEAR_NORM = STATISTICS.index("nuclear_norm")
 
 
 @dataclass(slots=True)
@@ -70,9 +60,9 @@ class FullGroup:
         matrices, shards = [t.tensor() for t in states], states[0].shards
         device = matrices[0].device
         method, strict = states[0].method, states[0].method == "exact64"
-        before = _stack([t.S for t in states], device)
+        before = _together([t.last for t in states], device)
         # The precision is chosen by spectra on the host: to read them from a device would wait for it.
-        known = before if device.type == "cpu" or shards else _stack([t.spectrum for t in states], device="cpu")
+        known = before if device.type == "cpu" or shards else _on_host(states)
         if shards:
             result = shards.spectra([t.place for t in states], Method.BIDIAG64 if strict else method, known)
         else:
@@ -80,35 +70,24 @@ class FullGroup:
             result = spectra(weights, "exact" if strict else method, known)
         compared = [t.reference is not None for t in states]
         references = None
-        if any(compared):  # NaN stands for a reference that a matrix does not have
-            missing = None if all(compared) else torch.full_like(result.S[0], torch.nan)
-            references = _stack([missing if t.reference is None else t.reference for t in states], device)
-        d = singular_distribution(result.S, before, references)
-        variation = variation_topk = bound = None
-        if before is not None:
-            sums, k_leading = before.sum(-1, keepdim=True), min(k, result.S.shape[1])
-            variation = d.variation_l2
-            variation_topk = torch.linalg.vector_norm(d.sd[:, :k_leading] - before[:, :k_leading] / sums, dim=-1)
-            earlier = [t.W for t in states if t.W is not None]
-            if len(earlier) == len(states):
-                moved = torch.stack([
-                    torch.linalg.vector_norm(W.float() - W_before, dtype=torch.float64)
-                    for W, W_before in zip(matrices, earlier, strict=True)
-                ])  # fmt: skip
-                moved = shards.sum(moved.square()).sqrt() if shards else moved
-                bound = theory_bound(moved, torch.maximum(sums[:, 0], d.nuclear_norm), result.S.shape[1])
+        if any(compared):
+            missing = None if all(compared) else Row(torch.full_like(result.S[:1], torch.nan), 0)
+            references = _together([t.reference or missing for t in states], device)
+        statistics = statistics_of(result.S, before, references, k)
+        bound = None
+        earlier = [t.W for t in states if t.W is not None]
+        if before is not None and len(earlier) == len(states):
+            moved = torch.stack([
+                torch.linalg.vector_norm(W.float() - W_before, dtype=torch.float64)
+                for W, W_before in zip(matrices, earlier, strict=True)
+            ])  # fmt: skip
+            moved = shards.sum(moved.square()).sqrt() if shards else moved
+            larger = torch.maximum(before.sum(-1), statistics[:, _NUCLEAR_NORM])
+            bound = theory_bound(moved, larger, result.S.shape[1])
         consecutive = [t.S_step is not None and step - t.S_step == every for t in states]
-        for t, W, S in zip(states, matrices, result.S, strict=True):
-            t.hand_on_full(W, S, step)
-        summaries: dict[str, Any] = {name: getattr(d, name) for name in _SUMMARIES}
-        tensors = FullTensors(
-            S=result.S,
-            sd_error=result.sd_error,
-            sd_variation=variation,
-            sd_variation_topk=variation_topk,
-            theory_bound=bound,
-            **summaries,
-        )
+        for i, (t, W) in enumerate(zip(states, matrices, strict=True)):
+            t.hand_on_full(W, Row(result.S, i), step)
+        tensors = FullTensors(result.S, result.sd_error, statistics, bound)
         return cls(states, k, every, tensors, result.methods, compared, consecutive)
 
     def read(self, host: Sequence[Tensor | None]) -> list[FullValues | Exception]:
@@ -116,30 +95,34 @@ class FullGroup:
         found = FullTensors._make(host)
         S = found.S.numpy().copy()  # the record's own: neither the probe's state nor pinned memory
         k = min(self.k, S.shape[1])
-        none: list[Any] = [None] * len(S)
-        known: list[list[Any]] = [none if column is None else column.tolist() for column in found[1:]]
-        rows: list[tuple[Any, ...]] = list(zip(*known, strict=True))
         leading: list[list[float]] = S[:, :k].tolist()
+        errors: list[float] = found.sd_error.tolist()
+        rows: list[list[float]] = found.statistics.tolist()
+        bounds: list[float] | None = None if found.theory_bound is None else found.theory_bound.tolist()
 
         def values(j: int) -> FullValues:
-            *own, cosine = rows[j][:-_CHANGES]
-            moved = rows[j][-_CHANGES:] if self.consecutive[j] else (None,) * _CHANGES
-            interval = None if moved[0] is None else self.every
-            own += [cosine if self.compared[j] else None, interval, *moved]
-            return FullValues(str(self.methods[j]), S[j], tuple(leading[j]), *own)
+            variation, _, _, cosine, *summaries, variation_topk = rows[j]
+            own: list[Any] = [str(self.methods[j]), S[j], tuple(leading[j]), errors[j], *summaries]
+            own.append(cosine if self.compared[j] else None)
+            if self.consecutive[j]:
+                own += self.every, variation, variation_topk, None if bounds is None else bounds[j]
+            return FullValues(*own)
 
         return of_each(len(self.states), values)
 
 
-def _stack(spectra: list[Tensor | None], device: torch.device | str) -> Tensor | None:
+def _together(rows: list[Row | None], device: torch.device) -> Tensor | None:
     """Spectra as rows, (B, r), on a device; None where one is missing."""
-    known = [S for S in spectra if S is not None]
-    if len(known) != len(spectra):
+    known = [row for row in rows if row is not None]
+    if len(known) != len(rows):
         return None
-    whole = known[0]._base  # of those that were computed together, the last time
-    r = known[0].shape[-1]
-    if whole is not None and whole.shape == (len(known), r) and whole.is_contiguous():
-        first = whole.storage_offset()
-        if all(S._base is whole and S.storage_offset() == first + i * r for i, S in enumerate(known)):
-            return whole.to(device)
-    return torch.stack(known).to(device)
+    whole = known[0].whole  # of those that were computed together, the last time
+    if len(whole) == len(known) and all(row.whole is whole and row.at == i for i, row in enumerate(known)):
+        return whole.to(device)
+    return torch.stack([row.tensor for row in known]).to(device)
+
+
+def _on_host(states: list[MatrixState]) -> Tensor | None:
+    """The last spectra that have reached the host, as rows; None where one is missing."""
+    known = [t.spectrum for t in states if t.spectrum is not None]
+    return torch.from_numpy(np.stack(known)) if len(known) == len(states) else None

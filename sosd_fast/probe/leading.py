@@ -74,7 +74,7 @@ class LeadingGroup:
             leading = LeadingValues(S[j], rest, norm, top, stable_rank, tuple(residual[j]))
             before, spectrum = self.states[j].leading, self.states[j].spectrum
             if before is not None and spectrum is not None and self.step - before.step == self.every:
-                tail: NDArray[Any] = spectrum[len(S[j]) :].numpy()
+                tail = spectrum[len(S[j]) :]
                 leading.interval = self.every
                 leading.sd_variation_topk, leading.sd_variation_carried, leading.sd_variation_floor = leading_variation(
                     S[j], rest, before.S, before.rest, tail

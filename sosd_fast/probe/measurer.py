@@ -195,7 +195,7 @@ class Measurer:
 
 def _fresh(kind: Kind, state: MatrixState) -> bool:
     """Whether a matrix starts anew, and does not go on from its last measurement."""
-    return state.S is None if kind == "full" else state.shards is None and state.subspace is None
+    return state.last is None if kind == "full" else state.shards is None and state.subspace is None
 
 
 def _work(group: FullGroup | LeadingGroup, fresh: bool) -> Hashable:

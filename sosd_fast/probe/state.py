@@ -35,6 +35,18 @@ class Leading(NamedTuple):
     rest: float  # Frobenius norm of what the other singular values make up
 
 
+class Row(NamedTuple):
+    """A spectrum among those that were computed together, which cost less to handle as they are than one by one."""
+
+    whole: Tensor  # (B, r) float64
+    at: int
+
+    @property
+    def tensor(self) -> Tensor:
+        """The spectrum, (r,)."""
+        return self.whole[self.at]
+
+
 class MatrixState:
     """A matrix and what is remembered of it.
 
@@ -57,14 +69,14 @@ class MatrixState:
         self.keep_weights = keep_weights
         self.lost: set[Kind] = set()  # of the measurements, those that raised the last time
         # Handed on when a measurement is launched
-        self.S: Tensor | None = None  # last full spectrum, (r,) float64
+        self.last: Row | None = None  # last full spectrum
         self.S_step: int | None = None
         self.W: Tensor | None = None  # float32, the weights of that spectrum; with keep_weights
         self.subspace: State | None = None  # of `topk_svdvals`
         # Written when the results are on the host
-        self.spectrum: Tensor | None = None  # last full spectrum, (r,) float64
+        self.spectrum: NDArray[Any] | None = None  # last full spectrum, (r,) float64
         self.leading: Leading | None = None
-        self.reference: Tensor | None = None  # where the matrix is; cosines are taken to it
+        self.reference: Row | None = None  # where the matrix is; cosines are taken to it
         self.refers_to_first = False  # whether its first spectrum that has a distribution becomes its reference
         self.usual_move: float | None = None  # of its singular distribution in a step, smoothed
         self.warned: str | None = None  # what was last said to be wrong with it
@@ -105,14 +117,14 @@ class MatrixState:
             self.subspace = self.leading = self.W = None  # they fit the earlier form
         self.form = form
 
-    def hand_on_full(self, W: Tensor, S: Tensor, step: int):
+    def hand_on_full(self, W: Tensor, S: Row, step: int):
         """Keeps what the next full measurement starts from; called when one was launched, where the matrix is."""
         if self.keep_weights:
             kept = self.W
             if kept is None or (kept.is_inference() and not torch.is_inference_mode_enabled()):  # else it is written to
                 kept = torch.empty(W.shape, dtype=torch.float32, device=W.device)
             self.W = kept.copy_(W)
-        self.S, self.S_step = S, step
+        self.last, self.S_step = S, step
 
     def hand_on_leading(self, subspace: State | None):
         """Keeps what the next measurement of the leading values starts from; called when one was launched."""
@@ -133,7 +145,7 @@ class MatrixState:
             self.leading = Leading(found.step, leading.S, leading.rest)
         if found.full is not None:
             self.lost.discard("full")
-            self.spectrum = torch.from_numpy(found.full.spectrum.copy())  # the record's may be changed by its owner
+            self.spectrum = found.full.spectrum.copy()  # the record's may be changed by its owner
             if sound and self.reference is None:
                 self.refer()
         if found.mine and (not sound or (sigma_max == 0 and found.step > 0)):  # zero at first is a usual start
@@ -158,20 +170,21 @@ class MatrixState:
     def set_reference(self, spectrum: Any):
         """Sets the spectrum that cosines are taken to, (r,), or None."""
         device = self.matrix.parameter.device
-        self.reference = None if spectrum is None else torch.as_tensor(spectrum, dtype=torch.float64, device=device)
+        known = None if spectrum is None else torch.as_tensor(spectrum, dtype=torch.float64, device=device)
+        self.reference = None if known is None else Row(known[None], 0)
 
     def refer(self):
         """Makes the last full spectrum the reference, where there is to be one, is none, and that is not zero."""
         if self.refers_to_first and self.reference is None and self.known and self.spectrum is not None:
             if not self.spectrum[0]:
                 return  # a cosine to zero is none: LoRA's B is zero at first
-            self.reference = self.S
+            self.reference = self.last
 
     def lose(self, kind: Kind, step: int, error: Exception):
         """Lets the next measurement of a kind start anew, for the one at a step raised an error."""
         self.lost.add(kind)
         if kind == "full":
-            self.S = self.S_step = self.W = None
+            self.last = self.S_step = self.W = None
         else:
             self.subspace = self.leading = None
         self.warn_once(
@@ -193,10 +206,10 @@ class MatrixState:
         """Returns what the next measurement depends on, under the names that checkpoints have."""
         return {
             "method": self.method,
-            "S": self.S,
-            "spectrum": self.spectrum,
+            "S": None if self.last is None else self.last.tensor,
+            "spectrum": None if self.spectrum is None else torch.from_numpy(self.spectrum.copy()),
             "S_step": self.S_step,
-            "reference": self.reference,
+            "reference": None if self.reference is None else self.reference.tensor,
             "W": None if self.W is None else self.W.clone(),
             "usual": self.usual_move,
             "warned": self.warned,
@@ -213,8 +226,11 @@ class MatrixState:
 
         self.method, self.S_step = state["method"], state["S_step"]
         self.usual_move, self.warned = state["usual"], state["warned"]
-        self.S, self.reference, self.W = (there(state[name]) for name in ("S", "reference", "W"))
-        self.spectrum = None if state["spectrum"] is None else state["spectrum"].cpu()
+        self.W = there(state["W"])
+        self.last, self.reference = (
+            None if S is None else Row(S[None], 0) for S in (there(state[name]) for name in ("S", "reference"))
+        )
+        self.spectrum = None if state["spectrum"] is None else state["spectrum"].cpu().numpy()
         self.subspace = None if state["state"] is None else State(*(part.to(device) for part in state["state"]))
         self.leading = None
         if state["leading"] is not None:

@@ -5,7 +5,12 @@ import torch
 
 import sosd_fast
 from sosd_fast import kernels
-from sosd_fast.kernels.distribution import singular_distribution, singular_distribution_ref
+from sosd_fast.kernels.distribution import (
+    STATISTICS,
+    singular_distribution,
+    singular_distribution_ref,
+    statistics_of,
+)
 
 
 @pytest.fixture(params=["extension", "torch", "triton"])
@@ -195,3 +200,19 @@ def test_a_missing_extension_is_said_once(monkeypatch, caplog):
     singular_distribution(spectra(3))
     singular_distribution(spectra(3))
     assert sum("sosd_fast._C is not built" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("k", [0, 1, 5, 64, 100])
+def test_what_leading_values_have_of_the_variation(place, dtype, k):
+    S, previous, reference = (spectra(3, 64, dtype=dtype, seed=i).to(place) for i in range(3))
+    found = statistics_of(S, previous, reference, k)
+    named = dict(zip(STATISTICS, found.unbind(-1), strict=True))
+    d = singular_distribution(S, previous, reference)
+    for name in d._fields[1:]:
+        assert torch.equal(named[name], getattr(d, name)), name
+    if k:
+        p, q = (t.double() / t.double().sum(-1, keepdim=True) for t in (S, previous))
+        compiled = place == "cpu" and kernels._C is not None and not kernels.interpreted
+        atol = 1e-15 if compiled or dtype == torch.float64 else 1e-7  # others take it from distributions in float32
+        torch.testing.assert_close(named["variation_topk"], (p - q)[:, :k].norm(dim=-1), rtol=1e-12, atol=atol)

@@ -9,7 +9,7 @@ from torch._subclasses import FakeTensorMode
 
 import sosd_fast
 from sosd_fast import kernels
-from sosd_fast.kernels.distribution import Distribution, singular_distribution
+from sosd_fast.kernels.distribution import STATISTICS, singular_distribution
 from sosd_fast.kernels.subspace import advance_subspaces
 from sosd_fast.spectra.precision import MODELS
 from sosd_fast.spectra.svdvals import spectra
@@ -17,7 +17,7 @@ from sosd_fast.spectra.svdvals import spectra
 pytestmark = pytest.mark.skipif(kernels._C is None, reason="the C++ extension is not built")
 CPP = MODELS[kernels.Backend.CPP]
 METHODS = ("gram32", "bidiag32", "gram64", "bidiag64")
-STATISTICS = len(Distribution._fields) - 1  # columns, without the distribution itself
+COLUMNS = len(STATISTICS)
 
 
 class Wrapper(torch.Tensor):
@@ -89,11 +89,11 @@ def test_what_cannot_be_read_is_refused(kind):
     basis, values = torch.randn(1, 2, 6), torch.empty(1, 2)
     with pytest.raises(ValueError, match="expected a plain tensor on the CPU, got matrices"):
         kernels._C.advance_subspaces([W], 4.0, basis, basis, basis.clone(), basis.clone(), values, values.clone(), 1)
-    spectra, statistics = torch.rand(6, 9), torch.empty(6, STATISTICS, dtype=torch.float64)
+    spectra, statistics = torch.rand(6, 9), torch.empty(6, COLUMNS, dtype=torch.float64)
     with pytest.raises(ValueError, match="expected a plain tensor|in float32 or float64"):
-        kernels._C.singular_distribution(W, None, None, spectra, statistics)
+        kernels._C.singular_distribution(W, None, None, spectra, statistics, 0)
     with pytest.raises(ValueError, match="expected a plain tensor|expected sd"):
-        kernels._C.singular_distribution(spectra, None, None, W, statistics)
+        kernels._C.singular_distribution(spectra, None, None, W, statistics, 0)
 
 
 def test_what_torch_func_wraps_is_refused():
@@ -213,14 +213,15 @@ def test_outputs_of_the_other_kernels():
     with pytest.raises(ValueError, match="a stride of 1"):
         kernels._C.advance_subspaces([torch.randn(18, 12)[::2, ::2]], *good[1:])
     S = torch.rand(3, 5)
-    statistics = torch.empty(3, STATISTICS, dtype=torch.float64)
+    statistics = torch.empty(3, COLUMNS, dtype=torch.float64)
     for bad in (
         [S, S[:2], None, S, statistics],
         [S, None, S.double(), S, statistics],
+        [S, None, None, S[:2], statistics],
         [S, None, None, S, statistics[:2]],
     ):
         with pytest.raises(ValueError, match="expected"):
-            kernels._C.singular_distribution(*bad)
+            kernels._C.singular_distribution(*bad, 0)
 
 
 def test_the_public_functions_say_what_to_do():

@@ -15,10 +15,11 @@ from sosd_fast.distributed.share import share
 from sosd_fast.kernels.distribution import Distribution, singular_distribution_ref
 from sosd_fast.matrices import find_matrices
 from sosd_fast.probe.followed import FollowedMatrices, Found
-from sosd_fast.probe.full import FullGroup, _stack
+from sosd_fast.probe.full import FullGroup, _together
 from sosd_fast.probe.measurement import FullValues, LeadingValues, Measurement
 from sosd_fast.probe.measurer import Measurer
 from sosd_fast.probe.planner import Plan
+from sosd_fast.probe.state import Row
 from sosd_fast.runs.records import Record
 
 K = 5
@@ -124,20 +125,15 @@ def test_each_field_of_a_full_measurement_is_measured():
 
 
 def test_last_spectra_are_taken_as_they_lie():
-    whole = torch.rand(4, 6, dtype=torch.float64)
-    rows = list(whole)
-    assert _stack(rows, "cpu").data_ptr() == whole.data_ptr()
-    for others in (
-        rows[::-1],
-        rows[1:],
-        rows[:3],
-        [*rows[:3], rows[3].clone()],
-        [row[:5] for row in rows],
-        list(whole.mT),
-    ):
-        found = _stack(others, "cpu")
-        assert torch.equal(found, torch.stack(others)) and found.data_ptr() != whole.data_ptr()
-    assert _stack([*rows[:3], None], "cpu") is None
+    whole, device = torch.rand(4, 6, dtype=torch.float64), torch.device("cpu")
+    rows = [Row(whole, i) for i in range(4)]
+    assert _together(rows, device).data_ptr() == whole.data_ptr()
+    other = Row(torch.rand(4, 6, dtype=torch.float64), 3)
+    for others in (rows[::-1], rows[1:], rows[:3], [*rows[:3], other], [rows[0], *rows[:3]], [*rows, other]):
+        found = _together(others, device)
+        assert torch.equal(found, torch.stack([row.whole[row.at] for row in others]))
+        assert found.data_ptr() != whole.data_ptr()
+    assert _together([*rows[:3], None], device) is None
 
 
 def groups_of(net, **options):
