@@ -38,7 +38,7 @@ class Probe(View):
 
     Attributes:
         step_count: training steps so far.
-        clock: returns the seconds that budgets and `overhead` are fractions of.
+        clock: returns the seconds that budgets, `overhead` and the search for onsets are fractions of.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class Probe(View):
             measurements = self._keep(pending := self._pending.popleft())
             if self._auditor and not pending.late:  # the weights change before late results are there
                 self._auditor.audit(measurements, self._matrices.states)
-            self._recorder.add(measurements)
+            self._recorder.add(measurements, self.clock)
 
     def _keep(self, pending: PendingStep) -> list[Measurement]:
         """Returns the results of a step, after the planner and the states have taken note; waits where it must."""
@@ -213,7 +213,7 @@ class Probe(View):
             measurements, _ = self._measure(self._planner.everything)
             self._matrices.check_measurable(measurements)
             if written is None or written < self.step_count:
-                self._recorder.add(measurements)
+                self._recorder.add(measurements, self.clock)
             if self._recorder.writer and reference == "initial" and written is not None:
                 reference = self._recorder.writer.first_spectra()
         self._matrices.refer(reference)
@@ -226,7 +226,7 @@ class Probe(View):
     def _follow_changes(self):
         """Takes up changes of the model before the weights change."""
         if (new := self._take_up_changes()) is not None:
-            self._recorder.add(self._measure(Plan(new, []))[0])
+            self._recorder.add(self._measure(Plan(new, []))[0], self.clock)
             self._calibrate()
 
     def _take_up_changes(self) -> list[int] | None:

@@ -105,8 +105,13 @@ class Recorder:
         """Notes that a step will be measured."""
         self._watching(lambda watcher: watcher.begin(step, states))
 
-    def add(self, measurements: list[Measurement]):
-        """Keeps the records of one step's measurements, those that are this rank's; `tell` passes them on."""
+    def add(self, measurements: list[Measurement], clock: Callable[[], float]):
+        """Keeps the records of one step's measurements, those that are this rank's; `tell` passes them on.
+
+        Args:
+            measurements: of one step.
+            clock: returns the seconds that the search for events gets a share of.
+        """
         self._steps += 1
         if self._steps > PATIENCE:
             self._say_absent()
@@ -116,7 +121,7 @@ class Recorder:
         self._watching(lambda watcher: watcher.rate(measurements))
         records = [found.record() for found in measurements]
         self.latest |= {r.name: r for r in records}
-        found, lines = self._watching(lambda watcher: watcher.update(measurements, records)) or ([], [])
+        found, lines = self._watching(lambda watcher: watcher.update(measurements, records, clock)) or ([], [])
         self._keep(found, lines)  # before the records: see `sosd_fast.runs.events`
         self._on_disk(lambda writer: writer.append(records), records[0].step)
         if self.writer is None:

@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +114,9 @@ class _Curve:
 
 
 class Watcher:
-    """Finds events in measurements, step by step.
-
-    Attributes:
-        clock: returns the seconds that the search for onsets gets a share of.
-    """
+    """Finds events in measurements, step by step."""
 
     def __init__(self):
-        self.clock = time.perf_counter
         self.rates = Rates()
         self._rates_at: dict[int, dict[str, float]] = {}  # of steps that are still being measured
         self._kinds: dict[str, str] = {}
@@ -148,8 +143,18 @@ class Watcher:
         for measurement in measurements:
             measurement.lr = rates.get(measurement.name)
 
-    def update(self, measurements: Iterable[Measurement], records: Sequence[Record]) -> tuple[list[Event], list[Line]]:
+    def update(
+        self,
+        measurements: Iterable[Measurement],
+        records: Sequence[Record],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> tuple[list[Event], list[Line]]:
         """Takes the measurements of one step.
+
+        Args:
+            measurements: that the records were made of.
+            records: of the step.
+            clock: returns the seconds that the search for onsets gets a share of.
 
         Returns:
             The events, and further lines for the events' file.
@@ -168,10 +173,10 @@ class Watcher:
         found += self._spike(step, records)
         self._follow(step, records)
         lines = self._bins(step)
-        if (name := self._next_search()) is not None:
-            began = self.clock()
+        if (name := self._next_search(clock())) is not None:
+            began = clock()
             found += self._onset(step, name)
-            self._spent += self.clock() - began
+            self._spent += clock() - began
         return found, lines
 
     def finish(self) -> list[Event]:
@@ -256,8 +261,7 @@ class Watcher:
             curve.written = len(curve.detector.bins)
         return lines
 
-    def _next_search(self) -> str | None:
-        now = self.clock()
+    def _next_search(self, now: float) -> str | None:
         if self._began is None:
             self._began = now
         if self._spent > SEARCH_SHARE * (now - self._began):

@@ -110,7 +110,7 @@ def test_an_onset_is_one_event_live_and_after_a_resume(tmp_path, monkeypatch):
 
 def test_a_short_run_sees_its_onset_at_its_end(tmp_path):
     loop = Loop(tmp_path)
-    loop.probe._recorder._watcher.clock = lambda: 0.0  # no time to search
+    loop.probe.clock = lambda: 0.0  # no time to search
     loop.train(map(onset_at_sixty, range(1, 201)))
     seen = [e for e in loop.heard if e.what == "onset"]
     loop.probe.close()
