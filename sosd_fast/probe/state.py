@@ -3,6 +3,7 @@
 # Most of torch has no complete types; S and W are the field's names.
 # pyright: reportUnknownMemberType=false, reportConstantRedefinition=false
 
+import functools
 import logging
 import math
 import operator
@@ -35,13 +36,18 @@ class Leading(NamedTuple):
     rest: float  # Frobenius norm of what the other singular values make up
 
 
-class Row(NamedTuple):
-    """A spectrum among those that were computed together, which cost less to handle as they are than one by one."""
+class Row:
+    """A spectrum among those that were computed together, which cost less to handle as they are than one by one.
 
-    whole: Tensor  # (B, r) float64
-    at: int
+    Args:
+        whole: (B, r) float64.
+        at: the row of the spectrum.
+    """
 
-    @property
+    def __init__(self, whole: Tensor, at: int):
+        self.whole, self.at = whole, at
+
+    @functools.cached_property
     def tensor(self) -> Tensor:
         """The spectrum, (r,)."""
         return self.whole[self.at]
