@@ -194,6 +194,7 @@ py::tuple svdvals(const py::object& matrices, const std::string& method, const p
         t.data = separate || !W.data ? W.data : W.data + i * W.stride[0] * bytes_of(W.dtype);  // none where W is empty
         t.m = W.size[first], t.n = W.size[first + 1], t.row_stride = W.stride[first], t.col_stride = W.stride[first + 1];
         t.automatic = automatic;
+        t.wants_error = !errors.empty();
         t.method = asked;
         t.model = &constants;
         t.band_from = band_from;

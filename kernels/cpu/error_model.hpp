@@ -70,6 +70,13 @@ inline double scale_of(double largest) {
     return std::isfinite(largest) && largest > 0 ? std::ldexp(1.0, -std::clamp(std::ilogb(largest), -900, 1022)) : 1;
 }
 
+// The root mean square error of eigenvalues of a Gram matrix, as products and sums make it; `mean` is that of S[i]^2.
+inline double spread_of(const double* S, int64_t r, Method method, double mean, const ErrorModel& model) {
+    const double own = std::max(model.spread / std::sqrt(double(r)), model.spread_least) * eps_of(method) *
+                       std::max(S[0] * S[0], 16 * mean * mean / (S[0] * S[0]));
+    return method == Method::gram64 ? own * model.spread_float64 : own;
+}
+
 // The bound on ||error of S / sum(S)||_2 of r values, descending: `sd_error` of precision.py. K is the long side; drift is by how
 // much the eigenvalues moved together, relative to their mean; noise is their root mean square error, as of `reduction_noise`, if that
 // is known. It counts where the bound that follows is within the tolerance: others are lost to squaring, and need none so narrow.
@@ -110,13 +117,28 @@ inline double sd_error(const double* S, int64_t r, int64_t K, Method method, dou
         }
         return total(errors, lost);
     };
-    double apart = std::max(model.spread / root, model.spread_least) * eps * std::max(S[0] * S[0], 16 * mean * mean / (S[0] * S[0]));
-    if (method == Method::gram64) apart *= model.spread_float64;
+    const double apart = spread_of(S, r, method, mean, model);
     if (method == Method::gram32 && noise < apart) {
         const double narrow = bound(0, noise);
         if (narrow <= model.tolerance) return narrow;
     }
     return bound(apart, eps * row_noise(S, r, model));
+}
+
+// True only where `sd_error` is at most `limit`, whatever it knows of the noise: where no value is lost to squaring, told by
+// counting each with the error that the smallest may have. Of 8 values it takes a fifth of the time.
+inline bool surely_within(const double* S, int64_t r, Method method, double drift, double limit, const ErrorModel& model) {
+    if (!squares(method) || r < 1) return false;
+    const double rd = double(r), least = S[r - 1];
+    double sum = 0, square = 0;
+    for (int64_t i = 0; i < r; ++i) sum += S[i], square += S[i] * S[i];
+    const double mean = square / rd, together = drift * mean;
+    const double noise = eps_of(method) * std::sqrt((model.reduced_first + rd) / rd) * square;  // row_noise of n = r, at most
+    const double apart = std::max(spread_of(S, r, method, mean, model), noise);
+    const double dl = model.safety * std::sqrt(apart * apart + together * together);
+    if (!(least * least >= 4 * dl)) return false;
+    const double common = (model.common + model.common_root * std::sqrt(rd)) * eps_of(method) * std::sqrt(square);
+    return (std::sqrt(rd) * dl / least + common) <= limit * sum;
 }
 
 }  // namespace sosd_fast

@@ -125,8 +125,10 @@ bool accept(SvdvalsTask& t, const Scaled& from, const double* ascending, const N
         const double value = ascending[r - 1 - i];
         t.S[i] = squares(t.method) ? std::sqrt(value) : value;
     }
+    const double tolerance = t.model->tolerance;
+    if (!t.wants_error && t.automatic && surely_within(t.S, r, t.method, noted.drift, tolerance, *t.model)) return true;
     t.sd_error = sd_error(t.S, r, from.w.K, t.method, noted.drift, noted.noise, *t.model);
-    return !t.automatic || t.method == Method::bidiag64 || !(t.sd_error > t.model->tolerance);
+    return !t.automatic || t.method == Method::bidiag64 || !(t.sd_error > tolerance);
 }
 
 // The bounds, and both of the matrix as it came.
@@ -292,7 +294,9 @@ void solve(const Work& work, std::unique_ptr<Reduced>& open, Arena& arena, const
             open = std::make_unique<Reduced>(Reduced{{t, std::move(from)}, {}, {}, {}});
             return reduce(*open, arena, parallel);
         }
-        of[int(start)].push_back({t, std::move(from)});
+        std::vector<Ready>& ready = of[int(start)];
+        if (ready.empty()) ready.reserve(work.size());
+        ready.push_back({t, std::move(from)});
     }
     if (fits_lanes(*work[0])) {
         std::vector<Ready>&gram32 = of[int(Method::gram32)], &gram64 = of[int(Method::gram64)];

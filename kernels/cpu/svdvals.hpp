@@ -20,6 +20,7 @@ struct SvdvalsTask {
     const double* previous = nullptr;  // a recent spectrum of W, descending, or null: it tells the method to start with
     const ErrorModel* model = nullptr;
     int64_t band_from = 0;  // the short side from which Gram matrices are reduced in two stages; 0: as band.hpp has it
+    bool wants_error = true;  // false: sd_error is only looked at where a method might not stand
     double sd_error = 0;  // out: ||error of S / sum(S)||_2 is at most this; NaN where there is no distribution
     bool finite = true;  // false: W holds NaN or infinity, S and bound are NaN
 };

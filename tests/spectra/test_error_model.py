@@ -25,7 +25,7 @@ from sosd_fast.spectra.precision import (
     sd_error,
     value_bound,
 )
-from sosd_fast.spectra.svdvals import spectra
+from sosd_fast.spectra.svdvals import _compiled, spectra
 from sosd_fast.testing import SPECTRA, matrix, sd_distance, spectrum
 
 needs_C = pytest.mark.skipif(kernels._C is None, reason="the C++ kernels are not built")
@@ -239,6 +239,23 @@ def test_a_trained_matrix_stays_in_float32_with_its_last_spectrum():
         found = spectra([W], previous=first.S)
         assert found.methods == (Method.GRAM32,)
         assert sd_distance(found.S[0], truth(W)) <= found.sd_error[0] <= SD_TOLERANCE
+
+
+@needs_C
+@pytest.mark.parametrize(("r", "K"), [(8, 20), (16, 18), (24, 40), (48, 70), (64, 200), (96, 150)])
+def test_a_bound_that_nobody_asks_for_changes_nothing(r, K):
+    """It is not computed where the smallest value says that it holds: neither methods nor values may differ."""
+    some = []
+    for i, least in enumerate(torch.logspace(0, -2.5, 300, dtype=torch.float64)):
+        Q, P = (torch.linalg.qr(matrix("gaussian", n, r, dtype=torch.float64, seed=i)).Q for n in (r, K))
+        values = torch.logspace(0, float(least.log10()), r, dtype=torch.float64) if i % 2 else torch.ones(r).double()
+        values[-1] = least
+        some.append(((Q * values) @ P.mT).float())
+    known = spectra(some)
+    S = torch.empty_like(known.S)
+    methods = _compiled(some, "auto", S)
+    assert methods == known.methods and torch.equal(S, known.S)
+    assert len(set(methods)) > 1, "some must be near the limit"
 
 
 @needs_C
