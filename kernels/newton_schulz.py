@@ -227,22 +227,24 @@ def iterate(G: Tensor, triples, eps: float, form: str, symmetric: bool, dtype: t
     with torch.autocast(G.device.type, enabled=False) if casts else contextlib.nullcontext():
         X = G.mT if G.shape[-2] > G.shape[-1] else G
         fused = dtype == torch.float16 and takes(X)
-        if G.device.type == "cpu" and not fused and X.ndim == 2:
-            X = _from_raw(X, eps, dtype, run, triples, symmetric)
-        elif G.device.type == "cpu" and not fused and (X.shape[-2] >= ALONE or X.shape[:-2].numel() == 1):
-            each = [_from_raw(x, eps, dtype, run, triples, symmetric) for x in X.flatten(0, -3)]
-            X = torch.stack(each).view(X.shape)
+        count = X.shape[:-2].numel()
+        if G.device.type == "cpu" and not fused and (X.shape[-2] >= ALONE or count == 1):
+            each = [_alone(x, eps, dtype, run, triples, symmetric) for x in X.reshape(-1, *X.shape[-2:])]
+            X = (each[0] if count == 1 else torch.stack(each)).view(X.shape)
         else:
             X = run(normalised(X, eps) if fused else normalised_by_torch(X, eps, dtype), triples, symmetric)
     X = converted(X, G.dtype) if fused else X.to(G.dtype)
     return X.mT if G.shape[-2] > G.shape[-1] else X
 
 
-def _from_raw(X: Tensor, eps: float, dtype: torch.dtype, run, triples, symmetric: bool) -> Tensor:
-    """Runs a form on a matrix of a CPU whose first step divides by the norm: a pass over X less, or two.
+def _alone(X: Tensor, eps: float, dtype: torch.dtype, run, triples, symmetric: bool) -> Tensor:
+    """Runs a form on one matrix of a CPU; the first step of a large one divides by the norm, which saves passes over X.
 
-    With X / s for X, P is a/s I + b/s^3 A + c/s^5 A^2. Where a power of s could leave the range, X is divided first.
+    With X / s for X, P is a/s I + b/s^3 A + c/s^5 A^2. Where a power of s could leave the range, X is divided first. A
+    small matrix gets the bits that it gets among others.
     """
+    if X.shape[0] < ALONE:
+        return run(normalised_by_torch(X, eps, dtype), triples, symmetric)
     norm = float(norm_of(X, torch.promote_types(X.dtype, torch.float32)))
     if not 1e-6 < norm < 1e6:
         X, power = in_range(X)
@@ -257,7 +259,8 @@ def _from_raw(X: Tensor, eps: float, dtype: torch.dtype, run, triples, symmetric
 def _divided(triples, s: float) -> list[tuple[float, float, float]]:
     """The coefficients of a matrix that is yet to be divided by s."""
     (a, b, c), *others = triples
-    return [(a / s, b / s**3, c / s**5), *others]
+    cube = s * s * s  # pow would round another power of two otherwise
+    return [(a / s, b / cube, c / (cube * s * s)), *others]
 
 
 def _multiply(A: Tensor, B: Tensor, symmetric: bool) -> Tensor:

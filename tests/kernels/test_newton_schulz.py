@@ -12,6 +12,13 @@ from sosd_fast.testing import matrix
 module = sys.modules["sosd_fast.kernels.newton_schulz"]
 
 
+@pytest.fixture(params=[module.ALONE, 1], ids=["", "divided by the first step"])
+def raw(request, monkeypatch):
+    """Small matrices, too, as large ones on a CPU."""
+    monkeypatch.setattr(module, "ALONE", request.param)
+
+
+@pytest.mark.usefixtures("raw")
 @pytest.mark.parametrize("shape", [(1, 5), (5, 1), (1, 1), (64, 64), (127, 509), (509, 127), (3, 20, 30)], ids=str)
 def test_singular_values_end_in_the_promised_band(shape):
     G = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -23,6 +30,7 @@ def test_singular_values_end_in_the_promised_band(shape):
     assert torch.equal(G, before)
 
 
+@pytest.mark.usefixtures("raw")
 def test_polar_express_finds_the_polar_factor():
     G = matrix("log4", 40, 60, dtype=torch.float64)[:, :40] + 0.05 * torch.eye(40, dtype=torch.float64)
     U, _, Vh = torch.linalg.svd(G)
@@ -35,6 +43,7 @@ def test_a_matrix_and_its_transpose_agree():
     torch.testing.assert_close(newton_schulz(G.mT), newton_schulz(G).mT)
 
 
+@pytest.mark.usefixtures("raw")
 @pytest.mark.parametrize(("name", "limit"), [("gaussian", 1e-4), ("log4", 5e-4), ("power", 5e-4), ("rank_one", 1e-3)])
 @pytest.mark.parametrize("shape", [(64, 256), (256, 64), (2, 40, 100), (96, 96)], ids=str)
 def test_the_gram_form_agrees_with_the_plain_one(name, limit, shape):
@@ -53,6 +62,7 @@ def test_the_gram_form_agrees_with_the_plain_one(name, limit, shape):
     assert torch.equal(G, before)
 
 
+@pytest.mark.usefixtures("raw")
 def test_zero_stays_zero():
     assert torch.equal(newton_schulz(torch.zeros(3, 4)), torch.zeros(3, 4))
 
@@ -182,6 +192,7 @@ EXTREMES = {
 }
 
 
+@pytest.mark.usefixtures("raw")
 @pytest.mark.parametrize(("form", "symmetric"), FORMS)
 @pytest.mark.parametrize("dtype", list(EXTREMES), ids=str)
 @pytest.mark.parametrize("shape", [(1, 5), (16, 40), (40, 16)], ids=str)
@@ -200,6 +211,7 @@ def test_the_scale_of_a_matrix_does_not_matter(device, shape, dtype, form, symme
         assert torch.equal(each, X[0]), power
 
 
+@pytest.mark.usefixtures("raw")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_the_ends_of_the_range(dtype):
     """The largest number everywhere, and subnormal ones, are rank one and end near 0.7 to 1.2 of u v^T."""
@@ -210,6 +222,7 @@ def test_the_ends_of_the_range(dtype):
         assert 0.65 < S[0] < 1.25 and S[1] < 1e-1, value
 
 
+@pytest.mark.usefixtures("raw")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("form", ["plain", "gram"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -221,6 +234,7 @@ def test_a_broken_matrix_gives_nan_and_leaves_the_others_alone(dtype, form, valu
     assert X[1].isnan().all() and torch.equal(X[[0, 2]], expected[[0, 2]])
 
 
+@pytest.mark.usefixtures("raw")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_below_eps_the_result_is_proportional(dtype):
     G = torch.randn(8, 20, dtype=dtype, generator=torch.Generator().manual_seed(0))
@@ -269,6 +283,7 @@ def test_the_gradient_is_that_of_the_reference(dtype, power):
     assert error <= 64 * torch.finfo(dtype).eps
 
 
+@pytest.mark.usefixtures("raw")
 @pytest.mark.parametrize("native", [True, False], ids=["native", "not native"])
 @pytest.mark.parametrize("name", ["gaussian", "power", "log4"])
 @pytest.mark.parametrize("shape", [(64, 256), (256, 64), (96, 96), (3, 40, 100)], ids=str)
@@ -298,6 +313,7 @@ def test_products_by_strips(shape, form):
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("raw")
 @pytest.mark.parametrize("coefficients", ["muon", "polar_express"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 def test_the_gram_form_of_nearly_rank_one_matrices_stays_in_its_range(dtype, coefficients):
