@@ -240,19 +240,18 @@ def iterate(G: Tensor, triples, eps: float, form: str, symmetric: bool, dtype: t
 def _alone(X: Tensor, eps: float, dtype: torch.dtype, run, triples, symmetric: bool) -> Tensor:
     """Runs a form on one matrix of a CPU; the first step of a large one divides by the norm, which saves passes over X.
 
-    With X / s for X, P is a/s I + b/s^3 A + c/s^5 A^2. Where a power of s could leave the range, X is divided first. A
-    small matrix gets the bits that it gets among others.
+    With X / s for X, P is a/s I + b/s^3 A + c/s^5 A^2. Where a power of s could leave the range, X is scaled otherwise.
+    A small matrix gets the bits that it gets among others.
     """
     if X.shape[0] < ALONE:
         return run(normalised_by_torch(X, eps, dtype), triples, symmetric)
     norm = float(norm_of(X, torch.promote_types(X.dtype, torch.float32)))
-    if not 1e-6 < norm < 1e6:
-        X, power = in_range(X)
-        eps /= float(power)
-        norm = float(norm_of(X, power.dtype))
-    s = max(norm, eps) or 1.0  # a zero matrix stays zero
-    if not 1e-6 < norm == s:
-        X, s = X / s, 1.0
+    for _ in range(2):  # powers of two end at 2^-100, or 2^-900, where subnormal numbers are still small
+        if not 1e-6 < norm < 1e6:
+            X, power = in_range(X)
+            eps /= float(power)
+            norm = float(norm_of(X, power.dtype))
+    s = max(norm, eps) if norm else 1.0  # a zero matrix stays zero
     return run(X.to(dtype), triples, symmetric, s)
 
 

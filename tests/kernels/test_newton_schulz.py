@@ -241,7 +241,9 @@ def test_below_eps_the_result_is_proportional(dtype):
     for norm in (1e-12, 1e-20, 1e-30):
         X = newton_schulz(G / G.norm() * norm, eps=1e-7)
         torch.testing.assert_close(X, 3.4445**5 * G / G.norm() * (norm / 1e-7), rtol=1e-3, atol=0)
-    assert torch.equal(newton_schulz(torch.zeros(8, 20, dtype=dtype), eps=0.0), torch.zeros(8, 20, dtype=dtype))
+    for eps in (0.0, 1e-300, 1e-7, 1e300):
+        assert torch.equal(newton_schulz(torch.zeros(8, 20, dtype=dtype), eps=eps), torch.zeros(8, 20, dtype=dtype))
+        assert newton_schulz(torch.full((8, 20), 1e-44, dtype=dtype), eps=eps).isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 7), (1, 1), (2, 4, 3)], ids=str)
