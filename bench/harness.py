@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import random
 import resource
 import statistics
 import time
@@ -37,7 +38,7 @@ def resident_mb() -> float:
 
 
 def interleaved(variants: dict[str, Callable], repeats: int, warmup: int = 2) -> dict[str, dict[str, float]]:
-    """Times variants in turn, A B C A B C ..., so that a drifting machine hits all alike.
+    """Times variants in turn, in a new order each time, so that a drifting machine and the one before hit all alike.
 
     On the CPU each begins after a pause: OpenMP's threads go on spinning for milliseconds after their work, and would
     charge one variant with the end of another (top-k at 768 x 768 after svdvals: 1.65 ms, by itself 0.77;
@@ -47,8 +48,10 @@ def interleaved(variants: dict[str, Callable], repeats: int, warmup: int = 2) ->
         name -> {"ms": median, "low": 20 % quantile, "high": 80 % quantile}.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    order, turns = random.Random(0), list(variants.items())
     for i in range(warmup + repeats):
-        for name, run in variants.items():
+        order.shuffle(turns)
+        for name, run in turns:
             time.sleep(0.0 if torch.cuda.is_available() else 0.02)
             began = time.perf_counter()
             run()
