@@ -207,19 +207,16 @@ def statistics_of(
         statistics = torch.empty(*S.shape[:-1], len(STATISTICS), dtype=torch.float64, device="cpu")
         kernels._C.singular_distribution(*spectra, statistics.view(-1, len(STATISTICS)), k)
         return statistics
+    if backend is Backend.TORCH:
+        return statistics_of_ref(S, previous, reference, k, sd)
     if sd is None:
         sd = torch.empty_like(S, memory_format=torch.contiguous_format, requires_grad=False)
-    if backend is Backend.TRITON:
-        statistics = torch.empty(*S.shape[:-1], len(STATISTICS), dtype=torch.float64, device=S.device)
-        _launch(S, previous, reference, sd, statistics)
-    else:
-        found = singular_distribution_ref(S, previous, reference)
-        sd.copy_(found.sd)
-        unknown = torch.full_like(found.nuclear_norm, torch.nan)
-        statistics = torch.stack([unknown if t is None else t for t in (*found[1:], None)], dim=-1)
+    statistics = torch.empty(*S.shape[:-1], len(STATISTICS), dtype=torch.float64, device=S.device)
+    _launch(S, previous, reference, sd, statistics)
     if k and previous is not None:
-        before = previous[..., :k] / previous.sum(-1, keepdim=True)
-        torch.linalg.vector_norm(sd[..., :k].double() - before, dim=-1, out=statistics[..., -1])
+        before = previous.detach().double()
+        moved = sd[..., :k].double() - before[..., :k] / before.sum(-1, keepdim=True)
+        torch.linalg.vector_norm(moved, dim=-1, out=statistics[..., -1])
     return statistics
 
 
@@ -273,6 +270,20 @@ def singular_distribution_ref(S: Tensor, previous=None, reference=None) -> Distr
         spectral_entropy=entropy,
         participation_ratio=square.square() / p.pow(4).sum(-1),
     )
+
+
+def statistics_of_ref(S: Tensor, previous=None, reference=None, k: int = 0, sd: Tensor | None = None) -> Tensor:
+    """`statistics_of` in plain torch, on any device."""
+    found = singular_distribution_ref(S, previous, reference)
+    if sd is not None:
+        sd.copy_(found.sd)
+    topk = None
+    if k and previous is not None:
+        (p, _), (q, _) = _near_one(S), _near_one(previous)
+        moved = p / p.sum(-1, keepdim=True) - q / q.sum(-1, keepdim=True)
+        topk = moved[..., :k].norm(dim=-1)
+    unknown = torch.full_like(found.nuclear_norm, torch.nan)
+    return torch.stack([unknown if t is None else t for t in (*found[1:], topk)], dim=-1)
 
 
 def _near_one(S: Tensor) -> tuple[Tensor, Tensor]:

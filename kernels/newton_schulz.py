@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sosd_fast import kernels
 from sosd_fast.kernels import Backend
@@ -241,9 +242,9 @@ def _alone(X: Tensor, eps: float, dtype: torch.dtype, run, triples, symmetric: b
     """Runs a form on one matrix of a CPU; the first step of a large one divides by the norm, which saves passes over X.
 
     With X / s for X, P is a/s I + b/s^3 A + c/s^5 A^2. Where a power of s could leave the range, X is scaled otherwise.
-    A small matrix gets the bits that it gets among others.
+    A small matrix is divided as it is among others, for in half precision that decides what it is rounded to.
     """
-    if X.shape[0] < ALONE:
+    if X.shape[0] < ALONE or _has_tangent(X):
         return run(normalised_by_torch(X, eps, dtype), triples, symmetric)
     norm = float(norm_of(X, torch.promote_types(X.dtype, torch.float32)))
     for _ in range(2):  # powers of two end at 2^-100, or 2^-900, where subnormal numbers are still small
@@ -251,8 +252,13 @@ def _alone(X: Tensor, eps: float, dtype: torch.dtype, run, triples, symmetric: b
             X, power = in_range(X)
             eps /= float(power)
             norm = float(norm_of(X, power.dtype))
-    s = max(norm, eps) if norm else 1.0  # a zero matrix stays zero
+    # A zero matrix stays zero; by coefficients of zero, over Inf, BLAS does not multiply.
+    s = max(norm, eps) if 0 < norm < math.inf else 1.0 if norm == 0 else math.nan
     return run(X.to(dtype), triples, symmetric, s)
+
+
+def _has_tangent(X: Tensor) -> bool:  # of forward mode, which neither a number nor `out` passes on
+    return torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(X).tangent is not None
 
 
 def _divided(triples, s: float) -> list[tuple[float, float, float]]:
@@ -271,11 +277,14 @@ def _multiply(A: Tensor, B: Tensor, symmetric: bool) -> Tensor:
 
 def _own_product(X: Tensor, symmetric: bool) -> Tensor:
     """Returns X X^T. By AMX that of 768 x 3072 takes 3.5 ms whole and 1.6 by strips, of 768 x 768 0.64 and 0.75."""
-    short, long = X.shape[-2:]
     if not symmetric and _by_triton(X) and by_quarters(X):
         return own_product(X)
-    strips = X.device.type == "cpu" and not kernels.interpreted and short >= 2 * STRIP and long >= 2 * short
-    return _multiply(X, X, symmetric or strips)
+    return _multiply(X, X, symmetric or _by_strips(X))
+
+
+def _by_strips(X: Tensor) -> bool:
+    short, long = X.shape[-2:]
+    return X.device.type == "cpu" and not kernels.interpreted and short >= 2 * STRIP and long >= 2 * short
 
 
 def _by_triton(A: Tensor) -> bool:
@@ -318,7 +327,7 @@ def _strips(A: Tensor, B: Tensor, C: Tensor | None = None, beta: float = 0.0, al
 
 def _plain(X: Tensor, triples, symmetric: bool, s: float = 1.0) -> Tensor:
     triples = _divided(triples, s)
-    if X.device.type == "cpu" and X.ndim == 2 and not (symmetric or _by_triton(X)):
+    if X.device.type == "cpu" and X.ndim == 2 and not (symmetric or _by_strips(X) or _by_triton(X) or _has_tangent(X)):
         A, P = (X.new_empty(X.shape[0], X.shape[0]) for _ in range(2))
         Y = X.new_empty(X.shape), X.new_empty(X.shape)  # four buffers, not three a step: 0.96 of the time
         for i, (a, b, c) in enumerate(triples):

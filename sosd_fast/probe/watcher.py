@@ -262,8 +262,8 @@ class Watcher:
         return lines
 
     def _next_search(self, now: float) -> str | None:
-        if self._began is None:
-            self._began = now
+        if self._began is None or now < self._began:  # at first, or by another clock
+            self._began, self._spent = now, 0.0
         if self._spent > SEARCH_SHARE * (now - self._began):
             return None
         due = [(curve.searched, name) for name, curve in self._curves.items() if self._is_due(curve)]

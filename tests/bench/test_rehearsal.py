@@ -86,6 +86,37 @@ assert before == (torch.cuda.is_available, torch.version.cuda, torch.Generator)
     )
 
 
+def test_a_record_on_the_stub_is_that_of_the_host():
+    fresh(
+        """
+import dataclasses, math, torch
+from bench import stub_gpu
+from bench.rehearse import TARGET
+import sosd_fast
+
+def record(device):
+    W = torch.randn(16, 20, generator=torch.Generator().manual_seed(0))
+    net = torch.nn.Linear(20, 16, bias=False, device=device)
+    with torch.no_grad():
+        net.weight.copy_(W)
+        probe = sosd_fast.track(net, optimizers=[], method="full", k=5)
+        net.weight.add_(W[:, torch.arange(19, -1, -1)].to(device), alpha=0.01)
+    probe.step()
+    probe.flush()
+    return dataclasses.asdict(probe.latest()["weight"])
+
+host = record("cpu")
+with stub_gpu.installed(TARGET) as launches:
+    found = record("cuda")
+    assert any(x.kernel.__name__ == "_singular_distribution_kernel" for x in launches)
+compared = {name for name, value in host.items() if isinstance(value, float)} - {"sd_error"}
+assert compared > {"sd_variation", "sd_variation_topk", "cosine", "nuclear_norm", "effective_rank"}
+for name in compared:
+    assert math.isclose(found[name], host[name], rel_tol=1e-3), (name, found[name], host[name])
+"""
+    )
+
+
 def test_the_model_reads_loops_and_keeps_its_order():
     """A loop's turn takes as long as its control bits say, and longer where loads come from further away."""
     rows = json.loads(

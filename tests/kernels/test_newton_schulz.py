@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from sosd_fast import kernels
 from sosd_fast.kernels.newton_schulz import COEFFICIENTS, iterate, newton_schulz, newton_schulz_ref, triples_of
@@ -226,11 +227,12 @@ def test_the_ends_of_the_range(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("form", ["plain", "gram"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_broken_matrix_gives_nan_and_leaves_the_others_alone(dtype, form, value):
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_broken_matrix_gives_nan_and_leaves_the_others_alone(dtype, form, value, steps):
     G = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0)).to(dtype)
-    expected = newton_schulz(G, method=form)
+    expected = newton_schulz(G, method=form, steps=steps)
     G[1, 3, 4] = value
-    X = newton_schulz(G, method=form)
+    X = newton_schulz(G, method=form, steps=steps)
     assert X[1].isnan().all() and torch.equal(X[[0, 2]], expected[[0, 2]])
 
 
@@ -252,6 +254,23 @@ def test_it_is_differentiable(shape, method):
     G = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert torch.autograd.gradcheck(lambda G: newton_schulz(G, steps=3, method=method), G)
     assert torch.autograd.gradgradcheck(lambda G: newton_schulz(G, steps=2, method=method), G)
+
+
+@pytest.mark.usefixtures("raw")
+@pytest.mark.parametrize("form", ["plain", "gram"])
+@pytest.mark.parametrize("shape", [(8, 12), (12, 8), (2, 8, 12)], ids=str)
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, loaded by jvp
+def test_a_tangent_is_passed_on(shape, form):
+    G, V = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    triples = COEFFICIENTS["muon"] * 5
+    expected = torch.func.jvp(lambda G: newton_schulz_ref(G, triples), (G,), (V,))
+    for found in torch.func.jvp(lambda G: newton_schulz(G, method=form), (G,), (V,)), _dual(G, V, form):
+        torch.testing.assert_close(found, expected)
+
+
+def _dual(G, V, form):
+    with forward_ad.dual_level():
+        return tuple(forward_ad.unpack_dual(newton_schulz(forward_ad.make_dual(G, V), method=form)))
 
 
 def test_second_derivatives_function_transforms_and_autocast():

@@ -1,5 +1,6 @@
 """Events, live and after a resume: each happening gives exactly one, to the run directory and to on_event."""
 
+import itertools
 import json
 import math
 
@@ -110,12 +111,20 @@ def test_an_onset_is_one_event_live_and_after_a_resume(tmp_path, monkeypatch):
 
 def test_a_short_run_sees_its_onset_at_its_end(tmp_path):
     loop = Loop(tmp_path)
-    loop.probe.clock = lambda: 0.0  # no time to search
+    loop.probe.clock = itertools.count().__next__  # seconds: the first search takes the time of all others
     loop.train(map(onset_at_sixty, range(1, 201)))
     seen = [e for e in loop.heard if e.what == "onset"]
     loop.probe.close()
     found = {e.names[0]: e.at for e in sosd_fast.load(tmp_path).events}
     assert len(seen) <= 1 and found == onsets(sosd_fast.load(tmp_path)) and len(loop.heard) == 2
+
+
+def test_searches_follow_a_clock_that_comes_later(tmp_path, monkeypatch):
+    monkeypatch.setattr("sosd_fast.probe.watcher.SEARCH_SHARE", 0.5)
+    loop = Loop(tmp_path)
+    loop.probe.clock = itertools.count().__next__  # which began later than the one before
+    loop.train(map(onset_at_sixty, range(1, 301)))
+    assert {e.names[0] for e in loop.heard if e.what == "onset"} == {"attention", "mlp"}
 
 
 def test_the_learning_rate_is_no_onset_and_no_spike():
