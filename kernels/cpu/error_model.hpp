@@ -126,7 +126,7 @@ inline double sd_error(const double* S, int64_t r, int64_t K, Method method, dou
 }
 
 // True only where `sd_error` is at most `limit`, whatever it knows of the noise: where no value is lost to squaring, told by
-// counting each with the error that the smallest may have. Of 8 values it takes a fifth of the time.
+// counting each with the error that the smallest may have.
 inline bool surely_within(const double* S, int64_t r, Method method, double drift, double limit, const ErrorModel& model) {
     if (!squares(method) || r < 1) return false;
     const double rd = double(r), least = S[r - 1];
