@@ -20,6 +20,7 @@
 #include <unistd.h>
 #endif
 
+#include "distribution.hpp"
 #include "svdvals.hpp"
 
 using namespace sosd_fast;
@@ -81,6 +82,7 @@ static void solve(std::vector<Case>& cases, std::optional<Method> method, int th
     std::vector<SvdvalsTask> tasks;
     for (Case& c : cases) {
         c.task.data = c.data.data(), c.task.S = c.S.data(), c.task.bound = c.bound.data();
+        c.task.wants_error = c.task.m % 2;
         c.task.automatic = !method, c.task.method = method.value_or(Method::gram32), c.task.model = &model;
         tasks.push_back(c.task);
     }
@@ -329,6 +331,12 @@ static void fuzz(int calls, unsigned seed) {
         gram_eigenvalues(grams.data(), parts, 1 + below(3));
         for (int64_t i = 0; i < parts * r; ++i)
             CHECK(diagonal[i] >= 0 && (i % r == 0 || eigenvalues[i] >= eigenvalues[i - 1]));
+        std::vector<double> distributions(parts * r), statistics(parts * kStatistics);
+        const double *before = below(2) ? eigenvalues.data() : nullptr, *fixed = below(2) ? diagonal.data() : nullptr;
+        singular_distribution(diagonal.data(), before, fixed, parts, r, below(2) ? distributions.data() : nullptr,
+                              statistics.data(), below(int(r) + 2));
+        for (const double* of = statistics.data(); of < statistics.data() + parts * kStatistics; of += kStatistics)
+            CHECK(!(of[kVariationTopk] > of[kVariationL2] * (1 + 1e-9)));
         const int64_t n = 2 + side(60), m = n + side(60), b = 1 + below(int(n) - 1), count = 1 + below(2);
         Case c = make(m, n, DType::f32, below(2), 1, random());
         degrade(c, unsigned(below(8)), random());
