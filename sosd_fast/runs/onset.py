@@ -95,10 +95,10 @@ def _close(values: list[tuple[int, float, float]]) -> Bin:
 
 
 def _median3(y: NDArray[np.float64]) -> NDArray[np.float64]:
-    inner = np.median(np.lib.stride_tricks.sliding_window_view(y, 3), axis=-1)
+    inner = np.sort(np.lib.stride_tricks.sliding_window_view(y, 3), axis=-1)[:, 1]
     # Tukey's rule for the ends: the median with the straight continuation of the next two
-    first = np.median([y[0], inner[0], 3 * inner[0] - 2 * inner[1]])
-    last = np.median([y[-1], inner[-1], 3 * inner[-1] - 2 * inner[-2]])
+    first = statistics.median([y[0], inner[0], 3 * inner[0] - 2 * inner[1]])
+    last = statistics.median([y[-1], inner[-1], 3 * inner[-1] - 2 * inner[-2]])
     return np.concatenate([[first], inner, [last]])
 
 

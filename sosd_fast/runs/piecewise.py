@@ -1,6 +1,7 @@
 """Continuous piecewise linear fits whose knots a penalised information criterion chooses."""
 
 import math
+import statistics
 from typing import NamedTuple
 
 import numpy as np
@@ -99,9 +100,9 @@ class PiecewiseFit:
     def deviation_after(self, knot: int) -> float:
         """The standard deviation of single values after a knot, about a straight line."""
         after = self.x > self.grid[knot]
-        x, y = self.x[after], self.y[after]
-        line = np.polynomial.Polynomial.fit(x, y, 1)
-        return math.sqrt(np.mean((y - line(x)) ** 2) + np.median(self.spread[after]) ** 2)
+        x, y = self.x[after] - self.x[after].mean(), self.y[after] - self.y[after].mean()
+        slope = x @ y / max(x @ x, np.finfo(float).tiny)
+        return math.sqrt(np.mean((y - slope * x) ** 2) + statistics.median(self.spread[after]) ** 2)
 
     def kink(self, knots, i, fall) -> Kink:
         """Describes knot i; its interval are the places that raise the residuals by less than F(1, n; 95 %) allows."""

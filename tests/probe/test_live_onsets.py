@@ -1,6 +1,8 @@
 """What the probe sees of onsets while it runs, and what a report finds in the records afterwards, agree."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -48,6 +50,32 @@ def assert_agreement(run):
 
 def rate(step, peak, half):
     return peak * min(step / 20, 1) * 0.5 ** (step / half)
+
+
+LATE_IMPORTS = """
+import sys
+import torch
+import sosd_fast
+torch.manual_seed(0)
+layer, events = torch.nn.Linear(12, 12, bias=False), []
+optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+probe = sosd_fast.track(layer, method="full", run_dir=sys.argv[1], on_event=events.append)
+for step in range(1, 301):
+    optimizer.param_groups[0]["lr"] = 0.01 * min(step / 20, 1) * 0.5 ** (step / 150)
+    layer.weight.grad = torch.randn(12, 12) * max(1, 60 / step)
+    optimizer.step()
+    if step == 3:
+        before = set(sys.modules)
+probe.close()
+print([event.what for event in events], sorted(set(sys.modules) - before))
+"""
+
+
+def test_no_step_imports(tmp_path):
+    """What the search for onsets loads would halt a step: numpy.ma, for which np.median asks, takes 28 ms."""
+    command = [sys.executable, "-c", LATE_IMPORTS, str(tmp_path)]  # in a process that has loaded nothing else
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.strip() == "['onset'] []", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(("budget", "cuts"), [(None, ()), (None, (45, 150, 151, 290)), (0.02, (100, 250))])
