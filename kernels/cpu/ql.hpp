@@ -22,13 +22,17 @@ constexpr int64_t kSweeps = 30;
 
 namespace SOSD_ISA {
 
-// Matrices that take as long as one: the steps of two vectors hide one another's latency.
+// A division of eight doubles takes 24 cycles on Intel's cores, one of four 15, and each step waits for one.
+constexpr int kQlBytes = min_of(kVectorBytes, 32);
+using Ql = Simd<double, kQlBytes>;
+
+// Matrices that take as long as one: the steps of some vectors hide one another's latency.
 constexpr int64_t kTogether = 2 * Simd<double>::L;
 
 // One QL sweep with implicit shift, without square roots (Pal, Walker & Kahan; Parlett, The Symmetric Eigenvalue Problem,
 // 8.14-8.15; LAPACK's sterf), of as many matrices as a vector has lanes. d[i], e2[i]: diagonal and squared off-diagonal.
 struct Sweep {
-    using S = Simd<double>;
+    using S = Ql;
     using V = S::V;
     V shift, gamma, p, s;
 
@@ -62,7 +66,7 @@ struct Sweep {
 // of lane l after that many sweeps; with Wilkinson's shifts one takes 1.7, and 2.3 until the last of 8 lanes has its own.
 template <int N>
 inline void ql(double* d, double* e2, int64_t n, const double* negligible, int64_t sweeps, int64_t* found) {
-    using S = Simd<double>;
+    using S = Ql;
     using V = S::V;
     using VI = S::VI;
     constexpr int64_t W = N * S::L;
@@ -73,17 +77,17 @@ inline void ql(double* d, double* e2, int64_t n, const double* negligible, int64
         VI moved;
         do {
             moved = VI{};
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int u = 0; u < N; ++u) a[u] = b[u] = c[u] = V{};
             for (int64_t i = low; i <= high && i + 1 < n; ++i)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                 for (int u = 0; u < N; ++u) {
                     const VI here = done[u] == S::I(i);
                     const double* at = d + i * W + u * S::L;
                     a[u] = here ? S::at(at) : a[u], b[u] = here ? S::at(at + W) : b[u];
                     c[u] = here ? S::at(e2 + i * W + u * S::L) : c[u];
                 }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int u = 0; u < N; ++u) {
                 const VI small = (c[u] <= S::at(negligible + u * S::L)) & (done[u] < S::I(n - 1));
                 done[u] -= small, moved |= small;
@@ -95,28 +99,28 @@ inline void ql(double* d, double* e2, int64_t n, const double* negligible, int64
                     low = min_of(low, i), high = max_of(high, i);
                     found[u * S::L + l] = i + 1;
                 }
-        } while (any<double>(moved));
+        } while (any<double, kQlBytes>(moved));
         if (low + 1 >= n || sweeps == 0) return;
         Sweep sweep[N];
         VI last[N];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int u = 0; u < N; ++u) {
-            const V half = (b[u] - a[u]) / 2, across = root<double>(half * half + c[u]);
+            const V half = (b[u] - a[u]) / 2, across = root<double, kQlBytes>(half * half + c[u]);
             sweep[u].begin(d + (n - 1) * W + u * S::L, a[u] - c[u] / (half + (half < 0 ? -across : across)));
             last[u] = done[u] < S::I(n - 1) ? done[u] : VI{} + S::I(n);
         }
         int64_t i = n - 2;
         for (; i >= high; --i)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int u = 0; u < N; ++u) sweep[u].template step<false>(d + i * W + u * S::L, e2 + i * W + u * S::L, W, VI{});
         if (i < n - 2)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int u = 0; u < N; ++u) {
                 const int64_t at = (i + 1) * W + u * S::L;
                 sweep[u].end(d + at, e2 + at, last[u] <= S::I(i + 1));
             }
         for (; i >= low; --i)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int u = 0; u < N; ++u) {
                 const int64_t at = i * W + u * S::L;
                 const VI open = last[u] <= S::I(i);
@@ -139,7 +143,7 @@ inline void order(double* values, int64_t n) {
 template <int N>
 inline void eigenvalues_abreast(const Tridiagonal* t, int64_t count, int64_t n, int64_t sweeps, Arena& arena, const Parallel& parallel) {
     const ArenaScope scope(arena);
-    constexpr int64_t W = N * Simd<double>::L;
+    constexpr int64_t W = N * Ql::L;
     double *d = take<double>(arena, n * W), *e2 = take<double>(arena, n * W);
     alignas(kVectorBytes) double negligible[W];
     double back[W];
@@ -178,8 +182,11 @@ inline void eigenvalues_abreast(const Tridiagonal* t, int64_t count, int64_t n, 
 // tolerance. A matrix gets the same bits whatever its neighbours are. One that has not converged after `sweeps`, which no
 // matrix is known to need, goes to bisection.
 inline void eigenvalues_together(const Tridiagonal* t, int64_t count, int64_t n, int64_t sweeps, Arena& arena, const Parallel& parallel) {
-    count > Simd<double>::L ? eigenvalues_abreast<2>(t, count, n, sweeps, arena, parallel)
-                            : eigenvalues_abreast<1>(t, count, n, sweeps, arena, parallel);
+    constexpr int64_t L = Ql::L;
+    if constexpr (kTogether > 2 * L)
+        if (count > 2 * L) return eigenvalues_abreast<4>(t, count, n, sweeps, arena, parallel);
+    if (count > L) return eigenvalues_abreast<2>(t, count, n, sweeps, arena, parallel);
+    eigenvalues_abreast<1>(t, count, n, sweeps, arena, parallel);
 }
 
 }  // namespace SOSD_ISA

@@ -32,13 +32,13 @@ template <class T> struct Bits;
 template <> struct Bits<float> { using type = int32_t; using word = uint32_t; };
 template <> struct Bits<double> { using type = int64_t; using word = uint64_t; };
 
-template <class T> struct Simd {
+template <class T, int Bytes = kVectorBytes> struct Simd {
     using I = typename Bits<T>::type;
-    typedef T V __attribute__((vector_size(kVectorBytes), may_alias));
+    typedef T V __attribute__((vector_size(Bytes), may_alias));
     using U = typename Bits<T>::word;
-    typedef I VI __attribute__((vector_size(kVectorBytes), may_alias));
-    typedef U VU __attribute__((vector_size(kVectorBytes), may_alias));
-    static constexpr int L = kVectorBytes / sizeof(T);
+    typedef I VI __attribute__((vector_size(Bytes), may_alias));
+    typedef U VU __attribute__((vector_size(Bytes), may_alias));
+    static constexpr int L = Bytes / sizeof(T);
 
     static V splat(T x) { return x - V{}; }
     static VU splat_word(U x) { return x - VU{}; }
@@ -134,11 +134,12 @@ template <class T> inline T sum_lanes(typename Simd<T>::V x) {
     return out;
 }
 
-template <class T> inline typename Simd<T>::V root(typename Simd<T>::V x) {
-    alignas(kVectorBytes) T out[Simd<T>::L];
-    Simd<T>::at(out) = x;
+template <class T, int Bytes = kVectorBytes> inline typename Simd<T, Bytes>::V root(typename Simd<T, Bytes>::V x) {
+    using S = Simd<T, Bytes>;
+    alignas(Bytes) T out[S::L];
+    S::at(out) = x;
     for (T& each : out) each = sizeof(T) == 4 ? T(__builtin_sqrtf(float(each))) : T(__builtin_sqrt(each));
-    return Simd<T>::at(out);
+    return S::at(out);
 }
 
 template <class T> constexpr T min_of(T a, T b) { return b < a ? b : a; }

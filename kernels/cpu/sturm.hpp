@@ -82,10 +82,11 @@ inline void count_below(const T* d, const T* e2, int64_t n, const typename Simd<
 }
 
 // Whether any lane of a comparison is true.
-template <class T> inline bool any(typename Simd<T>::VI x) {
-    alignas(kVectorBytes) typename Simd<T>::I each[Simd<T>::L], out = 0;
+template <class T, int Bytes = kVectorBytes> inline bool any(typename Simd<T, Bytes>::VI x) {
+    using S = Simd<T, Bytes>;
+    alignas(Bytes) typename S::I each[S::L], out = 0;
     __builtin_memcpy(each, &x, sizeof(x));
-    for (int l = 0; l < Simd<T>::L; ++l) out |= each[l];
+    for (int l = 0; l < S::L; ++l) out |= each[l];
     return out != 0;
 }
 
