@@ -3,9 +3,8 @@
 # What ranks agree on may be anything.
 # pyright: reportUnknownMemberType=false
 
-import heapq
 import logging
-import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -159,7 +158,7 @@ class Planner:
     def _say_coverage(self, budget: "Budget", step: int):
         if not self._said_coverage and budget.coverage < _COVERED and step > _SETTLED:
             self._said_coverage = True
-            enough = budget.enough
+            enough = budget.fraction / max(budget.coverage, 1e-9)
             log.warning(
                 "sosd_fast: budget=%.3g covers %.0f %% of the matrices each step; they take turns. %s would cover all.",
                 budget.fraction,
@@ -174,9 +173,6 @@ class Budget:
     The leading values of every matrix are measured every step, and full spectra in pairs of consecutive steps, in
     turn, as the budget allows: every matrix every step where it allows that. Where it does not even cover the leading
     values, matrices take turns in pairs.
-
-    Turns of a matrix come every T_i steps, T_i in proportion to the square root of its cost c_i: of all ways to spend
-    the same seconds a step, sum(c_i / T_i), that leaves the last measurements of matrices the least old on average.
 
     Args:
         fraction: of the time between steps that may be spent.
@@ -198,9 +194,7 @@ class Budget:
         self.markup = 1.0
         self._measuring = self._beside = 0.0  # seconds of the last steps, of measurements and of what is beside them
         self._taken = self._of_host = 0.0  # by measurements since the last charge, and what of it the host worked
-        self._due = [0.0] * len(self.full)  # when a turn of each matrix comes, by a clock that turns drive
-        self._now = 0.0  # on that clock
-        self._turn = [(0.0, i) for i in range(len(self.full))]  # a heap of these, but those put first are due at once
+        self._turn = deque(range(len(self.full)))
         self._prioritized: set[int] = set()  # put to the front since their last turn
         self._every_step = "turns"  # what is measured every step: full, leading, or nothing, matrices taking turns
         self._second: set[int] = set()  # matrices whose pair is half done
@@ -215,22 +209,8 @@ class Budget:
 
     @property
     def coverage(self) -> float:
-        """The share of matrices that the income lets one measure each step, on average."""
-        if self.income is None:
-            return 1.0
-        left, costs, every_step = self.income / self.markup, sorted(self.cheapest), 0
-        roots = sum(map(math.sqrt, costs))
-        for cost in costs:  # the cheapest are due most often, but no more than every step
-            if left * math.sqrt(cost) < roots * cost:
-                break
-            left, roots, every_step = left - cost, roots - math.sqrt(cost), every_step + 1
-        turns = sum(left / (roots * math.sqrt(cost)) for cost in costs[every_step:])
-        return (every_step + turns) / max(len(costs), 1)
-
-    @property
-    def enough(self) -> float:
-        """The fraction of the time that lets one measure every matrix at every step; there after the first `plan`."""
-        return self.fraction * self.markup * sum(self.cheapest) / max(self.income or 0.0, 1e-30)
+        """The share of matrices that the income lets one measure each step, at most 1."""
+        return 1.0 if self.income is None else min(1.0, self.income / (self.markup * sum(self.cheapest)))
 
     def plan(self, elapsed: float) -> Plan:
         """Chooses what to measure now.
@@ -260,21 +240,16 @@ class Budget:
         costs = enumerate(self.leading) if every_step else ()
         leading = {i: cost for i, cost in costs if cost is not None and i not in always}
         left = self.bucket / self.markup - sum(self.full[i] for i in full) - sum(leading.values())
-        seen: list[int] = []
-        while self._turn and left >= self.full[self._turn[0][1]]:
-            due, i = heapq.heappop(self._turn)
-            seen.append(i)
-            if i in full:
-                continue
-            full.add(i)
-            self._second.add(i)
-            left -= self.full[i]
+        for _ in range(len(self._turn)):
+            i = self._turn[0]
+            if left < self.full[i]:
+                break
+            self._turn.rotate(-1)
             self._prioritized.discard(i)
-            self._now = max(self._now, due)
-            self._due[i] += math.sqrt(self.full[i])
-        for i in seen:  # a matrix that is measured every step anyway saves up no more than a turn
-            self._due[i] = max(self._due[i], self._now - math.sqrt(self.full[i]))
-            heapq.heappush(self._turn, (self._key(i), i))
+            if i not in full:
+                full.add(i)
+                self._second.add(i)
+                left -= self.full[i]
         return Plan(sorted(full), list(leading))
 
     def charge(self, seconds: float):
@@ -289,13 +264,11 @@ class Budget:
 
     def prioritize(self, places: list[int]):
         """Puts matrices at the head of the turn, each once before its turn comes."""
-        if not self._prioritized.issuperset(places):
-            self._prioritized.update(places)
-            self._turn = [(self._key(i), i) for i in range(len(self.full))]
-            heapq.heapify(self._turn)
-
-    def _key(self, i: int) -> float:
-        return -1.0 if i in self._prioritized else self._due[i]
+        for i in places:
+            if i not in self._prioritized:
+                self._prioritized.add(i)
+                self._turn.remove(i)
+                self._turn.appendleft(i)
 
     def update_cost(self, cost: Cost):
         """Corrects the costs by what a measurement of some matrices took together; charges what it took of a device."""

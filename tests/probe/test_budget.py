@@ -1,5 +1,3 @@
-from collections import Counter
-
 import numpy as np
 import pytest
 import torch
@@ -50,54 +48,6 @@ def test_matrices_take_turns_where_even_the_leading_values_do_not_fit():
     counts = [sum(i in full for full, _ in history) for i in range(10)]
     assert min(counts) > 0 and max(counts) - min(counts) <= 4
     assert not any(topk for _, topk in history)
-
-
-@pytest.mark.parametrize("part", [0.05, 0.3, 0.6, 0.8])
-@pytest.mark.parametrize("dear", [1, 4, 25])
-def test_turns_come_by_the_square_root_of_what_they_cost(part, dear):
-    """What the budget says that it covers is measured; a matrix n times as dear as others has one turn for sqrt(n)."""
-    full = [0.001, 0.001 * dear] * 10
-    budget = part * sum(full) / (1 + part * sum(full))
-    fraction, history = simulate(budget, full, [None] * 20, steps=4000)
-    assert 0.97 * budget <= fraction <= 1.01 * budget
-    shares = [sum(i in chosen for chosen, _ in history[400:]) / 3600 for i in range(20)]
-    for one, other in zip(shares[2:], shares, strict=False):
-        assert abs(one / other - 1) < 0.2
-    # A cheap one may wait until a dear one's turn is paid for.
-    assert 0.88 < shares[0] / min(1, shares[1] * dear**0.5) < 1.05
-    told = Budget(budget, full, [None] * 20)
-    told.plan(1 / (1 - budget))
-    assert 0.85 < np.mean(shares) / told.coverage < 1.02
-    assert abs(told.enough - budget / part) < 0.01 * told.enough
-
-
-def test_a_cheap_matrix_that_is_measured_every_step_saves_up_no_turns():
-    """When the budget covers less, others do not wait until it has had the turns that it did not need."""
-    budget, counts = Budget(0.05, [1e-4, 0.02, 0.02], [None] * 3), Counter()
-    for _ in range(500):
-        budget.charge(sum(budget.full[i] for i in budget.plan(0.5).full))
-    budget.full[0] = 0.02
-    for _ in range(40):
-        full = budget.plan(0.2).full
-        counts.update(full)
-        budget.charge(0.02 * len(full))
-    assert all(0.5 < counts[i] / counts[0] < 2 for i in (1, 2))
-
-
-def test_what_moved_is_measured_before_others_once():
-    budget = Budget(0.021, [0.01] * 10, [None] * 10)
-    for _ in range(7):
-        budget.charge(0.01 * len(budget.plan(1.0).full))
-    last, chosen = budget.plan(0.0).full, []
-    first = [i for i in range(10) if i not in last][-2:]
-    budget.prioritize(first)
-    for _ in range(40):
-        full = budget.plan(1.0).full
-        budget.charge(0.01 * len(full))
-        chosen += [i for i in full if i not in last]
-        last = full
-    assert set(chosen[:2]) == set(first)
-    assert max(map(chosen.count, first)) <= 1 + min(map(chosen.count, range(10)))
 
 
 def test_the_cheaper_measurement_is_preferred():
@@ -211,7 +161,7 @@ def test_small_budgets_are_told_once(caplog):
     for step in range(1, 60):
         made.plan(10.0 * step, step)
     assert caplog.messages == [
-        "sosd_fast: budget=0.01 covers 23 % of the matrices each step; they take turns. budget=0.05 would cover all."
+        "sosd_fast: budget=0.01 covers 20 % of the matrices each step; they take turns. budget=0.05 would cover all."
     ]
 
 
