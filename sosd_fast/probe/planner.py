@@ -158,7 +158,7 @@ class Planner:
     def _say_coverage(self, budget: "Budget", step: int):
         if not self._said_coverage and budget.coverage < _COVERED and step > _SETTLED:
             self._said_coverage = True
-            enough = budget.fraction / max(budget.coverage, 1e-9)
+            enough = budget.enough
             log.warning(
                 "sosd_fast: budget=%.3g covers %.0f %% of the matrices each step; they take turns. %s would cover all.",
                 budget.fraction,
@@ -209,8 +209,16 @@ class Budget:
 
     @property
     def coverage(self) -> float:
-        """The share of matrices that the income lets one measure each step, at most 1."""
-        return 1.0 if self.income is None else min(1.0, self.income / (self.markup * sum(self.cheapest)))
+        """The share of matrices that the income lets one measure each step, at most 1; turns are full spectra."""
+        if self.income is None:
+            return 1.0
+        seconds = sum(self.full if self._every_step == "turns" else self.cheapest)
+        return min(1.0, self.income / (self.markup * seconds))
+
+    @property
+    def enough(self) -> float:
+        """The fraction of the time that lets one measure every matrix at every step; there after the first `plan`."""
+        return self.fraction * self.markup * sum(self.cheapest) / max(self.income or 0.0, 1e-30)
 
     def plan(self, elapsed: float) -> Plan:
         """Chooses what to measure now.

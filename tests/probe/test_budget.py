@@ -50,6 +50,21 @@ def test_matrices_take_turns_where_even_the_leading_values_do_not_fit():
     assert not any(topk for _, topk in history)
 
 
+@pytest.mark.parametrize("part", [0.2, 0.5, 0.9])
+@pytest.mark.parametrize("leading", [0.002, 0.009, None])
+def test_what_is_told_to_be_covered_is_measured(part, leading):
+    """Also where leading values would cost a fifth: turns are full spectra."""
+    needed = 20 * (leading or 0.01)
+    budget = Budget(part * needed, [0.01] * 20, [leading] * 20)
+    measured = 0
+    for _ in range(400):
+        chosen = budget.plan(1.0)
+        measured += len(chosen.full) + len(chosen.leading)
+        budget.charge(0.01 * len(chosen.full) + (leading or 0) * len(chosen.leading))
+    assert abs(measured / (20 * 400) / budget.coverage - 1) < 0.05
+    assert abs(budget.enough / needed - 1) < 1e-6
+
+
 def test_the_cheaper_measurement_is_preferred():
     _, history = simulate(0.05, [0.001, 0.5], [0.002, 0.002])
     assert all(0 in full and 0 not in topk for full, topk in history)
@@ -161,7 +176,7 @@ def test_small_budgets_are_told_once(caplog):
     for step in range(1, 60):
         made.plan(10.0 * step, step)
     assert caplog.messages == [
-        "sosd_fast: budget=0.01 covers 20 % of the matrices each step; they take turns. budget=0.05 would cover all."
+        "sosd_fast: budget=0.01 covers 11 % of the matrices each step; they take turns. budget=0.05 would cover all."
     ]
 
 
