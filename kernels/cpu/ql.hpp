@@ -22,7 +22,8 @@ constexpr int64_t kSweeps = 30;
 
 namespace SOSD_ISA {
 
-// A division of eight doubles takes 24 cycles on Intel's cores, one of four 15, and each step waits for one.
+// A division of eight doubles takes 24 cycles on Intel's cores, one of four 15, and each step waits for one
+// (LOG.md#no-amx).
 constexpr int kQlBytes = min_of(kVectorBytes, 32);
 using Ql = Simd<double, kQlBytes>;
 
